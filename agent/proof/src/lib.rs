@@ -1,0 +1,1 @@
+//! Pure arithmetic of our own GPU proof: prove and verify on the CPU.

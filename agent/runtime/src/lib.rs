@@ -1,0 +1,1 @@
+//! Workload to objects, diff, and the Runtime trait with its implementations.

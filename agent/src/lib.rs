@@ -1,0 +1,13 @@
+//! `chutes-agent`: the host plane and a coordinator member in one binary.
+
+pub mod cache;
+pub mod config;
+pub mod egress;
+pub mod gpu;
+pub mod link;
+pub mod local;
+pub mod processes;
+pub mod registry;
+pub mod signer;
+pub mod telemetry;
+pub mod workloads;

@@ -1,0 +1,1 @@
+//! Simulation, faults, invariants, oracle, process storms.

@@ -1,0 +1,1 @@
+//! Raft: a replicated, durable log and state behind one non-generic front.

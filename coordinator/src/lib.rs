@@ -1,0 +1,11 @@
+//! The coordinator: leader, executor, validator connection, host link, management API.
+
+pub mod api;
+pub mod clock;
+pub mod config;
+pub mod executor;
+pub mod host_link;
+pub mod identity;
+pub mod leader;
+pub mod signer;
+pub mod validator;
