@@ -64,7 +64,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Takes the next bytes of the stream, as they come. Call [`Self::next`] until it has no more, before
+    /// Takes the next bytes of the stream, as they come. Call [`Self::take_next`] until it has no more, before
     /// the next bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
@@ -74,7 +74,7 @@ impl Decoder {
     ///
     /// # Errors
     /// [`FrameError`]: the stream is of no more use.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    pub fn take_next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(length) = self.buffer.first_chunk::<LENGTH_BYTES>() else {
             return Ok(None);
         };
@@ -214,7 +214,7 @@ mod tests {
             let mut seen = Vec::new();
             for part in stream.chunks(chunk) {
                 decoder.push(part);
-                while let Some(message) = decoder.next::<FromHost>().expect("whole stream") {
+                while let Some(message) = decoder.take_next::<FromHost>().expect("whole stream") {
                     seen.push(message);
                 }
             }
@@ -236,7 +236,7 @@ mod tests {
         let check = |bytes: &[u8]| {
             let mut decoder = Decoder::default();
             decoder.push(bytes);
-            decoder.next::<FromHost>()
+            decoder.take_next::<FromHost>()
         };
         assert_eq!(check(&[0, 0]), Ok(None));
         assert_eq!(check(&[0, 0, 0, 5, 0]), Ok(None));
