@@ -1,0 +1,526 @@
+//! A workload as Kubernetes objects (pure): the Service, the ConfigMap with the code, and the Job, in the
+//! order in which they are made. The Job needs the node ports that the Service was given.
+//!
+//! The fields are those that validators and the chutes library look at. Where the original miner did
+//! something that a chute cannot see, we do it more safely: the pod gets no service account token, and the
+//! init container sees this chute's cache folder only, since evicting models is the agent's own work.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::batch::v1::{Job, JobSpec};
+use k8s_openapi::api::core::v1::{
+    Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
+    ExecAction, HostPathVolumeSource, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SecurityContext,
+    Service, ServicePort, ServiceSpec, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::ResourceExt;
+use kube::core::ObjectMeta;
+use protocol::id::{ChuteId, ChuteVersion, DeploymentId};
+use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, PortMapping, PortProtocol, WorkloadSpec};
+use sha1::{Digest, Sha1};
+
+use crate::environment::{Surroundings, command, environment, health_port};
+
+/// Annotation with the fence under which an object was last written: `incarnation/revision`.
+pub const FENCE_ANNOTATION: &str = "chutes-agent/fence";
+/// Annotation with the GPU ids of a workload, separated by commas.
+pub const GPUS_ANNOTATION: &str = "chutes-agent/gpus";
+/// Label that names the workload of a deployment.
+pub const DEPLOYMENT_LABEL: &str = "chutes/deployment-id";
+const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "chutes-agent");
+const SHARED_MEMORY: &str = "16Gi";
+
+/// What the objects of one node have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Namespace of all chutes.
+    pub namespace: String,
+    /// The node itself: chutes are not scheduled by Kubernetes.
+    pub node_name: String,
+    /// Port of the registry proxy on every node, a part of each image's name.
+    pub registry_port: u16,
+    /// Runtime class that gives a container the GPUs of `NVIDIA_VISIBLE_DEVICES`.
+    pub runtime_class: String,
+    /// Folder on the node that holds one folder of models for each chute.
+    pub cache_root: String,
+    /// Image of the container that prepares the cache folder; needs `bash`.
+    pub init_image: String,
+    /// Seconds between the request to stop and the kill.
+    pub stop_grace_seconds: i64,
+    /// URL of the explicit egress proxy, where one is to be used.
+    pub egress_door: Option<String>,
+}
+
+impl Settings {
+    /// The reference's values for one node.
+    #[must_use]
+    pub fn for_node(node_name: &str) -> Self {
+        Self {
+            namespace: "chutes".to_owned(),
+            node_name: node_name.to_owned(),
+            registry_port: 30500,
+            runtime_class: "nvidia-container-runtime".to_owned(),
+            cache_root: "/var/snap/cache".to_owned(),
+            init_image: "parachutes/cache-cleaner:latest".to_owned(),
+            stop_grace_seconds: 30,
+            egress_door: None,
+        }
+    }
+}
+
+/// Name of a deployment's Job.
+#[must_use]
+pub fn job_name(deployment: &DeploymentId) -> String {
+    format!("chute-{deployment}")
+}
+
+/// Name of a deployment's Service.
+#[must_use]
+pub fn service_name(deployment: &DeploymentId) -> String {
+    format!("chute-service-{deployment}")
+}
+
+/// Name of the ConfigMap with a chute's code: the same for all deployments of one version.
+#[must_use]
+pub fn code_name(chute: &ChuteId, version: &ChuteVersion) -> String {
+    format!("chute-code-{}", uuid5_oid(&format!("{chute}::{version}")))
+}
+
+/// A name-based UUID (RFC 9562, version 5) in the namespace of ISO object identifiers.
+#[must_use]
+pub fn uuid5_oid(name: &str) -> String {
+    const NAMESPACE_OID: u128 = 0x6ba7_b812_9dad_11d1_80b4_00c0_4fd4_30c8;
+    let digest = Sha1::new()
+        .chain_update(NAMESPACE_OID.to_be_bytes())
+        .chain_update(name)
+        .finalize();
+    let mut bytes = [0; 16];
+    bytes.copy_from_slice(&digest[..16]);
+    bytes[6] = bytes[6] & 0x0f | 0x50;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex = hex::encode(bytes);
+    format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    )
+}
+
+/// The image as containerd knows it: through the node's registry proxy, which finds the validator's
+/// registry by the host name.
+#[must_use]
+pub fn image_name(spec: &WorkloadSpec, settings: &Settings) -> String {
+    format!(
+        "{}.localregistry.chutes.ai:{}/{}",
+        spec.validator.lower(),
+        settings.registry_port,
+        spec.image
+    )
+}
+
+/// The ports of a deployment reached from outside, on the node's own address.
+#[must_use]
+pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Service {
+    let mut labels = base_labels(spec);
+    labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
+    let selector = BTreeMap::from([(DEPLOYMENT_LABEL.to_owned(), spec.deployment.to_string())]);
+    Service {
+        metadata: metadata(service_name(&spec.deployment), labels, fence, settings),
+        spec: Some(ServiceSpec {
+            type_: Some("NodePort".to_owned()),
+            external_traffic_policy: Some("Local".to_owned()),
+            selector: Some(selector),
+            ports: Some(ports(spec).iter().map(|(_, port)| port.clone()).collect()),
+            ..ServiceSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// The node ports that a Service was given, or nothing while one of them is missing.
+#[must_use]
+pub fn node_ports(spec: &WorkloadSpec, service: &Service) -> Option<Vec<PortMapping>> {
+    let given = service.spec.as_ref()?.ports.as_ref()?;
+    let mapping = |(protocol, wanted): &(PortProtocol, ServicePort)| {
+        let port = given.iter().find(|port| port.name == wanted.name)?;
+        Some(PortMapping {
+            internal: u16::try_from(port.port).ok()?,
+            external: u16::try_from(port.node_port?).ok()?,
+            protocol: *protocol,
+        })
+    };
+    ports(spec).iter().map(mapping).collect()
+}
+
+/// The chute's code. Deployments of one version share it.
+#[must_use]
+pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> ConfigMap {
+    let labels = BTreeMap::from([
+        ("chutes/chute-id".to_owned(), spec.chute.to_string()),
+        ("chutes/version".to_owned(), spec.version.to_string()),
+        ("chutes/code".to_owned(), "true".to_owned()),
+        (MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned()),
+    ]);
+    ConfigMap {
+        metadata: metadata(code_name(&spec.chute, &spec.version), labels, fence, settings),
+        data: Some(BTreeMap::from([(spec.filename.clone(), spec.code.clone())])),
+        ..ConfigMap::default()
+    }
+}
+
+/// The chute itself, once its node ports are known.
+#[must_use]
+pub fn job(spec: &WorkloadSpec, fence: Fence, settings: &Settings, ports: &[PortMapping]) -> Job {
+    let labels = job_labels(spec);
+    let mut own_labels = labels.clone();
+    own_labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
+    let mut own = metadata(job_name(&spec.deployment), own_labels, fence, settings);
+    let gpus: Vec<&str> = spec.gpus.iter().map(|gpu| gpu.as_str()).collect();
+    own.annotations
+        .get_or_insert_default()
+        .insert(GPUS_ANNOTATION.to_owned(), gpus.join(","));
+    let scrape = [("scrape", "true"), ("path", "/_metrics"), ("port", "8000")]
+        .map(|(name, value)| (format!("prometheus.io/{name}"), value.to_owned()));
+    Job {
+        metadata: own,
+        spec: Some(JobSpec {
+            parallelism: Some(1),
+            completions: Some(1),
+            backoff_limit: Some(0),
+            ttl_seconds_after_finished: Some(300),
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta {
+                    labels: Some(labels),
+                    annotations: Some(BTreeMap::from(scrape)),
+                    ..ObjectMeta::default()
+                }),
+                spec: Some(pod(spec, settings, ports)),
+            },
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// The fence under which an object was last written, if it is one of ours.
+#[must_use]
+pub fn fence_of(object: &impl ResourceExt) -> Option<Fence> {
+    let (incarnation, revision) = object.annotations().get(FENCE_ANNOTATION)?.split_once('/')?;
+    Some(Fence {
+        incarnation: incarnation.parse().ok()?,
+        revision: revision.parse().ok()?,
+    })
+}
+
+fn metadata(name: String, labels: BTreeMap<String, String>, fence: Fence, settings: &Settings) -> ObjectMeta {
+    let fence = format!("{}/{}", fence.incarnation, fence.revision);
+    ObjectMeta {
+        name: Some(name),
+        namespace: Some(settings.namespace.clone()),
+        labels: Some(labels),
+        annotations: Some(BTreeMap::from([(FENCE_ANNOTATION.to_owned(), fence)])),
+        ..ObjectMeta::default()
+    }
+}
+
+fn base_labels(spec: &WorkloadSpec) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (DEPLOYMENT_LABEL.to_owned(), spec.deployment.to_string()),
+        ("chutes/chute".to_owned(), "true".to_owned()),
+        ("chutes/chute-id".to_owned(), spec.chute.to_string()),
+        ("chutes/version".to_owned(), spec.version.to_string()),
+    ])
+}
+
+fn job_labels(spec: &WorkloadSpec) -> BTreeMap<String, String> {
+    let mut labels = base_labels(spec);
+    if let (Some(config), Some(_)) = (&spec.config, &spec.launch_token) {
+        labels.insert("chutes/config-id".to_owned(), config.to_string());
+    }
+    if let Some(job) = &spec.job {
+        labels.insert("chutes/job-id".to_owned(), job.to_string());
+        labels.insert("chutes/job".to_owned(), "true".to_owned());
+    }
+    labels
+}
+
+fn kubernetes_protocol(protocol: PortProtocol) -> &'static str {
+    match protocol {
+        PortProtocol::Tcp | PortProtocol::Http => "TCP",
+        PortProtocol::Udp => "UDP",
+    }
+}
+
+/// Service ports in the workload's order, without what is the same to Kubernetes. A number used by both
+/// transports gets a name for each, since names are unique within a Service.
+fn ports(spec: &WorkloadSpec) -> Vec<(PortProtocol, ServicePort)> {
+    let mut list: Vec<(PortProtocol, ServicePort)> = Vec::new();
+    for port in &spec.ports {
+        let number = i32::from(port.internal);
+        let transport = kubernetes_protocol(port.protocol);
+        let known = |same_transport: bool| {
+            list.iter().any(|(_, other)| {
+                other.port == number && (!same_transport || other.protocol.as_deref() == Some(transport))
+            })
+        };
+        if known(true) {
+            continue;
+        }
+        let name = if known(false) {
+            format!("chute-{number}-{}", transport.to_lowercase())
+        } else {
+            format!("chute-{number}")
+        };
+        list.push((
+            port.protocol,
+            ServicePort {
+                name: Some(name),
+                port: number,
+                target_port: Some(IntOrString::Int(number)),
+                protocol: Some(transport.to_owned()),
+                ..ServicePort::default()
+            },
+        ));
+    }
+    list
+}
+
+fn pod(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> PodSpec {
+    let cache = format!("{}/{}", settings.cache_root, spec.chute);
+    let disk = Quantity(format!("{}Gi", spec.disk_gb));
+    let empty = |name: &str, medium: Option<&str>, limit: Quantity| Volume {
+        name: name.to_owned(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium: medium.map(str::to_owned),
+            size_limit: Some(limit),
+        }),
+        ..Volume::default()
+    };
+    PodSpec {
+        restart_policy: Some("Never".to_owned()),
+        node_name: Some(settings.node_name.clone()),
+        runtime_class_name: Some(settings.runtime_class.clone()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(true),
+        termination_grace_period_seconds: Some(settings.stop_grace_seconds),
+        init_containers: Some(vec![init_container(settings)]),
+        containers: vec![chute_container(spec, settings, ports)],
+        volumes: Some(vec![
+            Volume {
+                name: "code".to_owned(),
+                config_map: Some(ConfigMapVolumeSource {
+                    name: code_name(&spec.chute, &spec.version),
+                    ..ConfigMapVolumeSource::default()
+                }),
+                ..Volume::default()
+            },
+            Volume {
+                name: "cache".to_owned(),
+                host_path: Some(HostPathVolumeSource {
+                    path: cache,
+                    type_: Some("DirectoryOrCreate".to_owned()),
+                }),
+                ..Volume::default()
+            },
+            empty("tmp", None, disk),
+            empty("shm", Some("Memory"), Quantity(SHARED_MEMORY.to_owned())),
+        ]),
+        ..PodSpec::default()
+    }
+}
+
+fn mount(name: &str, path: &str) -> VolumeMount {
+    VolumeMount {
+        name: name.to_owned(),
+        mount_path: path.to_owned(),
+        ..VolumeMount::default()
+    }
+}
+
+fn init_container(settings: &Settings) -> Container {
+    let script = "mkdir -p /cache/hub /cache/civitai && chmod -R 777 /cache";
+    Container {
+        name: "cache-init".to_owned(),
+        image: Some(settings.init_image.clone()),
+        image_pull_policy: Some("IfNotPresent".to_owned()),
+        command: Some(["/bin/bash", "-c", script].map(str::to_owned).to_vec()),
+        security_context: Some(SecurityContext {
+            run_as_user: Some(0),
+            run_as_group: Some(0),
+            ..SecurityContext::default()
+        }),
+        volume_mounts: Some(vec![mount("cache", "/cache")]),
+        ..Container::default()
+    }
+}
+
+fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> Container {
+    let around = Surroundings {
+        ports,
+        cache: "/cache",
+        egress_door: settings.egress_door.as_deref(),
+    };
+    let variable = |(name, value): (String, String)| EnvVar {
+        name,
+        value: Some(value),
+        value_from: None,
+    };
+    let resources = BTreeMap::from([
+        ("cpu".to_owned(), Quantity(spec.cpu_count.to_string())),
+        ("memory".to_owned(), Quantity(format!("{}Gi", spec.memory_gb))),
+        (
+            "ephemeral-storage".to_owned(),
+            Quantity(format!("{}Gi", spec.disk_gb)),
+        ),
+    ]);
+    let container_port = |(_, port): &(PortProtocol, ServicePort)| ContainerPort {
+        container_port: port.port,
+        protocol: port.protocol.clone(),
+        ..ContainerPort::default()
+    };
+    Container {
+        name: "chute".to_owned(),
+        image: Some(image_name(spec, settings)),
+        image_pull_policy: Some("Always".to_owned()),
+        command: Some(command(spec)),
+        env: Some(environment(spec, around).into_iter().map(variable).collect()),
+        ports: Some(self::ports(spec).iter().map(container_port).collect()),
+        resources: Some(ResourceRequirements {
+            requests: Some(resources.clone()),
+            limits: Some(resources),
+            ..ResourceRequirements::default()
+        }),
+        security_context: Some(SecurityContext {
+            capabilities: Some(Capabilities {
+                add: Some(vec!["IPC_LOCK".to_owned()]),
+                drop: None,
+            }),
+            ..SecurityContext::default()
+        }),
+        readiness_probe: Some(Probe {
+            exec: Some(ExecAction {
+                command: Some(vec![
+                    "/bin/sh".to_owned(),
+                    "-c".to_owned(),
+                    format!("curl -f http://127.0.0.1:{}/_alive", health_port(spec)),
+                ]),
+            }),
+            initial_delay_seconds: Some(15),
+            period_seconds: Some(15),
+            timeout_seconds: Some(1),
+            success_threshold: Some(1),
+            failure_threshold: Some(60),
+            ..Probe::default()
+        }),
+        volume_mounts: Some(vec![
+            VolumeMount {
+                sub_path: Some(spec.filename.clone()),
+                ..mount("code", &format!("/app/{}", spec.filename))
+            },
+            mount("cache", "/cache"),
+            mount("tmp", "/tmp"),
+            mount("shm", "/dev/shm"),
+        ]),
+        ..Container::default()
+    }
+}
+
+const _: () = assert!(
+    PRIMARY_PORT == 8000 && LOGGING_PORT == 8001,
+    "named in annotations and probes"
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::environment::tests::spec;
+    use protocol::id::JobId;
+    use protocol::workload::Port;
+
+    const FENCE: Fence = Fence {
+        incarnation: 1,
+        revision: 42,
+    };
+
+    /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
+    fn check(name: &str, spec: &WorkloadSpec) {
+        let settings = Settings::for_node("gpu-host-1");
+        let mut service = service(spec, FENCE, &settings);
+        assert_eq!(node_ports(spec, &service), None, "no node port was given yet");
+        let given = service
+            .spec
+            .as_mut()
+            .and_then(|spec| spec.ports.as_mut())
+            .expect("has ports");
+        for (node_port, port) in (31000..).zip(given) {
+            port.node_port = Some(node_port);
+        }
+        let ports = node_ports(spec, &service).expect("all are given");
+        let job = job(spec, FENCE, &settings, &ports);
+        assert_eq!(fence_of(&job), Some(FENCE));
+        let objects = serde_json::json!({
+            "service": service,
+            "code": code(spec, FENCE, &settings),
+            "job": job,
+        });
+        let text = serde_json::to_string_pretty(&objects).expect("plain data") + "\n";
+        let path = format!("{}/src/manifest/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        if std::env::var_os("UPDATE_SNAPSHOTS").is_some() {
+            std::fs::write(&path, &text).expect("the sources are writable");
+        }
+        let expected = std::fs::read_to_string(&path).expect("the snapshot exists");
+        assert_eq!(
+            text, expected,
+            "{path} differs; UPDATE_SNAPSHOTS=1 writes it anew"
+        );
+    }
+
+    #[test]
+    fn objects_of_the_launch_config_flow() {
+        check("launch_config", &spec());
+    }
+
+    #[test]
+    fn objects_of_the_legacy_flow() {
+        let legacy = WorkloadSpec {
+            chutes_version: Some("0.2.51".to_owned()),
+            config: None,
+            launch_token: None,
+            legacy_seed: Some(1_234_567_890_123),
+            ..spec()
+        };
+        check("legacy", &legacy);
+    }
+
+    #[test]
+    fn objects_of_a_job() {
+        let mut job = WorkloadSpec {
+            job: Some(JobId::parse("job-1").expect("valid")),
+            disk_gb: 500,
+            ..spec()
+        };
+        for (internal, protocol) in [
+            (2222, PortProtocol::Tcp),
+            (5000, PortProtocol::Http),
+            (5000, PortProtocol::Udp),
+            (5000, PortProtocol::Tcp),
+        ] {
+            job.ports.push(Port { internal, protocol });
+        }
+        check("job", &job);
+    }
+
+    #[test]
+    fn the_code_map_is_named_as_others_name_it() {
+        let spec = spec();
+        assert_eq!(
+            code_name(&spec.chute, &spec.version),
+            "chute-code-97334de6-0467-5977-b6fd-62af37a9e815"
+        );
+    }
+}
