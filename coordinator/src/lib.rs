@@ -8,4 +8,5 @@ pub mod host_link;
 pub mod identity;
 pub mod leader;
 pub mod signer;
+pub mod store;
 pub mod validator;

@@ -1,0 +1,34 @@
+//! The replicated state machine.
+//!
+//! ```text
+//! Proposal { request, at, guard, command } --> apply --> State (tables of rows) + Outbox + desired sets
+//! ```
+//!
+//! Reading order: the nouns ([`server`], [`chute`], [`deployment`], [`job`]), then [`effect`] and
+//! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`] and [`reconcile`],
+//! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
+//! how commands and rows become bytes. A noun's file knows nothing of `State`.
+
+pub mod apply;
+pub mod chute;
+pub mod codec;
+pub mod command;
+pub mod deployment;
+pub mod desired;
+pub mod effect;
+pub mod invariant;
+pub mod job;
+pub mod outbox;
+pub mod placement;
+pub mod reconcile;
+pub mod server;
+pub mod state;
+pub mod table;
+
+mod enrolment;
+mod lifecycle;
+mod observe;
+
+pub use apply::apply;
+pub use command::{Command, Proposal, Rejection, Reply};
+pub use state::{Faults, State};

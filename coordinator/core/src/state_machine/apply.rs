@@ -1,0 +1,289 @@
+//! The transition function: one match over [`Command`].
+
+use super::command::{
+    Allowance, Answer, Command, GUARD_MEMORY_MS, Proposal, REQUEST_MEMORY_MS, Rejection, Reply, RequestId,
+};
+use super::deployment::{AUDIT_MEMORY_MS, AUDIT_ROWS_MAX, StopReason};
+use super::effect::{EffectId, EffectOutcome, Subject};
+use super::job::{JOB_MEMORY_MS, Job};
+use super::state::{Answered, State};
+
+/// Applies one proposal. A repeated request gets its first answer and changes nothing.
+pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
+    let Proposal {
+        request,
+        at,
+        guard,
+        command,
+    } = proposal;
+    if at > state.settings.now {
+        state.settings_mut().now = at;
+    }
+    if let Some(answered) = state.answers.get(&request) {
+        return answered.answer.clone();
+    }
+    let answer = match guard {
+        Some(guard) if state.guards.contains_key(&guard) => Err(Rejection::Replayed),
+        _ => {
+            if let Some(guard) = guard {
+                let now = state.settings.now;
+                state.guards.insert(guard, now);
+            }
+            state.apply_command(command)
+        }
+    };
+    let now = state.settings.now;
+    state.answers.insert(
+        request,
+        Answered {
+            at: now,
+            answer: answer.clone(),
+        },
+    );
+    answer
+}
+
+impl State {
+    fn apply_command(&mut self, command: Command) -> Answer {
+        match command {
+            Command::Configure {
+                miner,
+                validators,
+                pay_profile,
+            } => {
+                let settings = &self.settings;
+                if settings.miner.as_ref() == Some(&miner)
+                    && settings.validators == validators
+                    && settings.pay_profile == pay_profile
+                {
+                    return Ok(Reply::Unchanged);
+                }
+                let settings = self.settings_mut();
+                settings.miner = Some(miner);
+                settings.validators = validators;
+                settings.pay_profile = pay_profile;
+                settings.incarnation = settings.incarnation.max(1);
+                Ok(Reply::Done)
+            }
+
+            Command::RecordHost { facts } => self.record_host(facts),
+            Command::RecordHostCondition {
+                server,
+                reachable,
+                quarantine,
+            } => self.record_host_condition(&server, reachable, quarantine),
+            Command::RecordWorkloads { server, report } => self.record_workloads(&server, &report),
+
+            Command::EnrolServer {
+                server,
+                validator,
+                gpu_short_ref,
+                hourly_cost_usd_micros,
+            } => self.enrol_server(&server, validator, gpu_short_ref, hourly_cost_usd_micros),
+            Command::LockServer { server, locked } => self.lock_server(&server, locked),
+            Command::RemoveServer { server, jobs } => self.remove_server(&server, jobs),
+            Command::StopDeployments {
+                deployments,
+                reason,
+                allowance,
+            } => self.stop_deployments(&deployments, &reason, allowance),
+            Command::BanChute { chute, reason } => {
+                let unknown = || Rejection::Unknown {
+                    kind: "chute".to_owned(),
+                    name: chute.chute.to_string(),
+                };
+                self.chutes.get_mut(&chute).ok_or_else(unknown)?.ban_reason = reason;
+                Ok(Reply::Done)
+            }
+
+            Command::RecordChute { definition, code } => self.record_chute(definition, code),
+            Command::RecordChuteDeleted { chute } => self.record_chute_deleted(&chute),
+            Command::RecordImage {
+                chute,
+                image,
+                chutes_version,
+            } => self.record_image(&chute, image, chutes_version),
+            Command::RecordBounty { chute, amount } => self.record_bounty(chute, amount),
+            Command::RecordBountyOver { chute } => Ok(self
+                .bounties
+                .remove(&chute)
+                .map_or(Reply::Unchanged, |_| Reply::Done)),
+            Command::RecordJobOffer {
+                job,
+                chute,
+                gpu_count,
+                disk_gb,
+                excluded,
+            } => {
+                let offered_at = self.settings.now;
+                let offer = Job {
+                    chute,
+                    gpu_count,
+                    disk_gb,
+                    attempt: None,
+                    closed: excluded,
+                    offered_at,
+                };
+                self.record_job_offer(job, offer)
+            }
+            Command::RecordJobDeleted { job } => self.record_job_deleted(&job),
+            Command::RecordGpuVerified { gpu } => self.record_gpu_verified(&gpu),
+            Command::RecordInstanceCreated {
+                validator,
+                chute,
+                config,
+                instance,
+            } => self.record_instance_created(validator, chute, config, instance),
+            Command::RecordInstanceVerified { instance } => self.record_instance_verified(&instance),
+            Command::RecordInstanceActivated { config, instance } => {
+                self.record_instance_activated(config.as_ref(), &instance)
+            }
+            Command::RecordInstanceDeleted {
+                config,
+                instance,
+                cause,
+            } => self.record_instance_deleted(config.as_ref(), &instance, cause),
+            Command::RecordRollingUpdate { instance, version } => {
+                self.record_rolling_update(&instance, version)
+            }
+            Command::Observe(observation) => self.observe(observation),
+
+            Command::PlaceDeployment(placement) => self.place(placement),
+            Command::FinishEffect { effect, outcome } => self.finish_effect(effect, outcome),
+            Command::PassTime => self.pass_time(),
+        }
+    }
+
+    fn stop_deployments(
+        &mut self,
+        deployments: &[protocol::id::DeploymentId],
+        reason: &StopReason,
+        allowance: Allowance,
+    ) -> Answer {
+        for id in deployments {
+            let unknown = || Rejection::Unknown {
+                kind: "deployment".to_owned(),
+                name: id.to_string(),
+            };
+            let deployment = self.deployments.get(id).ok_or_else(unknown)?;
+            if deployment.phase.is_live()
+                && let Some(why) = self.protection_of(deployment, allowance)
+            {
+                return Err(Rejection::Protected {
+                    deployment: id.clone(),
+                    why,
+                });
+            }
+        }
+        let mut stopping = Vec::new();
+        for id in deployments {
+            if allowance.budgeted && self.deployments.get(id).is_some_and(|d| d.phase.is_live()) {
+                match self.spend_budget() {
+                    Ok(()) => {}
+                    Err(rejection) if stopping.is_empty() => return Err(rejection),
+                    Err(_) => break,
+                }
+            }
+            if self.stop(id, reason.clone()) {
+                stopping.push(id.clone());
+            }
+        }
+        Ok(Reply::Stopping(stopping))
+    }
+
+    fn finish_effect(&mut self, id: EffectId, outcome: EffectOutcome) -> Answer {
+        // A late or repeated result changes nothing.
+        let Some(effect) = self.outbox.get(id).cloned() else {
+            return Ok(Reply::Unchanged);
+        };
+        if !self.outbox.is_ready(&effect) && !self.faults.effects_out_of_order {
+            return Err(Rejection::OutOfOrder(id));
+        }
+        self.outbox.remove(id);
+        match &effect.subject {
+            Subject::Deployment(deployment) => {
+                self.finish_deployment_effect(&deployment.clone(), &effect, outcome);
+            }
+            Subject::Server(server) => self.finish_server_effect(&server.clone(), &effect, outcome),
+            Subject::Instance(instance) => {
+                self.strangers.remove(instance);
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    fn pass_time(&mut self) -> Answer {
+        let deployments = self.pass_deadlines();
+        let enrolments = self.pass_enrolment_deadlines();
+        let forgotten = self.forget_the_old();
+        Ok(if deployments || enrolments || forgotten {
+            Reply::Done
+        } else {
+            Reply::Unchanged
+        })
+    }
+
+    fn forget_the_old(&mut self) -> bool {
+        let now = self.settings.now;
+        let requests: Vec<RequestId> = self
+            .answers
+            .iter()
+            .filter(|(_, answered)| now.since(answered.at) >= REQUEST_MEMORY_MS)
+            .map(|(request, _)| *request)
+            .collect();
+        let guards: Vec<[u8; 32]> = self
+            .guards
+            .iter()
+            .filter(|(_, at)| now.since(**at) >= GUARD_MEMORY_MS)
+            .map(|(guard, _)| *guard)
+            .collect();
+        let bounties: Vec<_> = self
+            .bounties
+            .iter()
+            .filter(|(_, bounty)| bounty.expires_at <= now)
+            .map(|(chute, _)| chute.clone())
+            .collect();
+        let jobs: Vec<_> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| {
+                let runs = job
+                    .attempt
+                    .as_ref()
+                    .is_some_and(|id| self.deployments.contains_key(id));
+                !runs && now.since(job.offered_at) >= JOB_MEMORY_MS
+            })
+            .map(|(job, _)| job.clone())
+            .collect();
+        let mut audits: Vec<_> = self
+            .audits
+            .iter()
+            .map(|(id, audit)| (audit.gone_at, id.clone()))
+            .collect();
+        audits.sort_unstable();
+        let surplus = audits.len().saturating_sub(AUDIT_ROWS_MAX);
+        let audits: Vec<_> = audits
+            .into_iter()
+            .enumerate()
+            .filter(|(place, (gone_at, _))| *place < surplus || now.since(*gone_at) >= AUDIT_MEMORY_MS)
+            .map(|(_, (_, id))| id)
+            .collect();
+        let count = requests.len() + guards.len() + bounties.len() + jobs.len() + audits.len();
+        for request in requests {
+            self.answers.remove(&request);
+        }
+        for guard in guards {
+            self.guards.remove(&guard);
+        }
+        for chute in bounties {
+            self.bounties.remove(&chute);
+        }
+        for job in jobs {
+            self.jobs.remove(&job);
+        }
+        for audit in audits {
+            self.remove_audit(&audit);
+        }
+        count > 0
+    }
+}

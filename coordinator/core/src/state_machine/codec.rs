@@ -1,0 +1,181 @@
+//! Versioned bytes of proposals, answers and rows.
+//!
+//! Every stored value begins with the number of its form, so that old forms can be read for ever; golden
+//! bytes of each form stay in the tests. The body is postcard: positional, so a changed struct is a new
+//! form. A command that a member cannot read must stop it rather than let it diverge.
+
+use protocol::id::{DeploymentId, GpuId, InstanceId, JobId, ServerId};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::chute::{ChuteKey, VersionKey};
+use super::command::{Answer, Proposal, RequestId};
+use super::effect::{Effect, EffectId};
+use super::state::{Faults, State};
+use super::table::Table;
+
+/// The forms of a stored value. New forms go to the end and keep the old ones readable.
+#[derive(Debug, Serialize, Deserialize)]
+enum Stored<T> {
+    V1(T),
+}
+
+/// Why stored bytes cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("cannot read a stored {what}: it is damaged or was written by a newer version")]
+pub struct Unreadable {
+    what: &'static str,
+}
+
+/// A row to be written or, without a value, to be deleted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Which table.
+    pub table: u8,
+    /// Its key.
+    pub key: Vec<u8>,
+    /// Its value; none deletes it.
+    pub value: Option<Vec<u8>>,
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_stdvec(&Stored::V1(value)).expect("plain data always encodes")
+}
+
+fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, Unreadable> {
+    match postcard::take_from_bytes::<Stored<T>>(bytes) {
+        Ok((Stored::V1(value), [])) => Ok(value),
+        _ => Err(Unreadable { what }),
+    }
+}
+
+/// Bytes of a proposal, for the log.
+#[must_use]
+pub fn encode_proposal(proposal: &Proposal) -> Vec<u8> {
+    encode(proposal)
+}
+
+/// A proposal from the log.
+///
+/// # Errors
+/// [`Unreadable`].
+pub fn decode_proposal(bytes: &[u8]) -> Result<Proposal, Unreadable> {
+    decode("proposal", bytes)
+}
+
+/// Bytes of an answer, for the proposer.
+#[must_use]
+pub fn encode_answer(answer: &Answer) -> Vec<u8> {
+    encode(answer)
+}
+
+/// An answer from a member.
+///
+/// # Errors
+/// [`Unreadable`].
+pub fn decode_answer(bytes: &[u8]) -> Result<Answer, Unreadable> {
+    decode("answer", bytes)
+}
+
+/// Calls `$each!(number, field, key type)` for every table; the one list of tables.
+macro_rules! tables {
+    ($each:ident) => {
+        $each!(2, servers, ServerId);
+        $each!(3, gpus, GpuId);
+        $each!(4, chutes, ChuteKey);
+        $each!(5, codes, VersionKey);
+        $each!(6, bounties, ChuteKey);
+        $each!(7, jobs, JobId);
+        $each!(8, deployments, DeploymentId);
+        $each!(9, audits, DeploymentId);
+        $each!(10, strangers, InstanceId);
+        $each!(12, answers, RequestId);
+        $each!(13, guards, [u8; 32]);
+    };
+}
+
+const SETTINGS: u8 = 1;
+const OUTBOX: u8 = 11;
+
+fn drain<K: Ord + Clone + Serialize, V: Serialize>(number: u8, table: &mut Table<K, V>, rows: &mut Vec<Row>) {
+    for (key, row) in table.drain_changed() {
+        rows.push(Row {
+            table: number,
+            key: encode(&key),
+            value: row.map(encode),
+        });
+    }
+}
+
+impl State {
+    /// The rows that changed since the last call, in a fixed order.
+    pub fn drain_rows(&mut self) -> Vec<Row> {
+        let mut rows = Vec::new();
+        if std::mem::take(&mut self.settings_changed) {
+            rows.push(Row {
+                table: SETTINGS,
+                key: Vec::new(),
+                value: Some(encode(&self.settings)),
+            });
+        }
+        macro_rules! drain_table {
+            ($number:literal, $field:ident, $key:ty) => {
+                drain($number, &mut self.$field, &mut rows);
+            };
+        }
+        tables!(drain_table);
+        drain(OUTBOX, &mut self.outbox.pending, &mut rows);
+        rows
+    }
+
+    /// True if [`State::drain_rows`] would return any row.
+    pub(crate) fn has_changes(&mut self) -> bool {
+        !self.drain_rows().is_empty()
+    }
+
+    pub(crate) fn clear_changes(&mut self) {
+        let _ = self.drain_rows();
+    }
+
+    /// A state from all its rows.
+    ///
+    /// # Errors
+    /// [`Unreadable`] when a row is damaged or was written by a newer version.
+    pub fn from_rows(
+        rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>,
+        faults: Faults,
+    ) -> Result<Self, Unreadable> {
+        let mut state = Self::new(faults);
+        for (table, key, value) in rows {
+            state.restore_row(table, &key, &value)?;
+        }
+        state.rebuild_index();
+        Ok(state)
+    }
+
+    fn restore_row(&mut self, table: u8, key: &[u8], value: &[u8]) -> Result<(), Unreadable> {
+        macro_rules! restore_table {
+            ($number:literal, $field:ident, $key:ty) => {
+                if table == $number {
+                    let key: $key = decode(stringify!($field), key)?;
+                    self.$field.restore(key, decode(stringify!($field), value)?);
+                    return Ok(());
+                }
+            };
+        }
+        tables!(restore_table);
+        match table {
+            SETTINGS => self.settings = decode("settings", value)?,
+            OUTBOX => {
+                let _: EffectId = decode("outbox", key)?;
+                self.outbox.restore(decode::<Effect>("outbox", value)?);
+            }
+            _ => {
+                return Err(Unreadable {
+                    what: "row of an unknown table",
+                });
+            }
+        }
+        Ok(())
+    }
+}

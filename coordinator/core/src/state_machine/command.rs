@@ -1,0 +1,380 @@
+//! The vocabulary of the log. A command is the only way to change anything.
+
+use std::collections::BTreeSet;
+
+use protocol::hotkey::Hotkey;
+use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
+use protocol::report::{HostFacts, WorkloadReport};
+use protocol::time::UnixMillis;
+use serde::{Deserialize, Serialize};
+
+use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
+use super::deployment::{Phase, StopReason};
+use super::effect::{EffectId, EffectOutcome};
+
+/// Names a write, so that a repeated one is not applied twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestId(pub u128);
+
+/// A command with what `apply` may not find out by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposal {
+    /// Names this write. The answer to it is remembered for [`REQUEST_MEMORY_MS`].
+    pub request: RequestId,
+    /// The proposer's clock. The state keeps the largest that it has seen.
+    pub at: UnixMillis,
+    /// Hash of the signature that authorises it, when it came from the management API: a captured
+    /// signature is good for one command only.
+    pub guard: Option<[u8; 32]>,
+    /// What to change.
+    pub command: Command,
+}
+
+/// How long the answer to a request is remembered, in ms.
+pub const REQUEST_MEMORY_MS: u64 = 10 * 60_000;
+/// How long a used signature is remembered, in ms: longer than any nonce is accepted.
+pub const GUARD_MEMORY_MS: u64 = 2 * 60_000;
+
+/// Which rules of pay protect running instances (`scheduling`, sections 5.9 and 9).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PayProfile {
+    /// 60 min from verification.
+    Of2025September,
+    /// 63 min from activation.
+    #[default]
+    Of2026,
+}
+
+/// What a deletion needs beyond the ordinary rules.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allowance {
+    /// Un-vested pay may be lost, private chutes may be stopped.
+    pub loss: bool,
+    /// Jobs may be stopped.
+    pub jobs: bool,
+    /// It counts against the deletion budget of the window.
+    pub budgeted: bool,
+}
+
+/// An instance of ours as the validator lists it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedInstance {
+    /// Its name.
+    pub instance: InstanceId,
+    /// What it runs.
+    pub chute: ChuteId,
+    /// Its launch config, if it has one.
+    pub config: Option<ConfigId>,
+    /// It gets requests.
+    pub active: bool,
+    /// It was verified.
+    pub verified: bool,
+}
+
+/// A listing from outside. Unknown is not empty.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Listing<T> {
+    /// It failed, was cut, or came back without any row where that proves nothing.
+    Unknown,
+    /// All there is.
+    Known(T),
+}
+
+/// One periodic look at everything that a validator lists, reduced to what can differ from the record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observation {
+    /// Whose listing.
+    pub validator: Hotkey,
+    /// When the first byte was asked for: it says nothing of what came later.
+    pub read_at: UnixMillis,
+    /// Chutes with their current versions.
+    pub chutes: Listing<Vec<(ChuteId, ChuteVersion)>>,
+    /// Our instances.
+    pub instances: Listing<Vec<ListedInstance>>,
+    /// Our GPUs, and whether they are verified.
+    pub gpus: Listing<Vec<(GpuId, bool)>>,
+}
+
+/// A placement that a strategy wants.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placement {
+    /// Chosen by the proposer.
+    pub deployment: DeploymentId,
+    /// What.
+    pub chute: ChuteKey,
+    /// In which version.
+    pub version: ChuteVersion,
+    /// Where.
+    pub server: ServerId,
+    /// On which GPUs.
+    pub gpus: Vec<GpuId>,
+    /// Who must go for it.
+    pub victims: Vec<DeploymentId>,
+    /// For which job.
+    pub job: Option<JobId>,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// Everything that can be written to the log. New ones go to the end: the position is the stored form.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Command {
+    /// Who we are, for whom we work, under which rules of pay.
+    Configure {
+        /// Us.
+        miner: Hotkey,
+        /// For whom.
+        validators: BTreeSet<Hotkey>,
+        /// Which rules.
+        pay_profile: PayProfile,
+    },
+
+    /// A host joined or changed.
+    RecordHost {
+        /// What it says.
+        facts: HostFacts,
+    },
+    /// A host went silent, came back, or must not be used.
+    RecordHostCondition {
+        /// Which.
+        server: ServerId,
+        /// It is heard.
+        reachable: bool,
+        /// Why it gets no new work.
+        quarantine: Option<String>,
+    },
+    /// What runs on a server.
+    RecordWorkloads {
+        /// Which server.
+        server: ServerId,
+        /// All of it.
+        report: WorkloadReport,
+    },
+
+    /// The operator wants a server to work for a validator.
+    EnrolServer {
+        /// Which.
+        server: ServerId,
+        /// For whom.
+        validator: Hotkey,
+        /// GPU type in the validator's words.
+        gpu_short_ref: String,
+        /// Cost of one GPU for an hour, in millionths of a dollar.
+        hourly_cost_usd_micros: u64,
+    },
+    /// The operator wants no new work on it, or lifts that.
+    LockServer {
+        /// Which.
+        server: ServerId,
+        /// Locked or not.
+        locked: bool,
+    },
+    /// The operator takes a server away.
+    RemoveServer {
+        /// Which.
+        server: ServerId,
+        /// Even if it runs jobs.
+        jobs: bool,
+    },
+    /// Takes deployments down.
+    StopDeployments {
+        /// Which.
+        deployments: Vec<DeploymentId>,
+        /// Why.
+        reason: StopReason,
+        /// Beyond the ordinary rules.
+        allowance: Allowance,
+    },
+    /// The operator never wants a chute, or lifts that.
+    BanChute {
+        /// Which.
+        chute: ChuteKey,
+        /// Why; none lifts the ban.
+        reason: Option<String>,
+    },
+
+    /// A chute as its validator publishes it now.
+    RecordChute {
+        /// Its definition.
+        definition: ChuteDefinition,
+        /// Code of the definition's version.
+        code: ChuteCode,
+    },
+    /// The validator deleted a chute.
+    RecordChuteDeleted {
+        /// Which.
+        chute: ChuteKey,
+    },
+    /// A chute's image was patched.
+    RecordImage {
+        /// Whose.
+        chute: ChuteKey,
+        /// `user/name:tag`.
+        image: String,
+        /// Library in it.
+        chutes_version: Option<String>,
+    },
+    /// A bounty is open.
+    RecordBounty {
+        /// For what.
+        chute: ChuteKey,
+        /// How much.
+        amount: u64,
+    },
+    /// A bounty is over.
+    RecordBountyOver {
+        /// For what.
+        chute: ChuteKey,
+    },
+    /// A job is on offer.
+    RecordJobOffer {
+        /// Which.
+        job: JobId,
+        /// What it runs.
+        chute: ChuteKey,
+        /// GPUs that it needs.
+        gpu_count: u32,
+        /// Disk that it needs, in GB.
+        disk_gb: u32,
+        /// We may not take it.
+        excluded: bool,
+    },
+    /// A job was withdrawn.
+    RecordJobDeleted {
+        /// Which.
+        job: JobId,
+    },
+    /// A GPU was verified.
+    RecordGpuVerified {
+        /// Which.
+        gpu: GpuId,
+    },
+    /// A launch config was claimed.
+    RecordInstanceCreated {
+        /// At which validator.
+        validator: Hotkey,
+        /// What it runs.
+        chute: ChuteId,
+        /// Its launch config.
+        config: Option<ConfigId>,
+        /// Its name.
+        instance: InstanceId,
+    },
+    /// An instance was verified.
+    RecordInstanceVerified {
+        /// Which.
+        instance: InstanceId,
+    },
+    /// An instance gets requests.
+    RecordInstanceActivated {
+        /// Its launch config.
+        config: Option<ConfigId>,
+        /// Its name.
+        instance: InstanceId,
+    },
+    /// An instance was deleted.
+    RecordInstanceDeleted {
+        /// Its launch config.
+        config: Option<ConfigId>,
+        /// Its name.
+        instance: InstanceId,
+        /// What the validator said.
+        cause: String,
+    },
+    /// It is an instance's turn to be replaced.
+    RecordRollingUpdate {
+        /// Which.
+        instance: InstanceId,
+        /// By which version.
+        version: ChuteVersion,
+    },
+    /// A periodic listing.
+    Observe(Observation),
+
+    /// A strategy places a chute.
+    PlaceDeployment(Placement),
+    /// An effect ended.
+    FinishEffect {
+        /// Which.
+        effect: EffectId,
+        /// How.
+        outcome: EffectOutcome,
+    },
+    /// Time passed: deadlines are due, old memories go.
+    PassTime,
+}
+
+/// The answer to an accepted command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Something changed.
+    Done,
+    /// All was so already.
+    Unchanged,
+    /// These deployments are being stopped.
+    Stopping(Vec<DeploymentId>),
+}
+
+/// A rule said no; nothing changed. The same on every member.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Rejection {
+    /// No such thing.
+    #[error("{kind} {name} is not known")]
+    Unknown {
+        /// What kind of thing.
+        kind: String,
+        /// Its name.
+        name: String,
+    },
+    /// The validator is not configured.
+    #[error("validator {0} is not configured")]
+    UnknownValidator(Hotkey),
+    /// The signature authorised a command before.
+    #[error("this signature was used before")]
+    Replayed,
+    /// Another host has the name.
+    #[error("the name {0} belongs to another host")]
+    NameTaken(String),
+    /// The server works for a validator already.
+    #[error("Server with name={0} is already provisioned!")]
+    AlreadyEnrolled(String),
+    /// It has none.
+    #[error("server {0} reports no GPUs")]
+    NoGpus(String),
+    /// Some of its GPUs belong to another server.
+    #[error("GPU {0} belongs to another server")]
+    GpuElsewhere(GpuId),
+    /// It may not be stopped without permission.
+    #[error("deployment {deployment} is protected: {why}")]
+    Protected {
+        /// Which.
+        deployment: DeploymentId,
+        /// Why.
+        why: String,
+    },
+    /// Too much would be deleted in one window.
+    #[error("deletion budget: {used} of {limit} used in this window")]
+    BudgetSpent {
+        /// Deleted in this window.
+        used: u32,
+        /// Allowed.
+        limit: u32,
+    },
+    /// A placement against the rules.
+    #[error("placement refused: {0}")]
+    Placement(String),
+    /// An older effect of the same subject is still pending.
+    #[error("effect {0} is not the oldest of its subject")]
+    OutOfOrder(EffectId),
+    /// The phase does not allow it.
+    #[error("deployment {deployment} is {phase:?}")]
+    WrongPhase {
+        /// Which.
+        deployment: DeploymentId,
+        /// Where it is.
+        phase: Phase,
+    },
+}
+
+/// What a proposal is answered with.
+pub type Answer = Result<Reply, Rejection>;

@@ -1,0 +1,379 @@
+//! Every replicated fact, in tables of rows, with the queries that need more than one of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use protocol::hotkey::Hotkey;
+use protocol::id::{ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
+use protocol::time::UnixMillis;
+use serde::{Deserialize, Serialize};
+
+use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
+use super::command::{Answer, PayProfile, RequestId};
+use super::deployment::{Audit, Deployment};
+use super::effect::{Effect, EffectId, EffectKind, Subject};
+use super::job::Job;
+use super::outbox::Outbox;
+use super::server::{Gpu, Server};
+use super::table::Table;
+
+/// Facts of which there is one each.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// The largest time that a proposal carried.
+    pub now: UnixMillis,
+    /// Us; none before the first `Configure`.
+    pub miner: Option<Hotkey>,
+    /// For whom we work.
+    pub validators: BTreeSet<Hotkey>,
+    /// Rules of pay that protect instances.
+    pub pay_profile: PayProfile,
+    /// Raised by restore and recovery; half of every fence.
+    pub incarnation: u64,
+    /// The next effect's name.
+    pub next_effect: EffectId,
+    /// Start of the deletion budget's window.
+    pub budget_window_start: UnixMillis,
+    /// Deleted without an operator in this window.
+    pub budget_used: u32,
+}
+
+/// An instance that a validator lists as ours and that no deployment accounts for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stranger {
+    /// At which validator.
+    pub validator: Hotkey,
+    /// What it runs.
+    pub chute: protocol::id::ChuteId,
+    /// Its launch config.
+    pub config: Option<ConfigId>,
+    /// When it was first seen.
+    pub first_seen_at: UnixMillis,
+}
+
+/// What a request was answered with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answered {
+    /// When.
+    pub at: UnixMillis,
+    /// How.
+    pub answer: Answer,
+}
+
+/// Planted faults, for tests that must show that they can fail. Production passes [`Faults::none`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// A GPU that is held may be given again.
+    pub double_allocation: bool,
+    /// A launch config that comes late revives a stopping deployment.
+    pub late_config_revives: bool,
+    /// Effects of one subject may be done in any order.
+    pub effects_out_of_order: bool,
+    /// A GPU is free as soon as the validator was told.
+    pub gpu_freed_early: bool,
+    /// A listing that is unknown counts as empty.
+    pub unknown_is_empty: bool,
+}
+
+impl Faults {
+    /// No faults.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+}
+
+/// The replicated state. Everything in it follows from the log.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct State {
+    pub(crate) faults: Faults,
+    pub(crate) settings: Settings,
+    pub(crate) settings_changed: bool,
+    pub(crate) servers: Table<ServerId, Server>,
+    pub(crate) gpus: Table<GpuId, Gpu>,
+    pub(crate) chutes: Table<ChuteKey, Chute>,
+    pub(crate) codes: Table<VersionKey, ChuteCode>,
+    pub(crate) bounties: Table<ChuteKey, Bounty>,
+    pub(crate) jobs: Table<JobId, Job>,
+    pub(crate) deployments: Table<DeploymentId, Deployment>,
+    pub(crate) audits: Table<DeploymentId, Audit>,
+    pub(crate) strangers: Table<InstanceId, Stranger>,
+    pub(crate) outbox: Outbox,
+    pub(crate) answers: Table<RequestId, Answered>,
+    pub(crate) guards: Table<[u8; 32], UnixMillis>,
+    index: Index,
+}
+
+/// Derived from the tables, never stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Index {
+    gpus_by_server: BTreeMap<ServerId, BTreeSet<GpuId>>,
+    deployments_by_server: BTreeMap<ServerId, BTreeSet<DeploymentId>>,
+    deployments_by_chute: BTreeMap<ChuteKey, BTreeSet<DeploymentId>>,
+    by_config: BTreeMap<ConfigId, DeploymentId>,
+    by_instance: BTreeMap<InstanceId, DeploymentId>,
+}
+
+impl State {
+    /// An empty state.
+    #[must_use]
+    pub fn new(faults: Faults) -> Self {
+        Self {
+            faults,
+            ..Self::default()
+        }
+    }
+
+    /// Facts of which there is one each.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(crate) fn settings_mut(&mut self) -> &mut Settings {
+        self.settings_changed = true;
+        &mut self.settings
+    }
+
+    /// Hosts that have joined.
+    #[must_use]
+    pub fn servers(&self) -> &Table<ServerId, Server> {
+        &self.servers
+    }
+
+    /// GPUs of enrolled servers.
+    #[must_use]
+    pub fn gpus(&self) -> &Table<GpuId, Gpu> {
+        &self.gpus
+    }
+
+    /// The catalogue.
+    #[must_use]
+    pub fn chutes(&self) -> &Table<ChuteKey, Chute> {
+        &self.chutes
+    }
+
+    /// Code of the versions that are current or run.
+    #[must_use]
+    pub fn codes(&self) -> &Table<VersionKey, ChuteCode> {
+        &self.codes
+    }
+
+    /// Open bounties.
+    #[must_use]
+    pub fn bounties(&self) -> &Table<ChuteKey, Bounty> {
+        &self.bounties
+    }
+
+    /// Jobs that were offered.
+    #[must_use]
+    pub fn jobs(&self) -> &Table<JobId, Job> {
+        &self.jobs
+    }
+
+    /// Deployments that are not gone.
+    #[must_use]
+    pub fn deployments(&self) -> &Table<DeploymentId, Deployment> {
+        &self.deployments
+    }
+
+    /// Deployments that are gone.
+    #[must_use]
+    pub fn audits(&self) -> &Table<DeploymentId, Audit> {
+        &self.audits
+    }
+
+    /// Instances that nobody accounts for.
+    #[must_use]
+    pub fn strangers(&self) -> &Table<InstanceId, Stranger> {
+        &self.strangers
+    }
+
+    /// Effects to be done.
+    #[must_use]
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// GPUs of one server, in order.
+    pub fn gpus_of(&self, server: &ServerId) -> impl Iterator<Item = &Gpu> {
+        self.index
+            .gpus_by_server
+            .get(server)
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.gpus.get(id))
+    }
+
+    /// Deployments on one server, in order.
+    pub fn deployments_on(&self, server: &ServerId) -> impl Iterator<Item = &Deployment> {
+        let ids = self.index.deployments_by_server.get(server);
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| self.deployments.get(id))
+    }
+
+    /// Deployments of one chute, in any version.
+    pub fn deployments_of(&self, chute: &ChuteKey) -> impl Iterator<Item = &Deployment> {
+        let ids = self.index.deployments_by_chute.get(chute);
+        ids.into_iter()
+            .flatten()
+            .filter_map(|id| self.deployments.get(id))
+    }
+
+    /// The server with this name or id, as operators write it.
+    #[must_use]
+    pub fn server_by_name_or_id(&self, text: &str) -> Option<&Server> {
+        self.servers
+            .values()
+            .find(|s| s.facts.name == text || s.facts.server.as_str() == text)
+    }
+
+    /// The deployment that a validator means by a launch config or an instance.
+    #[must_use]
+    pub fn deployment_of(&self, config: Option<&ConfigId>, instance: &InstanceId) -> Option<&DeploymentId> {
+        let by_config = config.and_then(|config| self.index.by_config.get(config));
+        by_config.or_else(|| self.index.by_instance.get(instance))
+    }
+
+    pub(crate) fn deployment_of_config(&self, config: &ConfigId) -> Option<&DeploymentId> {
+        self.index.by_config.get(config)
+    }
+
+    pub(crate) fn insert_gpu(&mut self, gpu: Gpu) {
+        self.index
+            .gpus_by_server
+            .entry(gpu.server.clone())
+            .or_default()
+            .insert(gpu.id().clone());
+        self.gpus.insert(gpu.id().clone(), gpu);
+    }
+
+    pub(crate) fn remove_gpu(&mut self, id: &GpuId) {
+        if let Some(gpu) = self.gpus.remove(id) {
+            remove_from(&mut self.index.gpus_by_server, &gpu.server, id);
+        }
+    }
+
+    pub(crate) fn insert_deployment(&mut self, deployment: Deployment) {
+        self.index.add(&deployment);
+        self.deployments.insert(deployment.id.clone(), deployment);
+    }
+
+    pub(crate) fn remove_deployment(&mut self, id: &DeploymentId) -> Option<Deployment> {
+        let deployment = self.deployments.remove(id)?;
+        remove_from(&mut self.index.deployments_by_server, &deployment.server, id);
+        remove_from(&mut self.index.deployments_by_chute, &deployment.chute, id);
+        // The names stay known to the audit row: a late instance of it is still ours to delete.
+        Some(deployment)
+    }
+
+    /// Names of a deployment that the validator chose; both stay findable after it is gone.
+    pub(crate) fn set_config(&mut self, id: &DeploymentId, config: ConfigId) {
+        if let Some(deployment) = self.deployments.get_mut(id) {
+            self.index.by_config.insert(config.clone(), id.clone());
+            deployment.config = Some(config);
+        }
+    }
+
+    pub(crate) fn set_instance(&mut self, id: &DeploymentId, instance: InstanceId) {
+        if let Some(deployment) = self.deployments.get_mut(id) {
+            self.index.by_instance.insert(instance.clone(), id.clone());
+            deployment.instance = Some(instance);
+        }
+    }
+
+    pub(crate) fn insert_audit(&mut self, audit: Audit) {
+        self.audits.insert(audit.deployment.id.clone(), audit);
+    }
+
+    pub(crate) fn set_audit_instance(&mut self, id: &DeploymentId, instance: InstanceId) {
+        if let Some(audit) = self.audits.get_mut(id) {
+            self.index.by_instance.insert(instance.clone(), id.clone());
+            audit.deployment.instance = Some(instance);
+        }
+    }
+
+    pub(crate) fn remove_audit(&mut self, id: &DeploymentId) {
+        if let Some(audit) = self.audits.remove(id) {
+            if let Some(config) = &audit.deployment.config {
+                self.index.by_config.remove(config);
+            }
+            if let Some(instance) = &audit.deployment.instance {
+                self.index.by_instance.remove(instance);
+            }
+        }
+    }
+
+    /// Adds something to do at a validator.
+    pub(crate) fn push_effect(&mut self, subject: Subject, validator: Hotkey, kind: EffectKind) {
+        let settings = self.settings_mut();
+        let (id, created_at) = (settings.next_effect, settings.now);
+        settings.next_effect += 1;
+        self.outbox.push(Effect {
+            id,
+            subject,
+            validator,
+            kind,
+            created_at,
+        });
+    }
+
+    /// Builds what is derived, after rows were read from disk.
+    pub(crate) fn rebuild_index(&mut self) {
+        let mut index = Index::default();
+        for gpu in self.gpus.values() {
+            index
+                .gpus_by_server
+                .entry(gpu.server.clone())
+                .or_default()
+                .insert(gpu.id().clone());
+        }
+        for deployment in self.deployments.values() {
+            index.add(deployment);
+        }
+        for audit in self.audits.values() {
+            index.add_names(&audit.deployment);
+        }
+        self.index = index;
+    }
+
+    /// True if what is derived is what the tables say.
+    pub(crate) fn index_is_right(&self) -> bool {
+        let mut copy = self.clone();
+        copy.rebuild_index();
+        copy.index == self.index
+    }
+}
+
+impl Index {
+    fn add(&mut self, deployment: &Deployment) {
+        let id = deployment.id.clone();
+        self.deployments_by_server
+            .entry(deployment.server.clone())
+            .or_default()
+            .insert(id.clone());
+        self.deployments_by_chute
+            .entry(deployment.chute.clone())
+            .or_default()
+            .insert(id);
+        self.add_names(deployment);
+    }
+
+    fn add_names(&mut self, deployment: &Deployment) {
+        if let Some(config) = &deployment.config {
+            self.by_config.insert(config.clone(), deployment.id.clone());
+        }
+        if let Some(instance) = &deployment.instance {
+            self.by_instance.insert(instance.clone(), deployment.id.clone());
+        }
+    }
+}
+
+fn remove_from<K: Ord, V: Ord>(index: &mut BTreeMap<K, BTreeSet<V>>, key: &K, value: &V) {
+    if let Some(values) = index.get_mut(key) {
+        values.remove(value);
+        if values.is_empty() {
+            index.remove(key);
+        }
+    }
+}

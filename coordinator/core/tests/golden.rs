@@ -1,0 +1,160 @@
+//! Bytes that were once written must be read for ever. A failing row here means that the stored form has
+//! changed: add a new form to the codec and keep this one readable; never edit the bytes.
+
+use coordinator_core::state_machine::codec::{
+    decode_answer, decode_proposal, encode_answer, encode_proposal,
+};
+use coordinator_core::state_machine::command::{Answer, RequestId};
+use coordinator_core::state_machine::effect::EffectOutcome;
+use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
+use protocol::id::{ConfigId, InstanceId, ServerId};
+use protocol::report::{HostFacts, WorkloadReport};
+use protocol::time::UnixMillis;
+use protocol::workload::Fence;
+use sha2::{Digest, Sha256};
+
+fn proposal(command: Command) -> Proposal {
+    Proposal {
+        request: RequestId(7),
+        at: UnixMillis(1_800_000_000_000),
+        guard: None,
+        command,
+    }
+}
+
+fn server() -> ServerId {
+    ServerId::parse("server-1").unwrap()
+}
+
+fn facts() -> HostFacts {
+    HostFacts {
+        server: server(),
+        name: "host-1".to_owned(),
+        address: "203.0.113.1".to_owned(),
+        proof_port: 30443,
+        devices: vec![],
+        cpu_count: 8,
+        memory_gb: 64,
+        disk_free_gb: 100,
+        agent_version: "0.1.0".to_owned(),
+    }
+}
+
+#[test]
+fn proposals_of_form_1_are_read() {
+    let config = ConfigId::parse("config-1").unwrap();
+    let rows = [
+        (proposal(Command::PassTime), PASS_TIME),
+        (
+            proposal(Command::LockServer {
+                server: server(),
+                locked: true,
+            }),
+            LOCK_SERVER,
+        ),
+        (proposal(Command::RecordHost { facts: facts() }), RECORD_HOST),
+        (
+            proposal(Command::RecordWorkloads {
+                server: server(),
+                report: WorkloadReport {
+                    fence: Fence {
+                        incarnation: 1,
+                        revision: 300,
+                    },
+                    workloads: vec![],
+                },
+            }),
+            RECORD_WORKLOADS,
+        ),
+        (
+            proposal(Command::RecordInstanceActivated {
+                config: Some(config.clone()),
+                instance: InstanceId::parse("instance-1").unwrap(),
+            }),
+            RECORD_ACTIVATED,
+        ),
+        (
+            proposal(Command::FinishEffect {
+                effect: 12,
+                outcome: EffectOutcome::LaunchConfig {
+                    config,
+                    sealed_token: vec![0xaa, 0xbb],
+                },
+            }),
+            FINISH_EFFECT,
+        ),
+    ];
+    for (proposal, bytes) in rows {
+        assert_eq!(hex::encode(encode_proposal(&proposal)), bytes, "{proposal:?}");
+        assert_eq!(decode_proposal(&hex::decode(bytes).unwrap()), Ok(proposal));
+    }
+}
+
+#[test]
+fn answers_of_form_1_are_read() {
+    let rows: [(Answer, &str); 3] = [
+        (Ok(Reply::Done), "000000"),
+        (Ok(Reply::Unchanged), "000001"),
+        (Err(Rejection::Replayed), "000102"),
+    ];
+    for (answer, bytes) in rows {
+        assert_eq!(hex::encode(encode_answer(&answer)), bytes, "{answer:?}");
+        assert_eq!(decode_answer(&hex::decode(bytes).unwrap()), Ok(answer));
+    }
+}
+
+#[test]
+fn damaged_and_newer_bytes_are_refused() {
+    for bytes in [
+        "",
+        "01",
+        "00",
+        "0007",
+        &format!("{PASS_TIME}00"),
+        &PASS_TIME[..PASS_TIME.len() - 2],
+    ] {
+        assert!(decode_proposal(&hex::decode(bytes).unwrap()).is_err(), "{bytes}");
+    }
+}
+
+/// All rows of a small state, by their hash: any change of any stored form shows.
+#[test]
+fn rows_of_form_1_are_written_alike() {
+    let mut state = State::new(Faults::none());
+    for (number, command) in [
+        Command::RecordHost { facts: facts() },
+        Command::LockServer {
+            server: server(),
+            locked: true,
+        },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let request = RequestId(number as u128);
+        let answer = apply(
+            &mut state,
+            Proposal {
+                request,
+                ..proposal(command)
+            },
+        );
+        assert_eq!(answer, Ok(Reply::Done));
+    }
+    let mut hash = Sha256::new();
+    for row in state.drain_rows() {
+        hash.update([row.table]);
+        hash.update(&row.key);
+        hash.update(row.value.expect("nothing was deleted"));
+    }
+    assert_eq!(hex::encode(hash.finalize()), ROWS_SHA256);
+}
+
+const PASS_TIME: &str = "000780a0f1c2b1340019";
+const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
+const RECORD_HOST: &str =
+    "000780a0f1c2b1340001087365727665722d3106686f73742d310b3230332e302e3131332e31ebed010008406405302e312e30";
+const RECORD_WORKLOADS: &str = "000780a0f1c2b1340003087365727665722d3101ac0200";
+const RECORD_ACTIVATED: &str = "000780a0f1c2b13400130108636f6e6669672d310a696e7374616e63652d31";
+const FINISH_EFFECT: &str = "000780a0f1c2b13400180c0208636f6e6669672d3102aabb";
+const ROWS_SHA256: &str = "87df1df36c7280012b73d1c5d1a6ec559c0e66af28884a316dd53ed5465755e2";

@@ -1,0 +1,223 @@
+//! The state as the rest of the coordinator sees it: propose a command, read what is applied, wait for
+//! changes. Behind it stands the replicated log (seam [`Log`]).
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use coordinator_core::state_machine::codec::{
+    Row, Unreadable, decode_answer, decode_proposal, encode_answer, encode_proposal,
+};
+use coordinator_core::state_machine::command::RequestId;
+use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+
+/// A future that a trait object returns.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Why a command got no reply.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A rule said no; nothing changed.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// It is not known whether the command was applied; repeat it under the same request id.
+    #[error("the log did not answer: {0}")]
+    Unavailable(String),
+}
+
+/// The seam of the replicated log: bytes in order, applied to a [`Machine`] on every member.
+pub trait Log: fmt::Debug + Send + Sync {
+    /// Appends, replicates and applies a command; its answer.
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>>;
+    /// Returns once a read of the state sees every write that was acknowledged before the call.
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>>;
+}
+
+/// The state machine as the log drives it. Its clones share one state.
+#[derive(Clone)]
+pub struct Machine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: RwLock<State>,
+    applied: watch::Sender<u64>,
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Machine(applied {})", *self.shared.applied.borrow())
+    }
+}
+
+impl Machine {
+    /// An empty state.
+    #[must_use]
+    pub fn new(faults: Faults) -> Self {
+        let state = RwLock::new(State::new(faults));
+        Self {
+            shared: Arc::new(Shared {
+                state,
+                applied: watch::Sender::new(0),
+            }),
+        }
+    }
+
+    /// Applies a command from the log; the answer's bytes and the rows that changed.
+    ///
+    /// # Panics
+    /// When the command cannot be read: a member that skipped it would diverge from the others.
+    #[must_use]
+    pub fn apply(&self, command: &[u8]) -> (Vec<u8>, Vec<Row>) {
+        let proposal = decode_proposal(command).expect("a member must stop rather than skip a command");
+        let mut state = self.shared.state.write().unwrap_or_else(PoisonError::into_inner);
+        let answer = apply(&mut state, proposal);
+        let rows = state.drain_rows();
+        (encode_answer(&answer), rows)
+    }
+
+    /// Replaces the state by what these rows say.
+    ///
+    /// # Errors
+    /// [`Unreadable`] when a row is damaged or newer; the state is as before.
+    pub fn load(&self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), Unreadable> {
+        let loaded = State::from_rows(rows, Faults::none())?;
+        *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = loaded;
+        self.shared.applied.send_modify(|_| {});
+        Ok(())
+    }
+
+    /// Wakes those who wait for changes.
+    pub fn applied(&self, index: u64) {
+        self.shared.applied.send_replace(index);
+    }
+
+    /// Reads the state as it is applied here. Keep it short: it holds up applying.
+    pub fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        read(&self.shared.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A handle on log and state; clones are cheap.
+#[derive(Debug, Clone)]
+pub struct Store {
+    machine: Machine,
+    log: Arc<dyn Log>,
+    clock: Arc<dyn Clock>,
+    requests: Arc<std::sync::Mutex<fastrand::Rng>>,
+}
+
+impl Store {
+    /// Joins a machine and the log that drives it. `seed` makes request ids: random in production, given
+    /// in a simulation.
+    #[must_use]
+    pub fn new(machine: Machine, log: Arc<dyn Log>, clock: Arc<dyn Clock>, seed: u64) -> Self {
+        let requests = Arc::new(std::sync::Mutex::new(fastrand::Rng::with_seed(seed)));
+        Self {
+            machine,
+            log,
+            clock,
+            requests,
+        }
+    }
+
+    /// A store whose log is a plain function call in this process: for tests, and for simulations that are
+    /// not about the log. Nothing is durable.
+    #[must_use]
+    pub fn in_memory(clock: Arc<dyn Clock>) -> Self {
+        let machine = Machine::new(Faults::none());
+        let log = Arc::new(MemoryLog {
+            machine: machine.clone(),
+        });
+        Self::new(machine, log, clock, 1)
+    }
+
+    /// The clock that proposals carry.
+    #[must_use]
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// A name for a write, to repeat it under.
+    #[must_use]
+    pub fn new_request(&self) -> RequestId {
+        let mut random = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        RequestId(random.u128(..))
+    }
+
+    /// Proposes a command once.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn propose(&self, command: Command) -> Result<Reply, Error> {
+        self.propose_as(self.new_request(), None, command).await
+    }
+
+    /// Proposes a command under a name; repeating it is safe. `guard` is the hash of the signature that
+    /// authorises it and is good for one command.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn propose_as(
+        &self,
+        request: RequestId,
+        guard: Option<[u8; 32]>,
+        command: Command,
+    ) -> Result<Reply, Error> {
+        let proposal = Proposal {
+            request,
+            at: self.clock.now(),
+            guard,
+            command,
+        };
+        let answer = self
+            .log
+            .propose(encode_proposal(&proposal))
+            .await
+            .map_err(Error::Unavailable)?;
+        let answer = decode_answer(&answer).map_err(|error| Error::Unavailable(error.to_string()))?;
+        Ok(answer?)
+    }
+
+    /// Returns once [`Store::read`] sees every write that was acknowledged before the call.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when this member cannot know, for want of a quorum.
+    pub async fn linearizable(&self) -> Result<(), Error> {
+        self.log.linearizable().await.map_err(Error::Unavailable)
+    }
+
+    /// Reads the state as it is applied on this member. Keep it short: it holds up applying.
+    pub fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        self.machine.read(read)
+    }
+
+    /// Changes whenever something was applied.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.machine.shared.applied.subscribe()
+    }
+}
+
+/// A log that applies at once and keeps nothing.
+#[derive(Debug)]
+struct MemoryLog {
+    machine: Machine,
+}
+
+impl Log for MemoryLog {
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+        let (answer, _) = self.machine.apply(&command);
+        let index = *self.machine.shared.applied.borrow() + 1;
+        self.machine.applied(index);
+        Box::pin(std::future::ready(Ok(answer)))
+    }
+
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
