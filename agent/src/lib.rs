@@ -7,6 +7,7 @@ pub mod gpu;
 pub mod link;
 pub mod local;
 pub mod processes;
+pub mod proof_plane;
 pub mod registry;
 pub mod signer;
 pub mod telemetry;
