@@ -1,7 +1,9 @@
 //! `chutes-agent`: the host plane and a coordinator member in one binary.
 
 pub mod cache;
+pub mod clock;
 pub mod config;
+pub mod data_plane;
 pub mod egress;
 pub mod gpu;
 pub mod link;
