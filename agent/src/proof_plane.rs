@@ -4,17 +4,18 @@
 //! Two doors: HTTP for validators, signed; and a Unix socket that only root can open, for this host's other
 //! processes (`GET /devices`, `GET /metrics`).
 
+use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use coordinator::clock::{Clock, WallClock};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -24,20 +25,22 @@ use protocol::hotkey::Hotkey;
 use reqwest::Url;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::gpu::api::{Api, local_routes, public_routes};
+use crate::gpu::api::{Api, Peer, local_routes, public_routes};
 use crate::gpu::cpu::{self, Cpu};
 use crate::gpu::cuda::{Cuda, ProbeError};
-use crate::gpu::guard::Guard;
+use crate::gpu::guard::{Guard, caller};
 use crate::gpu::prover::Prover;
 use crate::gpu::remote_token::TokenClient;
 use crate::gpu::worker::{Limits, Worker};
 
 /// Connections that may be open at one door.
 const CONNECTIONS_MAX: usize = 128;
+/// Connections that one address may have open; a validator needs one or two.
+const CONNECTIONS_OF_CALLER_MAX: usize = 32;
 /// A request's head must be here within this time; idle connections are closed after it.
 const HEAD_READ_MAX: Duration = Duration::from_secs(15);
 /// How long open requests may go on after a stop.
@@ -207,49 +210,97 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 /// What connections come in at.
 trait Door: Send + 'static {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Stream>>;
+    /// A connection and the address it comes from; processes of this host have none.
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Self::Stream, Option<IpAddr>)>>;
 }
 
 impl Door for TcpListener {
     type Stream = TcpStream;
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<TcpStream>> {
-        Self::poll_accept(self, cx).map_ok(|(stream, _)| stream)
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(TcpStream, Option<IpAddr>)>> {
+        Self::poll_accept(self, cx).map_ok(|(stream, address)| (stream, Some(address.ip())))
     }
 }
 
 impl Door for UnixListener {
     type Stream = UnixStream;
-    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<UnixStream>> {
-        Self::poll_accept(self, cx).map_ok(|(stream, _)| stream)
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(UnixStream, Option<IpAddr>)>> {
+        Self::poll_accept(self, cx).map_ok(|(stream, _)| (stream, None))
     }
 }
 
-/// Accepts and serves connections, at most [`CONNECTIONS_MAX`] at a time; more are closed at once.
+/// Open connections of each caller.
+type OpenByCaller = Arc<Mutex<BTreeMap<IpAddr, usize>>>;
+
+/// A place among the open connections; gives it back when dropped.
+struct Place {
+    _slot: OwnedSemaphorePermit,
+    of: Option<(IpAddr, OpenByCaller)>,
+}
+
+impl Place {
+    fn take(slots: &Arc<Semaphore>, open: &OpenByCaller, peer: Option<IpAddr>) -> Option<Self> {
+        let slot = Arc::clone(slots).try_acquire_owned().ok()?;
+        let of = match peer.map(caller) {
+            Some(caller) => {
+                let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
+                let count = counts.entry(caller).or_default();
+                if *count >= CONNECTIONS_OF_CALLER_MAX {
+                    return None;
+                }
+                *count += 1;
+                Some((caller, Arc::clone(open)))
+            }
+            None => None,
+        };
+        Some(Self { _slot: slot, of })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some((caller, open)) = &self.of {
+            let mut counts = open.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(count) = counts.get_mut(caller) {
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(caller);
+                }
+            }
+        }
+    }
+}
+
+/// Accepts and serves connections up to the limits; more are closed at once.
 async fn serve_door(door: impl Door, routes: Router, shutdown: CancellationToken) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let open = OpenByCaller::default();
     let mut connections = JoinSet::new();
     loop {
-        let stream = tokio::select! {
+        let accepted = tokio::select! {
             () = shutdown.cancelled() => break,
             Some(_) = connections.join_next() => continue,
-            stream = poll_fn(|cx| door.poll_accept(cx)) => stream,
+            accepted = poll_fn(|cx| door.poll_accept(cx)) => accepted,
         };
-        let stream = match stream {
-            Ok(stream) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");
                 tokio::time::sleep(ACCEPT_RETRY).await;
                 continue;
             }
         };
-        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-            tracing::warn!("too many connections: one is closed");
+        let Some(place) = Place::take(&slots, &open, peer) else {
+            tracing::warn!(?peer, "too many connections: one is closed");
             continue;
         };
-        let (routes, shutdown) = (routes.clone(), shutdown.clone());
+        let routes = match peer {
+            Some(peer) => routes.clone().layer(Extension(Peer(peer))),
+            None => routes.clone(),
+        };
+        let shutdown = shutdown.clone();
         connections.spawn(async move {
             serve_connection(stream, routes, shutdown).await;
-            drop(slot);
+            drop(place);
         });
     }
     let drained = async { while connections.join_next().await.is_some() {} };

@@ -513,6 +513,38 @@ async fn a_burst_of_requests_is_limited() {
     panic!("1000 requests at once were all answered");
 }
 
+#[tokio::test]
+async fn one_address_cannot_take_all_connections() {
+    let bench = bench().await;
+    let mut open = Vec::new();
+    // Fewer than the door has in all: the limit of one address is met first.
+    for _ in 0..100 {
+        let mut stream = tokio::net::TcpStream::connect(bench.address)
+            .await
+            .expect("a door");
+        // A closed connection may refuse the request already, or end before an answer.
+        let request = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n";
+        let mut answer = [0; 12];
+        let served = stream.write_all(request).await.is_ok() && stream.read_exact(&mut answer).await.is_ok();
+        if !served {
+            break;
+        }
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        open.push(stream);
+    }
+    assert_eq!(open.len(), 32);
+    let other = tokio::net::TcpSocket::new_v4().expect("a socket");
+    other
+        .bind(([127, 0, 0, 2], 0).into())
+        .expect("all of 127/8 is loopback");
+    let mut stream = other.connect(bench.address).await.expect("a door");
+    let request = b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    stream.write_all(request).await.expect("an open door");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("an answer");
+    assert!(answer.ends_with("pong"), "another address is served: {answer}");
+}
+
 /// A validator's API as far as `/remote_token` needs it.
 async fn token_api() -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")

@@ -12,6 +12,7 @@
 //! Refusals are 401, bad input 400, 413 or 422, too much of it 429 or 503; all with `{"detail": text}`.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,8 +47,12 @@ pub const BODY_BYTES_MAX: usize = 64 * 1024;
 const BODY_READ_MAX: Duration = Duration::from_secs(10);
 /// Longest ciphertext of one device after decoding, in bytes.
 const CIPHERTEXT_BYTES_MAX: usize = 4 * 1024;
-/// Requests per second, and at once, for all callers together: a verification makes 21.
+/// Requests of one address per second, and at once: a verification makes 21.
 const REQUESTS: (u32, u32) = (100, 200);
+
+/// Where a request comes from; the connection's server adds it to each request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer(pub IpAddr);
 
 /// Everything that the routes need.
 #[derive(Debug)]
@@ -227,7 +232,10 @@ async fn count_and_limit(State(api): State<Arc<Api>>, request: Request, next: Ne
         .into_iter()
         .find(|route| *route == request.uri().path())
         .unwrap_or("other");
-    let response = if api.rate.take() {
+    // Requests without a known peer share one bucket.
+    let unknown = Peer(Ipv4Addr::UNSPECIFIED.into());
+    let Peer(from) = request.extensions().get().copied().unwrap_or(unknown);
+    let response = if api.rate.take(from) {
         next.run(request).await
     } else {
         Refused::new(StatusCode::TOO_MANY_REQUESTS, "too many requests").into_response()
@@ -235,7 +243,7 @@ async fn count_and_limit(State(api): State<Arc<Api>>, request: Request, next: Ne
     let status = response.status();
     api.metrics.request(route, status.as_u16());
     if status == StatusCode::UNAUTHORIZED {
-        tracing::warn!(route, "refused an unsigned or wrongly signed request");
+        tracing::warn!(route, %from, "refused an unsigned or wrongly signed request");
     } else {
         tracing::debug!(route, status = status.as_u16(), "answered");
     }

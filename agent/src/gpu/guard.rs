@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use coordinator::clock::Clock;
 use http::HeaderMap;
@@ -150,11 +150,19 @@ impl Guard {
     }
 }
 
-/// A bucket of requests that refills steadily; the time comes from `tokio::time`.
+/// A bucket of requests for each address, which refills steadily; the time comes from `tokio::time`. One
+/// caller that asks too much does not take the place of the others.
 pub struct RateLimit {
     per_second: u32,
     burst: u32,
-    bucket: Mutex<(Instant, u64)>,
+    buckets: Mutex<BTreeMap<IpAddr, Bucket>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Bucket {
+    at: Instant,
+    /// In millionths of a request, so that a refill of a few microseconds is not lost.
+    left: u64,
 }
 
 impl fmt::Debug for RateLimit {
@@ -163,43 +171,69 @@ impl fmt::Debug for RateLimit {
     }
 }
 
-/// Requests are counted in millionths, so that a refill of a few microseconds is not lost.
-const MILLIONTHS: u64 = 1_000_000;
+/// One request, in the unit of buckets.
+const REQUEST: u64 = 1_000_000;
+/// Addresses with a bucket that is not full; callers from more are turned away until one has refilled.
+const ADDRESSES_MAX: usize = 1024;
 
 impl RateLimit {
-    /// A full bucket.
+    /// Full buckets.
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self {
             per_second,
             burst,
-            bucket: Mutex::new((Instant::now(), u64::from(burst) * MILLIONTHS)),
+            buckets: Mutex::default(),
         }
     }
 
-    /// Takes one request out of the bucket; false if it is empty.
+    /// Takes one request out of an address's bucket; false if it is empty.
     #[must_use]
-    pub fn take(&self) -> bool {
-        self.take_at(Instant::now())
+    pub fn take(&self, from: IpAddr) -> bool {
+        self.take_at(from, Instant::now())
     }
 
-    fn take_at(&self, now: Instant) -> bool {
-        let mut bucket = self.bucket.lock().unwrap_or_else(PoisonError::into_inner);
-        let elapsed: Duration = now.saturating_duration_since(bucket.0);
-        let micros = u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX);
-        let refill = micros.saturating_mul(u64::from(self.per_second));
-        let filled = bucket
-            .1
-            .saturating_add(refill)
-            .min(u64::from(self.burst) * MILLIONTHS);
-        let left = filled.checked_sub(MILLIONTHS);
-        *bucket = (now.max(bucket.0), left.unwrap_or(filled));
-        left.is_some()
+    fn take_at(&self, from: IpAddr, now: Instant) -> bool {
+        let full = u64::from(self.burst) * REQUEST;
+        let refilled = |bucket: &Bucket| {
+            let elapsed = now.saturating_duration_since(bucket.at).as_micros();
+            let refill = u64::try_from(elapsed)
+                .unwrap_or(u64::MAX)
+                .saturating_mul(u64::from(self.per_second));
+            bucket.left.saturating_add(refill).min(full)
+        };
+        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = caller(from);
+        if !buckets.contains_key(&from) && buckets.len() >= ADDRESSES_MAX {
+            buckets.retain(|_, bucket| refilled(bucket) < full);
+            if buckets.len() >= ADDRESSES_MAX {
+                return false;
+            }
+        }
+        let bucket = buckets.entry(from).or_insert(Bucket { at: now, left: full });
+        let left = refilled(bucket);
+        let taken = left.checked_sub(REQUEST);
+        *bucket = Bucket {
+            at: now.max(bucket.at),
+            left: taken.unwrap_or(left),
+        };
+        taken.is_some()
+    }
+}
+
+/// What counts as one caller: an IPv4 address, or the /64 that one IPv6 customer has at the least.
+#[must_use]
+pub fn caller(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => IpAddr::V6((u128::from(v6) >> 64 << 64).into()),
+        v4 => v4,
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[derive(Debug)]
@@ -238,10 +272,45 @@ mod tests {
     fn the_rate_limit_empties_and_refills() {
         let start = Instant::now();
         let limit = RateLimit::new(10, 3);
-        let take = |ms| limit.take_at(start + Duration::from_millis(ms));
+        let address: IpAddr = [192, 0, 2, 1].into();
+        let take = |ms| limit.take_at(address, start + Duration::from_millis(ms));
         assert_eq!([take(0), take(0), take(0), take(0)], [true, true, true, false]);
+        assert!(
+            limit.take_at([192, 0, 2, 2].into(), start),
+            "another address has its own"
+        );
         assert_eq!([take(150), take(160), take(210)], [true, false, true]);
-        assert_eq!([take(60_000); 4].len(), 4);
-        assert_eq!([take(60_000), take(60_000), take(60_000)], [true, true, false]);
+        let later = [60_000; 4].map(take);
+        assert_eq!(later, [true, true, true, false], "never more than the burst");
+    }
+
+    #[test]
+    fn the_rate_limit_remembers_a_bounded_number_of_addresses() {
+        let start = Instant::now();
+        let limit = RateLimit::new(10, 3);
+        let address = |number: usize| IpAddr::from(u32::try_from(number).expect("small").to_be_bytes());
+        for number in 0..ADDRESSES_MAX {
+            assert!(limit.take_at(address(number), start));
+        }
+        assert!(!limit.take_at(address(ADDRESSES_MAX), start), "no room");
+        assert!(limit.take_at(address(0), start), "known ones go on");
+        let later = start + Duration::from_secs(1);
+        assert!(
+            limit.take_at(address(ADDRESSES_MAX), later),
+            "the others have refilled"
+        );
+        assert_eq!(limit.buckets.lock().expect("not poisoned").len(), 1);
+    }
+
+    #[test]
+    fn callers_are_ipv4_addresses_and_ipv6_networks() {
+        for (address, expected) in [
+            ("192.0.2.1", "192.0.2.1"),
+            ("::ffff:192.0.2.1", "192.0.2.1"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
+        ] {
+            let address: IpAddr = address.parse().expect("an address");
+            assert_eq!(caller(address).to_string(), expected);
+        }
     }
 }
