@@ -1,7 +1,7 @@
 //! One workload controller: makes the workloads of a server true, by whatever runs them there.
 //!
 //! Reading order: this page ([`Runtime`]), [`diff`] (what to start and stop), [`environment`] and
-//! [`manifest`] (what a chute sees; pure), [`memory`]
+//! [`manifest`] (what a chute sees; pure), [`process`] (child processes, for development), [`memory`]
 //! (nothing at all, for tests and simulation).
 //!
 //! A runtime accepts work at once and goes on by itself; how far it is shows in [`Runtime::observe`]. It
@@ -11,6 +11,7 @@ pub mod diff;
 pub mod environment;
 pub mod manifest;
 pub mod memory;
+pub mod process;
 
 use std::fmt;
 
@@ -34,14 +35,6 @@ pub enum Error {
         what: String,
         /// Why it failed.
         source: std::io::Error,
-    },
-    /// The specification cannot be run: no later attempt will do better.
-    #[error("workload {deployment} cannot run: {reason}")]
-    BadSpec {
-        /// Whose.
-        deployment: DeploymentId,
-        /// Why.
-        reason: String,
     },
     /// What runs could not be found out. Unknown is not empty.
     #[error("what runs here is not known: {0}")]
