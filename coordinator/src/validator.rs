@@ -7,7 +7,8 @@
 //! - `socket.rs`: the websocket itself, kept alive, authenticated and reconnected for ever;
 //! - `stream.rs`, `rows.rs`, `times.rs`: listings and their rows (pure);
 //! - `client.rs`, `http.rs`: the REST calls, behind the trait [`ValidatorApi`];
-//! - `inventory.rs`: one periodic look at everything, as one observation.
+//! - `inventory.rs`: one periodic look at everything, as one observation;
+//! - `intake.rs`: events and listings become commands (pure).
 //!
 //! Events are hints: they are lost, repeated and reordered. The listings are what counts, and there unknown
 //! is not empty: see [`stream::Listing`].
@@ -16,6 +17,7 @@ pub mod client;
 pub mod directory;
 pub mod event;
 pub mod http;
+pub mod intake;
 pub mod inventory;
 pub mod rows;
 pub mod socket;

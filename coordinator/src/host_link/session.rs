@@ -1,0 +1,300 @@
+//! One host's session: what it says becomes commands, and it is told its desired set whenever that changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_core::state_machine::Command;
+use coordinator_core::state_machine::desired::DesiredSet;
+use protocol::id::ServerId;
+use protocol::link::{FromHost, RegistryHeaders, ToHost};
+use protocol::report::{HostFacts, WorkloadReport};
+use protocol::time::UnixMillis;
+use protocol::workload::{Fence, Secret, WorkloadPhase};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+
+use super::Hub;
+use crate::signer::{SealedKind, Sign};
+use crate::store::{self, Store};
+
+/// How long a new connection may take to say who it is.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// A host whose clock is off by this much gets no new work, in ms: signatures live for 30 s.
+const CLOCK_OFFSET_MAX_MS: u64 = 20_000;
+/// Between two records of mere progress: the log is for facts, not for heartbeats.
+const PROGRESS_EVERY: Duration = Duration::from_secs(15);
+
+/// Why a session ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum End {
+    /// The host closed it.
+    #[error("the host closed the connection")]
+    Closed,
+    /// It did not say who it is.
+    #[error("no hello within {HELLO_TIMEOUT:?}")]
+    NoHello,
+    /// It claims to be somebody that its certificate does not name.
+    #[error("the certificate does not belong to server {0}")]
+    WrongIdentity(ServerId),
+    /// The state machine refused the host.
+    #[error("the host was refused: {0}")]
+    Refused(String),
+    /// A newer session of the same host took over.
+    #[error("a newer connection of the same host took over")]
+    Replaced,
+}
+
+/// What a session works with.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// The state.
+    pub store: Store,
+    /// Opens launch tokens on their way to the host.
+    pub signer: Arc<dyn Sign>,
+    /// Who is connected.
+    pub hub: Hub,
+    /// Registry headers as they are renewed.
+    pub headers: watch::Receiver<Vec<RegistryHeaders>>,
+}
+
+/// Serves one host until either side ends. `is_identity` says whether the other end may claim to be a
+/// server.
+///
+/// # Errors
+/// [`End`]: there is no other way out.
+pub async fn serve(
+    context: Context,
+    is_identity: impl Fn(&ServerId) -> bool,
+    mut incoming: mpsc::Receiver<FromHost>,
+    outgoing: mpsc::Sender<ToHost>,
+) -> Result<(), End> {
+    let hello = timeout(HELLO_TIMEOUT, incoming.recv())
+        .await
+        .map_err(|_| End::NoHello)?;
+    let Some(FromHost::Hello { facts, fence, clock }) = hello else {
+        return Err(End::NoHello);
+    };
+    let server = facts.server.clone();
+    if !is_identity(&server) {
+        return Err(End::WrongIdentity(server));
+    }
+    let now = context.store.clock().now();
+    let session = context.hub.join(server.clone(), now);
+    tracing::info!(host = facts.name, %server, %fence, "host connected");
+    let mut served = Session {
+        context: &context,
+        server: server.clone(),
+        sent: None,
+        recorded: None,
+        recorded_at: Instant::now(),
+    };
+    let end = served.run(facts, clock, session, &mut incoming, &outgoing).await;
+    context.hub.leave(&server, session);
+    end
+}
+
+struct Session<'a> {
+    context: &'a Context,
+    server: ServerId,
+    /// Fence of the last set that was sent.
+    sent: Option<Fence>,
+    /// The last report that was recorded.
+    recorded: Option<WorkloadReport>,
+    recorded_at: Instant,
+}
+
+impl Session<'_> {
+    async fn run(
+        &mut self,
+        facts: HostFacts,
+        clock: UnixMillis,
+        session: u64,
+        incoming: &mut mpsc::Receiver<FromHost>,
+        outgoing: &mpsc::Sender<ToHost>,
+    ) -> Result<(), End> {
+        self.record_facts(facts).await?;
+        self.judge_clock(clock).await?;
+        let mut changes = self.context.store.changes();
+        let mut headers = self.context.headers.clone();
+        headers.mark_changed();
+        loop {
+            if !self.context.hub.is_current(&self.server, session) {
+                return Err(End::Replaced);
+            }
+            self.send_desired(outgoing).await?;
+            tokio::select! {
+                message = incoming.recv() => match message {
+                    Some(message) => self.take(message).await?,
+                    None => return Err(End::Closed),
+                },
+                changed = changes.changed() => if changed.is_err() { return Err(End::Closed) },
+                changed = headers.changed() => {
+                    if changed.is_err() {
+                        return Err(End::Closed);
+                    }
+                    let sets = headers.borrow_and_update().clone();
+                    if !sets.is_empty() {
+                        outgoing.send(ToHost::RegistryHeaders(sets)).await.map_err(|_| End::Closed)?;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn take(&mut self, message: FromHost) -> Result<(), End> {
+        let now = self.context.store.clock().now();
+        match message {
+            FromHost::Hello { facts, .. } | FromHost::Facts(facts) => {
+                if facts.server != self.server {
+                    return Err(End::WrongIdentity(facts.server));
+                }
+                self.context.hub.hear(&self.server, now, None);
+                self.record_facts(facts).await
+            }
+            FromHost::Report(report) => {
+                self.context.hub.hear(&self.server, now, Some(report.clone()));
+                self.record_report(report).await
+            }
+        }
+    }
+
+    async fn record_facts(&self, facts: HostFacts) -> Result<(), End> {
+        let known = self.context.store.read(|state| {
+            state
+                .servers()
+                .get(&self.server)
+                .is_some_and(|server| server.facts == facts && server.reachable)
+        });
+        if known {
+            Ok(())
+        } else {
+            self.propose(Command::RecordHost { facts }).await
+        }
+    }
+
+    async fn judge_clock(&self, clock: UnixMillis) -> Result<(), End> {
+        let now = self.context.store.clock().now();
+        let offset_ms = now.0.abs_diff(clock.0);
+        let quarantine = (offset_ms > CLOCK_OFFSET_MAX_MS).then(|| {
+            format!(
+                "its clock is {} s off; run a time service (chrony) on it",
+                offset_ms / 1000
+            )
+        });
+        let present = self.context.store.read(|state| {
+            state
+                .servers()
+                .get(&self.server)
+                .and_then(|server| server.quarantine.clone())
+        });
+        if present == quarantine {
+            return Ok(());
+        }
+        let server = self.server.clone();
+        self.propose(Command::RecordHostCondition {
+            server,
+            reachable: true,
+            quarantine,
+        })
+        .await
+    }
+
+    async fn record_report(&mut self, report: WorkloadReport) -> Result<(), End> {
+        let same = self.recorded.as_ref().is_some_and(|last| *last == report);
+        let only_progress = self
+            .recorded
+            .as_ref()
+            .is_some_and(|last| *last == without_progress(&report, last));
+        if same || (only_progress && self.recorded_at.elapsed() < PROGRESS_EVERY) {
+            return Ok(());
+        }
+        let server = self.server.clone();
+        self.propose(Command::RecordWorkloads {
+            server,
+            report: report.clone(),
+        })
+        .await?;
+        self.recorded = Some(report);
+        self.recorded_at = Instant::now();
+        Ok(())
+    }
+
+    /// Proposes until there is an answer: a report that is lost would be repeated anyway.
+    async fn propose(&self, command: Command) -> Result<(), End> {
+        let request = self.context.store.new_request();
+        let mut pause = Duration::from_millis(100);
+        loop {
+            match self
+                .context
+                .store
+                .propose_as(request, None, command.clone())
+                .await
+            {
+                Ok(_) => return Ok(()),
+                Err(store::Error::Rejected(rejection)) => return Err(End::Refused(rejection.to_string())),
+                Err(store::Error::Unavailable(reason)) => {
+                    tracing::warn!(server = %self.server, reason, "a host's message is not recorded yet");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(5));
+                }
+            }
+        }
+    }
+
+    async fn send_desired(&mut self, outgoing: &mpsc::Sender<ToHost>) -> Result<(), End> {
+        let fence = self.context.store.read(|state| state.fence_of(&self.server));
+        if fence.is_none() || fence == self.sent {
+            return Ok(());
+        }
+        let Some(set) = self.context.store.read(|state| state.desired(&self.server)) else {
+            return Ok(());
+        };
+        let fence = set.fence;
+        match self.open(set).await {
+            Ok(message) => {
+                outgoing.send(message).await.map_err(|_| End::Closed)?;
+                self.sent = Some(fence);
+            }
+            // It stays unsent; the next change, or the host's next report, tries again.
+            Err(error) => tracing::warn!(server = %self.server, %error, "launch tokens were not opened"),
+        }
+        Ok(())
+    }
+
+    async fn open(&self, set: DesiredSet) -> Result<ToHost, crate::signer::Error> {
+        let mut workloads = Vec::with_capacity(set.workloads.len());
+        for workload in set.workloads {
+            let mut spec = workload.spec;
+            if let Some(sealed) = workload.sealed_token {
+                let token = self
+                    .context
+                    .signer
+                    .unseal(SealedKind::LaunchToken, &sealed)
+                    .await?;
+                spec.launch_token = String::from_utf8(token).ok().map(Secret::new);
+            }
+            workloads.push(spec);
+        }
+        Ok(ToHost::Desired {
+            fence: set.fence,
+            workloads,
+        })
+    }
+}
+
+/// `report` with the bytes pulled of `last`, where both say "pulling".
+fn without_progress(report: &WorkloadReport, last: &WorkloadReport) -> WorkloadReport {
+    let mut report = report.clone();
+    for status in &mut report.workloads {
+        let before = last
+            .workloads
+            .iter()
+            .find(|other| other.deployment == status.deployment);
+        if let (WorkloadPhase::Pulling { .. }, Some(before)) = (&status.phase, before)
+            && matches!(before.phase, WorkloadPhase::Pulling { .. })
+        {
+            status.phase = before.phase.clone();
+        }
+    }
+    report
+}
