@@ -414,3 +414,35 @@ async fn local_metrics(State(api): State<Arc<Api>>) -> impl IntoResponse {
     let form = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, form)], api.metrics.text())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_have_their_status() {
+        use prover::Error;
+        for (error, status, retry) in [
+            (Error::Busy, 503, true),
+            (Error::Stopped, 503, true),
+            (Error::NoDevice, 503, true),
+            (Error::TimedOut, 504, false),
+            (Error::Unsupported("no kernels"), 501, false),
+            (Error::BadChallenge, 422, false),
+            (Error::BadCiphertext, 422, false),
+            (Error::Crashed, 500, false),
+            (Error::NotProved, 500, false),
+            (Error::Backend("why".to_owned()), 500, false),
+        ] {
+            let response = Refused::from(error.clone()).into_response();
+            assert_eq!(response.status().as_u16(), status, "{error:?}");
+            assert_eq!(
+                response.headers().contains_key(header::RETRY_AFTER),
+                retry,
+                "{error:?}"
+            );
+        }
+        let full = Refused::from(Refusal::Full).into_response();
+        assert_eq!(full.status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
+}
