@@ -128,7 +128,7 @@ async fn the_admin_socket_feeds_the_doors() {
         422
     );
     assert_eq!(
-        admin(&socket, "PUT", "/cache/leases", &" ".repeat(5 << 20))
+        admin(&socket, "PUT", "/cache/leases", &" ".repeat((4 << 20) + 1))
             .await
             .0,
         413

@@ -27,7 +27,7 @@ fn have(programs: &[&str]) -> bool {
                 std::env::var_os("REQUIRE_PEERS").is_none(),
                 "{program} is required (see .ci/peers)"
             );
-            println!("NOT TESTED: pulling with a foreign client, since {program} is not installed");
+            eprintln!("NOT TESTED: pulling with a foreign client, since {program} is not installed");
             return false;
         }
     }
