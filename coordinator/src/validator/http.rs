@@ -393,7 +393,7 @@ fn detail(body: &[u8]) -> String {
         },
         _ => String::from_utf8_lossy(body).into_owned(),
     };
-    shortened(text.trim())
+    shortened(&text).trim().to_owned()
 }
 
 impl ValidatorApi for Client {
