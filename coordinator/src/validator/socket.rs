@@ -588,3 +588,100 @@ async fn say_goodbye(websocket: &mut WebSocket) {
     };
     let _ = timeout(Duration::from_secs(1), goodbye).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: &str = r#"0{"sid":"x","upgrades":[],"pingTimeout":20000,"pingInterval":25000}"#;
+    const AUTH_SUCCESS: &str = r#"42["auth_success",{}]"#;
+
+    fn hear(session: &mut Session, text: &str) -> Step {
+        session.on_message(Some(Ok(Message::text(text))), &Counters::default())
+    }
+
+    fn near(at: Option<Instant>, expected: Instant) -> bool {
+        at.is_some_and(|at| at.max(expected) - at.min(expected) < Duration::from_secs(2))
+    }
+
+    /// The times that decide whether targeted events go on arriving.
+    #[test]
+    fn it_authenticates_after_10_30_and_50_seconds_and_then_every_5_minutes() {
+        let mut session = Session::new(&Timing::default());
+        assert_eq!(hear(&mut session, OPEN), Step::Send(Packet::Connect(None)));
+        assert_eq!(session.silence, Duration::from_secs(45));
+        assert_eq!(
+            hear(&mut session, AUTH_SUCCESS),
+            Step::Nothing,
+            "not connected yet"
+        );
+        assert_eq!(hear(&mut session, "40{}"), Step::Connected);
+        let start = Instant::now();
+        for after in [10, 30, 50] {
+            session.authentication_sent();
+            assert_eq!(hear(&mut session, AUTH_SUCCESS), Step::Authenticated);
+            let expected = start + Duration::from_secs(after);
+            assert!(
+                near(session.again_at, expected),
+                "{after}: {:?}",
+                session.again_at
+            );
+            assert!(session.expected.is_none());
+        }
+        for _ in 0..3 {
+            assert_eq!(hear(&mut session, AUTH_SUCCESS), Step::Authenticated);
+            assert!(near(session.again_at, Instant::now() + Duration::from_secs(300)));
+        }
+    }
+
+    #[test]
+    fn a_silent_server_is_dead_after_45_seconds_or_its_own_intervals() {
+        let open = |ping_interval, ping_timeout| Open {
+            sid: String::new(),
+            upgrades: Vec::new(),
+            ping_interval,
+            ping_timeout,
+            max_payload: 0,
+        };
+        let default = Timing::default().silence;
+        assert_eq!(default, Duration::from_secs(45));
+        for (interval, timeout, seconds) in [
+            (25_000, 20_000, 45),
+            (5_000, 1_000, 6),
+            (0, 0, 45),
+            (u64::MAX, u64::MAX, 45),
+            (1 << 40, 0, 45),
+        ] {
+            let silence = silence_of(&open(interval, timeout), default);
+            assert_eq!(silence, Duration::from_secs(seconds), "{interval} {timeout}");
+        }
+        let mut session = Session::new(&Timing::default());
+        assert!(near(
+            Some(session.next_deadline()),
+            Instant::now() + Timing::default().handshake
+        ));
+        hear(&mut session, OPEN);
+        hear(&mut session, "40{}");
+        assert!(near(Some(session.next_deadline()), Instant::now() + default));
+    }
+
+    #[test]
+    fn addresses_get_what_socket_io_needs() {
+        for (url, expected) in [
+            (
+                "wss://ws.chutes.ai/",
+                "wss://ws.chutes.ai/socket.io/?EIO=4&transport=websocket",
+            ),
+            (
+                "ws://[::1]:7",
+                "ws://[::1]:7/socket.io/?EIO=4&transport=websocket",
+            ),
+            (
+                "wss://a.example/other/",
+                "wss://a.example/other/?EIO=4&transport=websocket",
+            ),
+        ] {
+            assert_eq!(request_url(&url.parse().expect("a URL")), expected);
+        }
+    }
+}
