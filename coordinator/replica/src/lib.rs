@@ -1,1 +1,363 @@
 //! Raft: a replicated, durable log and state behind one non-generic front.
+//!
+//! The Raft library (openraft) and the database (redb) are known only here. To the rest of the product a
+//! command is bytes, the state machine is a trait object, and [`Replica`] is the only way in.
+//!
+//! ```text
+//! propose -> proposer (many commands, one entry) -> log_store (one fsync for a group) -> commit
+//!         -> machine (apply in memory, reply) -> state_store (rows, no fsync) -> snapshot -> purge of the log
+//! ```
+//!
+//! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
+//! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
+//! `snapshot`, `machine`, `proposer`, `transport`.
+
+use openraft::async_runtime::WatchReceiver;
+use openraft::error::{LinearizableReadError, RaftError};
+use openraft::{BasicNode, RaftMetrics, ReadPolicy, ServerState};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout, timeout_at};
+
+mod config;
+mod error;
+mod format;
+mod health;
+mod log_store;
+mod machine;
+mod open;
+mod proposer;
+mod raft;
+mod snapshot;
+mod state_store;
+mod storage;
+mod transport;
+
+pub use config::{Config, SnapshotPolicy, Timing};
+pub use error::{Error, ProposeError, WAY_BACK};
+pub use health::{Health, Metrics};
+pub use machine::StateMachine;
+pub use proposer::Proposals;
+pub use redb::{BackendError, StorageBackend};
+pub use snapshot::MemorySnapshots;
+pub use state_store::RowChange;
+pub use storage::{Storage, Writer};
+
+use health::Shared;
+use log_store::LogStore;
+use machine::SnapshotLock;
+use proposer::{Backoff, Proposer, Queue};
+use raft::{Raft, Seed, Types};
+use state_store::StateLane;
+use transport::{Network, Unconnected};
+
+/// Directive for a log filter: the Raft library reports every step at `info`.
+pub const QUIET_LOG_DIRECTIVE: &str = "openraft=warn";
+
+/// Who leads, as far as this replica knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leadership {
+    /// Whether this replica leads and its state holds everything acknowledged before it did.
+    pub leads: bool,
+    /// Current term.
+    pub term: u64,
+    /// Id of the leader, if known.
+    pub leader: Option<u64>,
+    /// When `leads` last changed.
+    pub since: Instant,
+    /// Index of the last applied log entry; 0 before the first.
+    pub applied_index: u64,
+}
+
+/// One member's replica. Clones are handles to the same one.
+#[derive(Clone)]
+pub struct Replica(Arc<Inner>);
+
+struct Inner {
+    raft: Raft,
+    seed: Seed,
+    queue: Queue,
+    shared: Shared,
+    log: LogStore,
+    state: StateLane,
+    snapshot_lock: SnapshotLock,
+    leadership: watch::Receiver<Leadership>,
+    stop: Mutex<Option<oneshot::Sender<()>>>,
+    /// Closes when the proposer has ended.
+    proposer_ended: watch::Receiver<()>,
+    timeout: Duration,
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replica")
+            .field("leadership", &*self.0.leadership.borrow())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Replica {
+    /// Opens a replica: founds a cluster of one voter on an empty store, or goes on from what is stored.
+    /// The machine has loaded the stored rows and what the log adds to them when this returns.
+    ///
+    /// # Errors
+    /// Every variant of [`Error`] that names a file, when the store is refused; `Configuration`; `Load`.
+    pub async fn open(config: Config, machine: Box<dyn StateMachine>) -> Result<Self, Error> {
+        config.check()?;
+        let raft_config = Arc::new(config.raft()?);
+        let limits = config.proposals.clone();
+        let (node_id, address) = (config.node_id, config.address.clone());
+        let seed = Seed::new(config.seed.unwrap_or_else(|| fastrand::u64(..)));
+        let shared = Shared::new();
+        let open::Opened {
+            log,
+            state,
+            machine,
+            snapshot_lock,
+        } = open::open(config, machine, &shared).await?;
+
+        let network = Network::new(Unconnected);
+        let started = seed
+            .scope(Raft::new(node_id, raft_config, network, log.clone(), machine))
+            .await;
+        let raft = match started {
+            Ok(raft) => raft,
+            Err(fatal) => {
+                log.stop().await;
+                state.stop().await;
+                return Err(Error::Failed(
+                    shared.failure().unwrap_or_else(|| fatal.to_string()),
+                ));
+            }
+        };
+        let (leadership_out, leadership) =
+            watch::channel(leadership_of(&raft.metrics().borrow_watched(), None));
+        let (queue, proposals) = Queue::new(limits.clone());
+        let (stop, stopped) = oneshot::channel();
+        let (proposer_end, proposer_ended) = watch::channel(());
+        let proposer = Proposer::new(raft.clone(), proposals, limits.clone(), shared.clone(), stopped);
+        let follow = follow(raft.metrics(), leadership_out, shared.clone());
+        seed.scope(async {
+            raft::spawn(async move {
+                proposer.run().await;
+                drop(proposer_end);
+            });
+            raft::spawn(follow);
+        })
+        .await;
+
+        let replica = Self(Arc::new(Inner {
+            raft,
+            seed,
+            queue,
+            shared,
+            log,
+            state,
+            snapshot_lock,
+            leadership,
+            stop: Mutex::new(Some(stop)),
+            proposer_ended,
+            timeout: Duration::from_millis(limits.timeout_ms),
+        }));
+        if let Err(error) = replica.found_or_resume(node_id, address).await {
+            replica.shutdown().await;
+            return Err(error);
+        }
+        Ok(replica)
+    }
+
+    async fn found_or_resume(&self, node_id: u64, address: String) -> Result<(), Error> {
+        let raft = &self.0.raft;
+        let initialized = self.0.seed.scope(raft.is_initialized()).await;
+        if !initialized.map_err(|fatal| self.failed(&fatal))? {
+            let members = BTreeMap::from([(node_id, BasicNode { addr: address })]);
+            let founded = self.0.seed.scope(raft.initialize(members)).await;
+            return founded.map_err(|error| self.failed(&error));
+        }
+        if raft.voter_ids().eq([node_id]) {
+            // Nobody else can win: no need to wait for an election timeout.
+            let elected = self.0.seed.scope(raft.trigger().elect(false)).await;
+            elected.map_err(|fatal| self.failed(&fatal))?;
+        }
+        Ok(())
+    }
+
+    /// Proposes a command and returns the state machine's reply once it is durable, committed and applied.
+    /// Repeating a command after [`ProposeError::OutcomeUnknown`] needs a request id within the command.
+    ///
+    /// # Errors
+    /// See [`ProposeError`]; all but `OutcomeUnknown` mean that the command is not and will not be applied.
+    pub async fn propose(&self, command: Vec<u8>) -> Result<Vec<u8>, ProposeError> {
+        self.0.queue.propose(command).await
+    }
+
+    /// A barrier for reads: when it returns, the machine has applied every command that was acknowledged
+    /// anywhere before the call, so what it published is current.
+    ///
+    /// # Errors
+    /// `NotLeader`, `Timeout`, `Stopped` or `Failed`.
+    pub async fn linearizable(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + self.0.timeout;
+        let mut backoff = Backoff::new();
+        loop {
+            let barrier = self
+                .0
+                .seed
+                .scope(self.0.raft.ensure_linearizable(ReadPolicy::ReadIndex));
+            let leader = match timeout_at(deadline, barrier).await {
+                Err(_) => return Err(Error::Timeout),
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(RaftError::Fatal(fatal))) => return Err(self.failed(&fatal)),
+                Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
+                    forward.leader_id
+                }
+                Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => None,
+            };
+            if leader.is_some_and(|leader| leader != *self.0.raft.node_id()) {
+                return Err(Error::NotLeader { leader });
+            }
+            if !backoff.wait(deadline).await {
+                return Err(Error::NotLeader { leader: None });
+            }
+        }
+    }
+
+    /// Follows who leads, and how far the state has come.
+    #[must_use]
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.0.leadership.clone()
+    }
+
+    /// Follows whether the replica works. A failed one stays failed until restarted.
+    #[must_use]
+    pub fn health(&self) -> watch::Receiver<Health> {
+        self.0.shared.watch()
+    }
+
+    /// Counters and positions now.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let metrics = self.0.raft.metrics();
+        let raft = metrics.borrow_watched();
+        Metrics {
+            term: raft.current_term,
+            last_index: raft.last_log_index,
+            committed_index: raft.local_committed.map(|id| id.index),
+            applied_index: raft.last_applied.map(|id| id.index),
+            snapshot_index: raft.snapshot.map(|id| id.index),
+            purged_index: raft.purged.map(|id| id.index),
+            ..Metrics::of(&self.0.shared.counters)
+        }
+    }
+
+    /// Writes a snapshot of everything applied so far and returns once it is on the disk. The log may be
+    /// purged up to it afterwards.
+    ///
+    /// # Errors
+    /// `Timeout` after a minute; `Stopped` or `Failed`.
+    pub async fn snapshot(&self) -> Result<(), Error> {
+        let raft = &self.0.raft;
+        let target = raft.metrics().borrow_watched().last_applied;
+        let triggered = self.0.seed.scope(raft.trigger().snapshot()).await;
+        triggered.map_err(|fatal| self.failed(&fatal))?;
+        let mut metrics = raft.metrics();
+        let written = async {
+            loop {
+                {
+                    let now = metrics.borrow_watched();
+                    if now.snapshot >= target {
+                        return Ok(());
+                    }
+                    if let Err(fatal) = &now.running_state {
+                        return Err(self.failed(fatal));
+                    }
+                }
+                if metrics.changed().await.is_err() {
+                    return Err(Error::Stopped);
+                }
+            }
+        };
+        timeout(Duration::from_secs(60), written)
+            .await
+            .unwrap_or(Err(Error::Timeout))
+    }
+
+    /// Ends this replica in order: entries on their way are finished, waiting commands are answered with
+    /// "stopped", the files are written out and closed. When it returns they can be opened again. Other
+    /// handles get `Stopped` from then on.
+    pub async fn shutdown(self) {
+        let inner = &self.0;
+        let stop = inner.stop.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(stop) = stop {
+            // An error means that the proposer has ended already.
+            let _ = stop.send(());
+        }
+        let mut ended = inner.proposer_ended.clone();
+        while ended.changed().await.is_ok() {}
+        if let Err(error) = inner.seed.scope(inner.raft.shutdown()).await {
+            tracing::warn!(%error, "the raft task did not end in order");
+        }
+        let _no_snapshot_is_being_written = inner.snapshot_lock.lock().await;
+        inner.log.stop().await;
+        inner.state.stop().await;
+    }
+
+    fn failed(&self, error: &dyn std::fmt::Display) -> Error {
+        match self.0.shared.failure() {
+            Some(reason) => Error::Failed(reason),
+            None if self.0.queue.is_closed() => Error::Stopped,
+            None => Error::Failed(error.to_string()),
+        }
+    }
+}
+
+fn leadership_of(metrics: &RaftMetrics<Types>, before: Option<&Leadership>) -> Leadership {
+    // A new leader has caught up once an entry of its own term is applied.
+    let caught_up = metrics
+        .last_applied
+        .is_some_and(|id| id.leader_id.term == metrics.current_term);
+    let leads = metrics.state == ServerState::Leader && caught_up && metrics.running_state.is_ok();
+    let since = before
+        .filter(|before| before.leads == leads)
+        .map_or_else(Instant::now, |before| before.since);
+    Leadership {
+        leads,
+        term: metrics.current_term,
+        leader: metrics.current_leader,
+        since,
+        applied_index: metrics.last_applied.map_or(0, |id| id.index),
+    }
+}
+
+/// Publishes the library's metrics as leadership and health until the library ends.
+async fn follow(
+    mut metrics: impl WatchReceiver<<raft::SeededRuntime as openraft::AsyncRuntime>::Watch, RaftMetrics<Types>>,
+    leadership: watch::Sender<Leadership>,
+    shared: Shared,
+) {
+    loop {
+        {
+            let now = metrics.borrow_watched();
+            leadership.send_if_modified(|known| {
+                let new = leadership_of(&now, Some(known));
+                let changed = new != *known;
+                *known = new;
+                changed
+            });
+            if let Err(fatal) = &now.running_state
+                && !matches!(fatal, openraft::error::Fatal::Stopped)
+            {
+                shared.fail(&fatal.to_string());
+            }
+        }
+        if metrics.changed().await.is_err() {
+            break;
+        }
+    }
+    leadership.send_modify(|known| {
+        known.leads = false;
+        known.leader = None;
+    });
+}

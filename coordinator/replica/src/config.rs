@@ -1,0 +1,149 @@
+//! Settings of a replica, as checked: plain numbers, no parsing.
+
+use crate::error::Error;
+use crate::proposer::Proposals;
+use crate::storage::{Storage, Writer};
+
+/// Heartbeats and elections, in milliseconds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timing {
+    /// Between two heartbeats of a leader.
+    pub heartbeat_ms: u64,
+    /// Shortest silence after which a member stands for election.
+    pub election_min_ms: u64,
+    /// Longest such silence, and the lease of a leader: failover takes this plus a random part.
+    pub election_max_ms: u64,
+}
+
+impl Timing {
+    /// For members in one place: failover within about a second.
+    pub const LAN: Self = Self {
+        heartbeat_ms: 100,
+        election_min_ms: 300,
+        election_max_ms: 600,
+    };
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self::LAN
+    }
+}
+
+/// When snapshots are written and what of the log is kept after one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotPolicy {
+    /// Log entries after the last snapshot that cause the next one; `None` leaves it to
+    /// [`crate::Replica::snapshot`].
+    pub every_entries: Option<u64>,
+    /// Entries before a snapshot that stay in the log, so that a member that was away for a moment needs no
+    /// snapshot.
+    pub keep_entries: u64,
+}
+
+impl Default for SnapshotPolicy {
+    fn default() -> Self {
+        Self {
+            every_entries: Some(10_000),
+            keep_entries: 1_000,
+        }
+    }
+}
+
+/// Settings of one replica.
+#[derive(Debug)]
+pub struct Config {
+    /// Names the cluster; a store of another cluster is refused.
+    pub cluster: String,
+    /// Names the member within the cluster. A member whose store is lost never comes back under its old id.
+    pub node_id: u64,
+    /// Where other members reach this one; may be empty in a cluster of one.
+    pub address: String,
+    /// Where the data is.
+    pub storage: Storage,
+    /// Who writes it.
+    pub writer: Writer,
+    /// Heartbeats and elections.
+    pub timing: Timing,
+    /// Snapshots and purges.
+    pub snapshots: SnapshotPolicy,
+    /// Group commit.
+    pub proposals: Proposals,
+    /// Bytes of log entries kept in memory; older ones are read from the file. Default 16 MiB.
+    pub log_tail_bytes_max: usize,
+    /// Seed of the Raft library's random numbers; `None` takes one from the operating system.
+    pub seed: Option<u64>,
+}
+
+impl Config {
+    /// Defaults of production over the given storage.
+    #[must_use]
+    pub fn new(cluster: impl Into<String>, node_id: u64, storage: Storage) -> Self {
+        Self {
+            cluster: cluster.into(),
+            node_id,
+            address: String::new(),
+            storage,
+            writer: Writer::Thread,
+            timing: Timing::LAN,
+            snapshots: SnapshotPolicy::default(),
+            proposals: Proposals::default(),
+            log_tail_bytes_max: 16 * 1024 * 1024,
+            seed: None,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let proposals = &self.proposals;
+        let limits = [
+            ("cluster: must not be empty", !self.cluster.is_empty()),
+            (
+                "commands_per_entry_max: at least 1",
+                proposals.commands_per_entry_max > 0,
+            ),
+            (
+                "entry_bytes_max: 1 byte to 32 MiB",
+                (1..=32 << 20).contains(&proposals.entry_bytes_max),
+            ),
+            (
+                "entries_in_flight_max: 1 to 64",
+                (1..=64).contains(&proposals.entries_in_flight_max),
+            ),
+            (
+                "waiting_max: 1 to 1000000",
+                (1..=1_000_000).contains(&proposals.waiting_max),
+            ),
+            ("timeout_ms: at least 1", proposals.timeout_ms > 0),
+            (
+                "every_entries: at least 1",
+                self.snapshots.every_entries != Some(0),
+            ),
+        ];
+        match limits.iter().find(|(_, holds)| !holds) {
+            Some((rule, _)) => Err(Error::Configuration((*rule).to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// The Raft library's settings.
+    pub(crate) fn raft(&self) -> Result<openraft::Config, Error> {
+        let snapshot_policy = match self.snapshots.every_entries {
+            Some(entries) => openraft::SnapshotPolicy::LogsSinceLast(entries),
+            None => openraft::SnapshotPolicy::Never,
+        };
+        let config = openraft::Config {
+            cluster_name: self.cluster.clone(),
+            heartbeat_interval: self.timing.heartbeat_ms,
+            election_timeout_min: self.timing.election_min_ms,
+            election_timeout_max: self.timing.election_max_ms,
+            snapshot_policy,
+            max_in_snapshot_log_to_keep: self.snapshots.keep_entries,
+            // Without it a member that was cut off comes back with a high term and unseats the leader.
+            enable_pre_vote: Some(true),
+            ..openraft::Config::default()
+        };
+        config
+            .validate()
+            .map_err(|error| Error::Configuration(error.to_string()))
+    }
+}

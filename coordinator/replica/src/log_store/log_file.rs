@@ -1,0 +1,310 @@
+//! `raft-log.redb` and its worker: all writes that wait become one transaction and one fsync.
+
+use openraft::EntryPayload;
+use openraft::storage::IOFlushed;
+use redb::{Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use std::io;
+use std::ops::Range;
+use tokio::sync::oneshot;
+
+use super::SharedTail;
+use crate::error::Error;
+use crate::format::{decode_entry, decode_log_id, decode_vote, encode_log_id, encode_vote};
+use crate::health::{Shared, count};
+use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
+use crate::storage::{META, StoreFile, Worker};
+
+const LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("log");
+const VOTE: &str = "vote";
+const PURGED: &str = "purged";
+const COMMITTED: &str = "committed";
+
+type Reply<T> = oneshot::Sender<io::Result<T>>;
+
+/// What the worker of the log file is asked to do.
+pub(crate) enum Job {
+    Append {
+        entries: Vec<(u64, Vec<u8>)>,
+        callback: IOFlushed<Types>,
+    },
+    Vote {
+        vote: RaftVote,
+        reply: Reply<()>,
+    },
+    Truncate {
+        from: u64,
+        reply: Reply<()>,
+    },
+    Purge {
+        upto: RaftLogId,
+        reply: Reply<()>,
+    },
+    Committed(Option<RaftLogId>),
+    Read {
+        range: Range<u64>,
+        reply: Reply<Vec<RaftEntry>>,
+    },
+}
+
+impl Job {
+    /// Whether someone relies on this write being on the disk. A purge and the committed index are not
+    /// forced: older values of theirs are true as well.
+    fn must_be_durable(&self) -> bool {
+        matches!(
+            self,
+            Self::Append { .. } | Self::Vote { .. } | Self::Truncate { .. }
+        )
+    }
+
+    fn answer(self, result: &Result<(), String>) {
+        let result = result.clone().map_err(io::Error::other);
+        match self {
+            Self::Append { callback, .. } => callback.io_completed(result),
+            Self::Vote { reply, .. } | Self::Truncate { reply, .. } | Self::Purge { reply, .. } => {
+                // An error means that nobody waits any more.
+                let _ = reply.send(result);
+            }
+            Self::Committed(_) | Self::Read { .. } => {}
+        }
+    }
+}
+
+/// What the file holds at start.
+#[derive(Debug, Default)]
+pub(crate) struct Stored {
+    pub(crate) vote: Option<RaftVote>,
+    pub(crate) purged: Option<RaftLogId>,
+    pub(crate) committed: Option<RaftLogId>,
+    pub(crate) last: Option<RaftLogId>,
+    /// The newest entries with their sizes, within the limit of the tail.
+    pub(crate) newest: Vec<(RaftEntry, usize)>,
+}
+
+/// Bytes that an entry takes in memory, roughly.
+pub(crate) fn size_in_memory(entry: &RaftEntry) -> usize {
+    let payload = match &entry.payload {
+        EntryPayload::Blank => 0,
+        EntryPayload::Normal(commands) => commands.size_bytes(),
+        EntryPayload::Membership(membership) => 100 * membership.nodes().count(),
+    };
+    payload + 100
+}
+
+/// The log file, owned by its worker.
+#[derive(Debug)]
+pub(crate) struct LogFile {
+    file: StoreFile,
+    tail: SharedTail,
+    shared: Shared,
+    /// Committed index that is not in the file yet.
+    committed: Option<Option<RaftLogId>>,
+    failure: Option<String>,
+}
+
+impl LogFile {
+    pub(crate) fn new(file: StoreFile, tail: SharedTail, shared: Shared) -> Self {
+        Self {
+            file,
+            tail,
+            shared,
+            committed: None,
+            failure: None,
+        }
+    }
+
+    fn read(&self, range: Range<u64>) -> Result<Vec<RaftEntry>, String> {
+        let read = || -> Result<Vec<Vec<u8>>, redb::Error> {
+            let transaction = self.file.database.begin_read()?;
+            let table = transaction.open_table(LOG)?;
+            let rows = table.range(range)?;
+            rows.map(|row| Ok(row?.1.value().to_vec())).collect()
+        };
+        let rows = read().map_err(|error| error.to_string())?;
+        rows.iter()
+            .map(|row| decode_entry(row).map_err(|fault| self.file.fault(fault).to_string()))
+            .collect()
+    }
+
+    /// Writes all of these in one transaction and answers them.
+    fn flush(&mut self, writes: &mut Vec<Job>) {
+        if writes.is_empty() {
+            return;
+        }
+        for job in writes.iter() {
+            if let Job::Committed(committed) = job {
+                self.committed = Some(*committed);
+            }
+        }
+        writes.retain(|job| !matches!(job, Job::Committed(_)));
+        if writes.is_empty() {
+            return;
+        }
+        let result = match &self.failure {
+            // After a failed write nobody knows what the disk holds: promise nothing more.
+            Some(reason) => Err(reason.clone()),
+            None => self
+                .commit(writes)
+                .map_err(|error| self.file.error(error).to_string()),
+        };
+        match &result {
+            Ok(()) => {
+                count(&self.shared.counters.log_commits, 1);
+                let ends = writes.iter().filter_map(|job| match job {
+                    Job::Append { entries, .. } => entries.last().map(|(index, _)| index + 1),
+                    _ => None,
+                });
+                // Only entries that no later job of this batch removed are still there; the tail has
+                // forgotten the others already, so a too high mark does no harm to them.
+                if let (Some(end), false) = (
+                    ends.max(),
+                    writes.iter().any(|job| matches!(job, Job::Truncate { .. })),
+                ) {
+                    self.tail.durable(end);
+                }
+            }
+            Err(reason) => {
+                self.shared.fail(reason);
+                self.failure = Some(reason.clone());
+            }
+        }
+        for job in writes.drain(..) {
+            job.answer(&result);
+        }
+    }
+
+    fn commit(&mut self, writes: &[Job]) -> Result<(), redb::Error> {
+        let mut transaction = self.file.database.begin_write()?;
+        if !writes.iter().any(Job::must_be_durable) {
+            transaction.set_durability(Durability::None)?;
+        }
+        {
+            let mut log = transaction.open_table(LOG)?;
+            let mut meta = transaction.open_table(META)?;
+            for job in writes {
+                match job {
+                    Job::Append { entries, .. } => {
+                        for (index, bytes) in entries {
+                            log.insert(index, bytes.as_slice())?;
+                        }
+                    }
+                    Job::Vote { vote, .. } => drop(meta.insert(VOTE, encode_vote(vote).as_slice())?),
+                    Job::Truncate { from, .. } => log.retain_in::<u64, _>(*from.., |_, _| false)?,
+                    Job::Purge { upto, .. } => {
+                        log.retain_in::<u64, _>(..=upto.index, |_, _| false)?;
+                        meta.insert(PURGED, encode_log_id(Some(upto)).as_slice())?;
+                    }
+                    Job::Committed(_) | Job::Read { .. } => {}
+                }
+            }
+            if let Some(committed) = self.committed.take() {
+                meta.insert(COMMITTED, encode_log_id(committed.as_ref()).as_slice())?;
+            }
+        }
+        transaction.commit()?;
+        Ok(())
+    }
+}
+
+impl Worker for LogFile {
+    type Job = Job;
+
+    fn run(&mut self, jobs: &mut Vec<Job>) {
+        let mut writes = Vec::with_capacity(jobs.len());
+        for job in jobs.drain(..) {
+            if let Job::Read { range, reply } = job {
+                self.flush(&mut writes);
+                let _ = reply.send(self.read(range).map_err(io::Error::other));
+            } else {
+                writes.push(job);
+            }
+        }
+        self.flush(&mut writes);
+    }
+
+    fn finish(&mut self) {
+        if self.failure.is_some() || self.committed.is_none() {
+            return;
+        }
+        if let Err(error) = self.commit(&[]) {
+            tracing::warn!(%error, "the committed index was not stored; a restart finds it out again");
+        }
+    }
+
+    fn panicked(&mut self) {
+        self.shared.fail("the writer of the log file panicked");
+    }
+}
+
+/// Creates the tables if they are missing, and reads the whole log: every entry must decode, and they must
+/// follow one another without a hole.
+pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Error> {
+    let create = || -> Result<(), redb::Error> {
+        let transaction = file.database.begin_write()?;
+        transaction.open_table(LOG)?;
+        transaction.commit()?;
+        Ok(())
+    };
+    let missing = file.read(|transaction| match transaction.open_table(LOG) {
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(true),
+        other => Ok(other?.len()? == u64::MAX),
+    })?;
+    if missing {
+        create().map_err(|error| file.error(error))?;
+    }
+    let meta = |key: &str| {
+        file.read(|transaction| {
+            Ok(transaction
+                .open_table(META)?
+                .get(key)?
+                .map(|value| value.value().to_vec()))
+        })
+    };
+    let mut stored = Stored::default();
+    if let Some(bytes) = meta(VOTE)? {
+        stored.vote = Some(decode_vote(&bytes).map_err(|fault| file.fault(fault))?);
+    }
+    if let Some(bytes) = meta(PURGED)? {
+        stored.purged = decode_log_id(&bytes).map_err(|fault| file.fault(fault))?;
+    }
+    if let Some(bytes) = meta(COMMITTED)? {
+        stored.committed = decode_log_id(&bytes).map_err(|fault| file.fault(fault))?;
+    }
+    let rows = file.read(|transaction| {
+        let table = transaction.open_table(LOG)?;
+        let mut rows = std::collections::VecDeque::new();
+        let mut first_fault = None;
+        let mut bytes = 0;
+        let mut previous: Option<RaftLogId> = None;
+        for row in table.iter()? {
+            let (index, value) = row?;
+            let entry = match decode_entry(value.value()) {
+                Ok(entry) => entry,
+                Err(fault) => {
+                    first_fault = Some(file.fault(fault));
+                    break;
+                }
+            };
+            let follows = previous.is_none_or(|previous| previous.index + 1 == entry.log_id.index);
+            if entry.log_id.index != index.value() || !follows {
+                first_fault = Some(file.damaged("the log has a hole"));
+                break;
+            }
+            previous = Some(entry.log_id);
+            let size = size_in_memory(&entry);
+            bytes += size;
+            rows.push_back((entry, size));
+            while bytes > tail_bytes_max {
+                let Some((_, size)) = rows.pop_front() else { break };
+                bytes -= size;
+            }
+        }
+        Ok((rows, previous, first_fault))
+    })?;
+    let (rows, last, fault) = rows;
+    if let Some(fault) = fault {
+        return Err(fault);
+    }
+    stored.last = last;
+    stored.newest = rows.into();
+    Ok(stored)
+}

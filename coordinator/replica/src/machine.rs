@@ -1,0 +1,349 @@
+//! The application's state machine as the Raft library sees it.
+//!
+//! Commands are applied in memory; the rows they change are queued for `state.redb` and nobody waits for
+//! them. Replies go out after the machine was told that the batch is applied, so that whoever gets a reply
+//! also sees its effect.
+
+use futures_util::{Stream, TryStreamExt};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot};
+use openraft::type_config::alias::SnapshotOf;
+use openraft::{EntryPayload, StoredMembership};
+use redb::ReadTransaction;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{OwnedMutexGuard, oneshot};
+
+use crate::health::{Shared, count};
+use crate::raft::{RaftLogId, RaftMembership, RaftSnapshotMeta, Replies, Types};
+use crate::snapshot::{self, Header, Place, Row, SnapshotData, SnapshotReader};
+use crate::state_store::{Applied, RowChange, Rows, StateLane};
+use crate::storage::Writer;
+
+/// The application's replicated state. Deterministic: the same commands in the same order give the same
+/// replies and rows on every member and in every release that still reads them.
+pub trait StateMachine: Send + 'static {
+    /// Applies one command and returns the reply for its proposer; pushes the rows that it changed.
+    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8>;
+
+    /// Replaces everything by these rows (table, key, value), ascending: at start, and after a snapshot was
+    /// taken over.
+    ///
+    /// # Errors
+    /// A row that this release does not understand; the replica does not start then.
+    fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String>;
+
+    /// Called after each batch of applied entries, before the replies go out, with the log index reached:
+    /// publish the state to readers here.
+    fn applied(&mut self, index: u64);
+}
+
+/// Held while a snapshot is being written, so that a shutdown can wait for it.
+pub(crate) type SnapshotLock = Arc<tokio::sync::Mutex<()>>;
+
+/// The adapter between the Raft library, the application and the stores.
+pub(crate) struct Machine {
+    /// The mutex is never contended: it makes the application's machine shareable for the compiler.
+    machine: Mutex<Box<dyn StateMachine>>,
+    applied: Applied,
+    cluster: String,
+    state: StateLane,
+    place: Place,
+    writer: Writer,
+    shared: Shared,
+    snapshot_lock: SnapshotLock,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("applied", &self.applied)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a machine is made of, besides the application.
+#[derive(Debug, Clone)]
+pub(crate) struct Parts {
+    pub(crate) cluster: String,
+    pub(crate) applied: Applied,
+    pub(crate) state: StateLane,
+    pub(crate) place: Place,
+    pub(crate) writer: Writer,
+    pub(crate) shared: Shared,
+    pub(crate) snapshot_lock: SnapshotLock,
+}
+
+impl Machine {
+    /// A machine whose application has loaded the rows already.
+    pub(crate) fn new(machine: Box<dyn StateMachine>, parts: Parts) -> Self {
+        let Parts {
+            cluster,
+            applied,
+            state,
+            place,
+            writer,
+            shared,
+            snapshot_lock,
+        } = parts;
+        Self {
+            machine: Mutex::new(machine),
+            applied,
+            cluster,
+            state,
+            place,
+            writer,
+            shared,
+            snapshot_lock,
+        }
+    }
+
+    fn machine(&mut self) -> &mut dyn StateMachine {
+        self.machine
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .as_mut()
+    }
+
+    /// Runs the application's code; a panic there stops this replica rather than letting it diverge.
+    fn guarded<T>(&mut self, run: impl FnOnce(&mut dyn StateMachine) -> T) -> io::Result<T> {
+        let shared = self.shared.clone();
+        let machine = self.machine();
+        catch_unwind(AssertUnwindSafe(|| run(machine))).map_err(|_| {
+            let reason = "the state machine panicked";
+            shared.fail(reason);
+            io::Error::other(reason)
+        })
+    }
+}
+
+impl RaftStateMachine<Types> for Machine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, RaftMembership)> {
+        Ok((self.applied.last, self.applied.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
+    where
+        Strm: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + Send,
+    {
+        let mut rows = Vec::new();
+        let mut answers = Vec::new();
+        let mut applied = 0;
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let mut replies = Replies::default();
+            match entry.payload {
+                EntryPayload::Blank => {}
+                EntryPayload::Normal(commands) => {
+                    let changed = &mut rows;
+                    replies.0 = self.guarded(|machine| {
+                        commands
+                            .list()
+                            .iter()
+                            .map(|command| machine.apply(command, changed))
+                            .collect()
+                    })?;
+                    count(&self.shared.counters.commands_applied, commands.list().len());
+                }
+                EntryPayload::Membership(membership) => {
+                    self.applied.membership = StoredMembership::new(Some(entry.log_id), membership);
+                }
+            }
+            self.applied.last = Some(entry.log_id);
+            applied += 1;
+            if let Some(responder) = responder {
+                answers.push((responder, replies));
+            }
+        }
+        let Some(last) = self.applied.last else {
+            return Ok(());
+        };
+        count(&self.shared.counters.entries_applied, applied);
+        self.guarded(|machine| machine.applied(last.index))?;
+        self.state.write(rows, self.applied.clone()).await?;
+        for (responder, replies) in answers {
+            responder.send(replies);
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
+        if !force && self.snapshot_lock.try_lock().is_err() {
+            // The previous one is still being written: the library asks again later.
+            return None;
+        }
+        Some(self.get_snapshot_builder().await)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder {
+            header: Header {
+                cluster: self.cluster.clone(),
+                applied: self.applied.clone(),
+            },
+            view: Mutex::new(Some(self.state.view().await)),
+            state: self.state.clone(),
+            place: self.place.clone(),
+            writer: self.writer,
+            shared: self.shared.clone(),
+            lock: self.snapshot_lock.clone(),
+        }
+    }
+
+    async fn install_snapshot(&mut self, meta: &RaftSnapshotMeta, data: SnapshotData) -> io::Result<()> {
+        let (place, cluster, received) = (self.place.clone(), self.cluster.clone(), data.clone());
+        let lock = self.snapshot_lock.clone().lock_owned().await;
+        let stored = self.writer.blocking(move || {
+            let _lock = lock;
+            keep_received(&place, &cluster, &received)
+        });
+        let header = stored.await??;
+        if header.meta() != *meta {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the snapshot is not the one announced",
+            ));
+        }
+        self.state.replace(data.clone(), header.applied.clone()).await?;
+        let mut rows = SnapshotRows {
+            reader: data.rows()?,
+            fault: None,
+        };
+        self.guarded(|machine| machine.load(&mut rows))?
+            .map_err(io::Error::other)?;
+        if let Some(fault) = rows.fault {
+            return Err(fault);
+        }
+        self.applied = header.applied;
+        let index = self.applied.last.map_or(0, |id| id.index);
+        self.guarded(|machine| machine.applied(index))?;
+        count(&self.shared.counters.snapshots_installed, 1);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
+        let place = self.place.clone();
+        let current = self.writer.blocking(move || -> io::Result<_> {
+            let Some(data) = place.current()? else {
+                return Ok(None);
+            };
+            let meta = data.rows()?.header().meta();
+            Ok(Some(Snapshot { meta, snapshot: data }))
+        });
+        current.await?
+    }
+}
+
+/// Checks a snapshot and makes it the current one, unless it is that already.
+fn keep_received(place: &Place, cluster: &str, received: &SnapshotData) -> io::Result<Header> {
+    let header = snapshot::verify(received)?;
+    if header.cluster != cluster {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the snapshot is of another cluster",
+        ));
+    }
+    if let Some(current) = place.current()?
+        && *current.rows()?.header() == header
+    {
+        return Ok(header);
+    }
+    let mut reader = received.rows()?;
+    place.replace(|out| {
+        let mut fault = None;
+        let rows = std::iter::from_fn(|| {
+            reader.next_row().unwrap_or_else(|error| {
+                fault = Some(error);
+                None
+            })
+        });
+        snapshot::write(out, &header, rows)?;
+        fault.map_or(Ok(()), Err)
+    })?;
+    Ok(header)
+}
+
+struct SnapshotRows {
+    reader: SnapshotReader,
+    fault: Option<io::Error>,
+}
+
+impl Iterator for SnapshotRows {
+    type Item = (u8, Vec<u8>, Vec<u8>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        match self.reader.next_row() {
+            Ok(row) => row.map(|Row { table, key, value }| (table, key, value)),
+            Err(error) => {
+                self.fault = Some(error);
+                None
+            }
+        }
+    }
+}
+
+type OrderedView = io::Result<oneshot::Receiver<io::Result<ReadTransaction>>>;
+
+/// Writes a snapshot from a view of the state, while commands go on being applied.
+pub(crate) struct SnapshotBuilder {
+    header: Header,
+    view: Mutex<Option<OrderedView>>,
+    state: StateLane,
+    place: Place,
+    writer: Writer,
+    shared: Shared,
+    lock: SnapshotLock,
+}
+
+impl SnapshotBuilder {
+    async fn build(&mut self) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+        let ordered = self.view.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let ordered = ordered.ok_or_else(|| io::Error::other("a builder builds one snapshot"))??;
+        let lock = self.lock.clone().lock_owned().await;
+        let view = ordered.await.map_err(io::Error::other)??;
+        let (place, header) = (self.place.clone(), self.header.clone());
+        let snapshot = self
+            .writer
+            .blocking(move || write_view(&place, header, &view, lock))
+            .await??;
+        // The snapshot lets the library purge the log: first put the state itself on the disk.
+        self.state.force().await?;
+        count(&self.shared.counters.snapshots_built, 1);
+        Ok(snapshot)
+    }
+}
+
+impl RaftSnapshotBuilder<Types> for SnapshotBuilder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(&mut self) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+        let built = self.build().await;
+        if let Err(error) = &built {
+            self.shared.fail(&format!("write snapshot: {error}"));
+        }
+        built
+    }
+}
+
+fn write_view(
+    place: &Place,
+    header: Header,
+    view: &ReadTransaction,
+    _lock: OwnedMutexGuard<()>,
+) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+    let mut rows = Rows::of(view).map_err(io::Error::other)?;
+    place.replace(|out| {
+        let each = rows.by_ref().map(|(table, key, value)| Row { table, key, value });
+        snapshot::write(out, &header, each)?;
+        rows.fault().map_or(Ok(()), |fault| Err(io::Error::other(fault)))
+    })?;
+    let data = place
+        .current()?
+        .ok_or_else(|| io::Error::other("the snapshot just written is gone"))?;
+    Ok(Snapshot {
+        meta: header.meta(),
+        snapshot: data,
+    })
+}
