@@ -10,9 +10,12 @@ use support::{files, open, refusal};
 async fn written(directory: &Path) {
     let (replica, _) = open(files(directory)).await;
     for number in 0..50u8 {
-        replica.propose(vec![number; 200]).await.unwrap();
+        replica
+            .propose(vec![number; 200])
+            .await
+            .expect("the command is taken");
     }
-    replica.snapshot().await.unwrap();
+    replica.snapshot().await.expect("the snapshot is written");
     replica.shutdown().await;
 }
 
