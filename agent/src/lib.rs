@@ -6,6 +6,7 @@ pub mod config;
 pub mod data_plane;
 pub mod egress;
 pub mod gpu;
+pub mod host_plane;
 pub mod link;
 pub mod local;
 pub mod processes;

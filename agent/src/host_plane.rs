@@ -1,0 +1,265 @@
+//! The host process: the link to the coordinator, the workloads, and what the host says of itself.
+//!
+//! ```text
+//! coordinator <--link--> host process --> runtime (workloads)
+//!                          |  |
+//!        proof.sock GET /devices   data.sock PUT /registry/headers, PUT /cache/leases
+//! ```
+//!
+//! The neighbours are other processes of this host and may be down at any moment. Without the proof process
+//! the GPUs that were last seen count; the coordinator is told nothing before any were.
+
+pub mod facts;
+pub mod neighbour;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::gpu::DeviceInfo;
+use protocol::link::{RegistryHeaders, ToHost};
+use protocol::report::HostFacts;
+use protocol::workload::Fence;
+use runtime::Runtime;
+use runtime::process::Process;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use self::facts::Identity;
+use self::neighbour::Neighbour;
+use crate::cache::policy::Leases;
+use crate::clock::Clock;
+use crate::link::{self, Ends, Link, Quic};
+use crate::workloads::store::Store;
+use crate::workloads::{self, Channels, Offer};
+
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// Facts are looked at again, and neighbours that may have started anew are told again, so often.
+const REFRESH: Duration = Duration::from_secs(20);
+const RETRY: Duration = Duration::from_secs(1);
+const QUEUE: usize = 8;
+
+/// Settings of the process.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Data directory of the host: `agent.redb`, certificates, `run/*.sock`.
+    pub data: PathBuf,
+    /// What the host is called and where it is reached.
+    pub identity: Identity,
+    /// The link to the coordinator.
+    pub link: link::Config,
+    /// How workloads run.
+    pub runtime: RuntimeKind,
+}
+
+/// How workloads run.
+#[derive(Debug, Clone)]
+pub enum RuntimeKind {
+    /// As child processes, for development.
+    Process(Box<runtime::process::Config>),
+}
+
+/// Why the process cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] workloads::store::Error),
+    /// The runtime.
+    #[error("runtime: {0}")]
+    Runtime(#[from] runtime::Error),
+    /// The way to the neighbours.
+    #[error("neighbours: {0}")]
+    Neighbour(#[from] neighbour::Error),
+}
+
+/// Runs the host process until `shutdown`. Workloads go on afterwards.
+///
+/// # Errors
+/// [`Error`] when it cannot start: the database is in use or damaged, or the runtime refuses.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
+    // The caller may have installed one already; any is fine.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let clock = Clock::system();
+    let link = Box::new(Quic::new(config.link.clone(), clock.clone()));
+    // The database first: it keeps a second agent from touching anything.
+    let (store, found) = Store::open(&config.data.join("agent.redb"))?;
+    match config.runtime.clone() {
+        RuntimeKind::Process(settings) => {
+            let runtime = Arc::new(Process::open(*settings).await?);
+            let result = serve(&config, (store, found), link, Arc::clone(&runtime) as _, shutdown).await;
+            if let Some(runtime) = Arc::into_inner(runtime) {
+                runtime.close().await;
+            }
+            result
+        }
+    }
+}
+
+/// All of the process but the choice of its parts.
+async fn serve(
+    config: &Config,
+    (store, found): (Store, workloads::store::Found),
+    link: Box<dyn Link>,
+    runtime: Arc<dyn Runtime>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    let proof = Neighbour::new(&config.data.join("run/proof.sock"))?;
+    let data = Neighbour::new(&config.data.join("run/data.sock"))?;
+    let (offers, offers_in) = mpsc::channel(QUEUE);
+    let (inbound, inbound_in) = mpsc::channel(QUEUE);
+    let (delivered, delivered_in) = watch::channel(Fence::default());
+    let (report, report_in) = watch::channel(None);
+    let (stored, stored_in) = watch::channel(found.set.fence);
+    let (chutes, chutes_in) = watch::channel(BTreeSet::new());
+    let (facts, facts_in) = watch::channel(None);
+    let (headers, headers_in) = watch::channel(None);
+
+    let mut tasks = JoinSet::new();
+    let channels = Channels {
+        offers: offers_in,
+        delivered: delivered_in,
+        report,
+        stored,
+        chutes,
+    };
+    let loop_end = shutdown.clone();
+    let set = found.set;
+    tasks.spawn(workloads::run(
+        runtime,
+        store.clone(),
+        set,
+        channels,
+        REPORT_EVERY,
+        loop_end,
+    ));
+    let ends = Ends {
+        facts: facts_in,
+        stored: stored_in,
+        report: report_in,
+        delivered,
+        inbound,
+    };
+    tasks.spawn(link.run(ends, shutdown.clone()));
+    let until = |end: CancellationToken, task: futures_util::future::BoxFuture<'static, ()>| async move {
+        end.run_until_cancelled(task).await;
+    };
+    let identity = config.identity.clone();
+    let folder = config.data.clone();
+    let look = look_at_facts(identity, folder, proof, store, found.devices, facts);
+    tasks.spawn(until(shutdown.clone(), Box::pin(look)));
+    tasks.spawn(until(
+        shutdown.clone(),
+        Box::pin(sort(inbound_in, offers, headers)),
+    ));
+    let tell = self::tell(data.clone(), "/registry/headers", headers_in, Clone::clone);
+    tasks.spawn(until(shutdown.clone(), Box::pin(tell)));
+    let leases = |chutes: &BTreeSet<_>| {
+        let running = chutes.clone();
+        Some(Leases {
+            running,
+            ..Leases::default()
+        })
+    };
+    let tell = self::tell(data, "/cache/leases", chutes_in, leases);
+    tasks.spawn(until(shutdown.clone(), Box::pin(tell)));
+
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            // A half-dead host process would look alive: end it, the supervisor starts it anew.
+            std::panic::resume_unwind(error.into_panic());
+        }
+    }
+    Ok(())
+}
+
+/// Hands on what the coordinator says, each to its place.
+async fn sort(
+    mut inbound: mpsc::Receiver<ToHost>,
+    offers: mpsc::Sender<Offer>,
+    headers: watch::Sender<Option<Vec<RegistryHeaders>>>,
+) {
+    while let Some(message) = inbound.recv().await {
+        match message {
+            ToHost::Desired { fence, workloads } => {
+                if offers.send(Offer { fence, workloads }).await.is_err() {
+                    return;
+                }
+            }
+            ToHost::RegistryHeaders(sets) => {
+                headers.send_replace(Some(sets));
+            }
+        }
+    }
+}
+
+/// Tells a neighbour the newest value, and again from time to time, since it may have started anew.
+async fn tell<T, B: serde::Serialize>(
+    neighbour: Neighbour,
+    path: &'static str,
+    mut values: watch::Receiver<T>,
+    body: impl Fn(&T) -> Option<B>,
+) {
+    let mut told = true;
+    loop {
+        let value = body(&values.borrow_and_update());
+        if let Some(value) = value {
+            let result = neighbour.put(path, &value).await;
+            if let Err(error) = &result
+                && told
+            {
+                tracing::warn!(path, %error, "a neighbour was not told, retried");
+            }
+            told = result.is_ok();
+        }
+        let pause = if told { REFRESH } else { RETRY };
+        if matches!(timeout(pause, values.changed()).await, Ok(Err(_))) {
+            return;
+        }
+    }
+}
+
+/// Looks at the host again and again, and tells what has changed.
+async fn look_at_facts(
+    identity: Identity,
+    folder: PathBuf,
+    proof: Neighbour,
+    store: Store,
+    mut devices: Option<Vec<DeviceInfo>>,
+    facts: watch::Sender<Option<HostFacts>>,
+) {
+    loop {
+        let seen = proof.devices().await;
+        let answered = seen.is_ok();
+        match seen {
+            Ok(seen) if devices.as_ref() != Some(&seen) => {
+                if let Err(error) = store.put_devices(&seen).await {
+                    tracing::warn!(%error, "the GPUs are not remembered");
+                }
+                devices = Some(seen);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "the GPUs that were last seen count"),
+        }
+        if let Some(devices) = devices.clone() {
+            match facts::gather(&identity, devices, &folder) {
+                Ok(now) => {
+                    facts.send_if_modified(|last| {
+                        let news = last.as_ref().is_none_or(|last| facts::differ(last, &now));
+                        if news {
+                            *last = Some(now);
+                        }
+                        news
+                    });
+                }
+                Err(error) => tracing::error!(%error, "the size of this host is not known"),
+            }
+        }
+        sleep(if answered { REFRESH } else { RETRY }).await;
+    }
+}
