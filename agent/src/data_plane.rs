@@ -33,6 +33,7 @@ use crate::cache::{self, SharedLeases};
 use crate::clock::Clock;
 use crate::egress;
 use crate::registry::credentials::Credentials;
+use crate::registry::redirect::{self, Follower};
 use crate::{egress::network::NotResolved, registry};
 
 const ADMIN_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -113,11 +114,24 @@ impl DataPlane {
         let credentials = Credentials::new(clock.clone());
         let registry_metrics = Arc::new(registry::metrics::Metrics::default());
         registry_metrics.register(&mut metrics);
-        let registry =
-            registry::Service::bind(&config.registry, credentials.clone(), registry_metrics).await?;
         let egress_metrics = Arc::new(egress::metrics::Metrics::default());
         egress_metrics.register(&mut metrics);
         let network = egress::Network::new(&config.egress)?;
+        let follower = Follower::new(redirect::Config {
+            network: network.clone(),
+            own_addresses: config.egress.own_addresses.clone(),
+            ca_file: config.registry.storage_ca_file.clone(),
+            connect_timeout: config.registry.connect_timeout,
+            answer_timeout: config.registry.idle_timeout,
+        })
+        .map_err(registry::Error::from)?;
+        let registry = registry::Service::bind(
+            &config.registry,
+            credentials.clone(),
+            Some(follower),
+            registry_metrics,
+        )
+        .await?;
         let egress = egress::Service::bind(&config.egress, network, egress_metrics).await?;
         let cache_metrics = cache::Metrics::default();
         cache_metrics.register(&mut metrics);

@@ -23,15 +23,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::units::Span;
 use crate::egress::metrics::Metrics;
-use crate::egress::network::{Dial, Direct, Hickory, NotResolved, Resolve};
-use crate::egress::policy::{DEFAULT_ALLOWED, InvalidEntry, Mode, Policy};
+use crate::egress::network::{Dial, DialError, Direct, Hickory, NotResolved, Resolve};
+use crate::egress::policy::{DEFAULT_ALLOWED, Decision, InvalidEntry, Mode, Name, Policy, Reason};
 
 /// Tunnels are cut after this long at shutdown: they may live for hours.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -245,6 +245,66 @@ impl Network {
         Ok(Self {
             resolve: Arc::new(resolve),
             dial: Arc::new(Direct),
+        })
+    }
+
+    /// Resolves once, checks every address, dials only what was checked. Resolving and connecting may each
+    /// take `timeout`.
+    ///
+    /// # Errors
+    /// The [`Decision`] that refuses.
+    pub async fn connect(
+        &self,
+        name: &Name,
+        port: u16,
+        own_addresses: &[IpAddr],
+        timeout: Duration,
+    ) -> Result<TcpStream, Decision> {
+        let resolved = tokio::time::timeout(timeout, self.resolve.resolve(name)).await;
+        let addresses = match resolved {
+            Ok(Ok(addresses)) if !addresses.is_empty() => addresses,
+            Ok(Ok(_)) => {
+                return Err(Decision::deny(
+                    Reason::NotResolved,
+                    format!("{name} has no address"),
+                ));
+            }
+            Ok(Err(error)) => return Err(Decision::deny(Reason::NotResolved, format!("{name}: {error}"))),
+            Err(_) => {
+                return Err(Decision::deny(
+                    Reason::NotResolved,
+                    format!("{name}: resolving took too long"),
+                ));
+            }
+        };
+        // One bad address spoils them all: a public name with a private address is an attack or a mistake.
+        let mut checked = Vec::with_capacity(addresses.len());
+        for address in addresses {
+            let passed = address::check(address, port, own_addresses);
+            checked.push(passed.map_err(|class| Decision::deny_address(name, address, class))?);
+        }
+        let attempts = async {
+            let mut last = String::new();
+            for address in checked {
+                match self.dial.dial(address).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(DialError::Own) => {
+                        let ip = address.socket_addr().ip();
+                        return Err(Decision::deny_address(name, ip, address::Class::Own));
+                    }
+                    Err(DialError::Io(error)) => last = format!("{}: {error}", address.socket_addr()),
+                }
+            }
+            Err(Decision::deny(
+                Reason::Unreachable,
+                format!("connect to {name}: {last}"),
+            ))
+        };
+        tokio::time::timeout(timeout, attempts).await.unwrap_or_else(|_| {
+            Err(Decision::deny(
+                Reason::Unreachable,
+                format!("connect to {name}: took too long"),
+            ))
         })
     }
 }

@@ -41,6 +41,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::units::{Size, Span};
 use crate::registry::credentials::Credentials;
 use crate::registry::metrics::Metrics;
+use crate::registry::redirect::Follower;
 use crate::registry::store::Store;
 use crate::registry::upstream::{InvalidOrigin, Origin, Upstream};
 
@@ -66,6 +67,8 @@ pub struct RawConfig {
     pub store_bytes_max: Size,
     /// Store nothing if less than this would stay free.
     pub store_free_bytes_min: Size,
+    /// Certificates (PEM) to trust instead of the public ones for storage that registries redirect to.
+    pub storage_ca_file: Option<PathBuf>,
 }
 
 impl Default for RawConfig {
@@ -78,6 +81,7 @@ impl Default for RawConfig {
             store: true,
             store_bytes_max: Size(100 << 30),
             store_free_bytes_min: Size(10 << 30),
+            storage_ca_file: None,
         }
     }
 }
@@ -110,6 +114,8 @@ pub struct Config {
     pub connections_max: usize,
     /// Blob store, if wanted.
     pub store: Option<store::Config>,
+    /// Certificates for storage, instead of the public ones.
+    pub storage_ca_file: Option<PathBuf>,
 }
 
 /// Why settings are refused.
@@ -188,6 +194,7 @@ impl Config {
             idle_timeout: raw.idle_timeout.0,
             connections_max: raw.connections_max,
             store: raw.store.then_some(store),
+            storage_ca_file: raw.storage_ca_file.clone(),
         })
     }
 }
@@ -218,6 +225,7 @@ pub struct Door {
     hosts: host::Table,
     credentials: Credentials,
     store: Option<Store>,
+    follower: Option<Follower>,
     metrics: Arc<Metrics>,
     idle_timeout: Duration,
     tasks: TaskTracker,
@@ -232,13 +240,14 @@ pub struct Service {
 }
 
 impl Service {
-    /// Opens store and listener.
+    /// Opens store and listener. Without a follower, redirects of blobs are passed on to the client.
     ///
     /// # Errors
     /// [`Error`].
     pub async fn bind(
         config: &Config,
         credentials: Credentials,
+        follower: Option<Follower>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, Error> {
         let upstreams = config
@@ -256,6 +265,7 @@ impl Service {
             hosts: host::Table::new(config.upstreams.iter().map(|upstream| &upstream.validator)),
             credentials,
             store,
+            follower,
             metrics,
             idle_timeout: config.idle_timeout,
             tasks: TaskTracker::new(),

@@ -12,9 +12,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::egress::head::{self, Connect, HEAD_BYTES_MAX, Parsed};
-use crate::egress::network::DialError;
-use crate::egress::policy::{Decision, Name, Reason};
-use crate::egress::{Door, address, tunnel};
+use crate::egress::policy::{Decision, Reason};
+use crate::egress::{Door, tunnel};
 
 /// The header of every refusal that carries its reason.
 pub const REASON_HEADER: &str = "X-Chutes-Egress-Reason";
@@ -38,7 +37,16 @@ pub async fn serve(door: Arc<Door>, mut client: TcpStream, peer: SocketAddr) {
         Ok(going) => going,
         Err(decision) => return refuse(&door, client, peer, &decision).await,
     };
-    let mut server = match connect(&door, &name, head.connect.port).await {
+    let mut server = match door
+        .network
+        .connect(
+            &name,
+            head.connect.port,
+            &door.own_addresses,
+            door.connect_timeout,
+        )
+        .await
+    {
         Ok(server) => server,
         Err(decision) => return refuse(&door, client, peer, &decision).await,
     };
@@ -110,58 +118,6 @@ async fn read_head(client: &mut TcpStream) -> Result<Head, Option<Decision>> {
             Parsed::Bad(why) => return Err(Some(Decision::deny(Reason::BadRequest, why))),
         }
     }
-}
-
-/// Resolves once, checks every address, dials only what was checked.
-async fn connect(door: &Door, name: &Name, port: u16) -> Result<TcpStream, Decision> {
-    let resolved = tokio::time::timeout(door.connect_timeout, door.network.resolve.resolve(name)).await;
-    let addresses = match resolved {
-        Ok(Ok(addresses)) if !addresses.is_empty() => addresses,
-        Ok(Ok(_)) => {
-            return Err(Decision::deny(
-                Reason::NotResolved,
-                format!("{name} has no address"),
-            ));
-        }
-        Ok(Err(error)) => return Err(Decision::deny(Reason::NotResolved, format!("{name}: {error}"))),
-        Err(_) => {
-            return Err(Decision::deny(
-                Reason::NotResolved,
-                format!("{name}: resolving took too long"),
-            ));
-        }
-    };
-    // One bad address spoils them all: a public name with a private address is an attack or a mistake.
-    let mut checked = Vec::with_capacity(addresses.len());
-    for address in addresses {
-        let passed = address::check(address, port, &door.own_addresses);
-        checked.push(passed.map_err(|class| Decision::deny_address(name, address, class))?);
-    }
-    let attempts = async {
-        let mut last = String::new();
-        for address in checked {
-            match door.network.dial.dial(address).await {
-                Ok(stream) => return Ok(stream),
-                Err(DialError::Own) => {
-                    let ip = address.socket_addr().ip();
-                    return Err(Decision::deny_address(name, ip, address::Class::Own));
-                }
-                Err(DialError::Io(error)) => last = format!("{}: {error}", address.socket_addr()),
-            }
-        }
-        Err(Decision::deny(
-            Reason::Unreachable,
-            format!("connect to {name}: {last}"),
-        ))
-    };
-    tokio::time::timeout(door.connect_timeout, attempts)
-        .await
-        .unwrap_or_else(|_| {
-            Err(Decision::deny(
-                Reason::Unreachable,
-                format!("connect to {name}: took too long"),
-            ))
-        })
 }
 
 fn account(door: &Door, peer: SocketAddr, decision: &Decision) {

@@ -20,7 +20,7 @@ use crate::registry::metrics::Outcome;
 use crate::registry::path::{self, Digest, Reference};
 use crate::registry::range::{Wanted, wanted};
 use crate::registry::store::{Blob, Claim, Found};
-use crate::registry::{Door, redirect, upstream};
+use crate::registry::{Door, upstream};
 
 /// Manifests up to this size are checked before a byte of them is sent, in bytes (distribution's own limit).
 const MANIFEST_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -273,7 +273,10 @@ async fn download(
         Ok(response) => response,
         Err(problem) => return problem.answer(door),
     };
-    let response = redirect::follow(door, response).await;
+    let response = match &door.follower {
+        Some(follower) => follower.follow(response).await,
+        None => response,
+    };
     let size = response.body().size_hint().exact();
     let (StatusCode::OK, Some(size)) = (response.status(), size) else {
         return pass(door, &wanted, &Method::GET, response).await;

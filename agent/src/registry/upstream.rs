@@ -27,6 +27,9 @@ use crate::registry::credentials::HeaderSet;
 
 /// What of a client's headers goes upstream.
 const FORWARDED: [http::HeaderName; 5] = [ACCEPT, RANGE, IF_RANGE, IF_NONE_MATCH, IF_MODIFIED_SINCE];
+/// How we name ourselves to registries and storage.
+pub(super) const AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("chutes-agent/", env!("CARGO_PKG_VERSION")));
 const IDLE_CONNECTIONS_MAX: usize = 64;
 const IDLE_CONNECTION_AGE: Duration = Duration::from_secs(55);
 
@@ -201,10 +204,7 @@ impl Upstream {
         let headers = request.headers_mut();
         headers.reserve(FORWARDED.len() + signed.len() + 2);
         headers.insert(HOST, self.host.clone());
-        headers.insert(
-            USER_AGENT,
-            HeaderValue::from_static(concat!("chutes-agent/", env!("CARGO_PKG_VERSION"))),
-        );
+        headers.insert(USER_AGENT, AGENT);
         for name in FORWARDED {
             for value in client_headers.get_all(&name) {
                 headers.append(name.clone(), value.clone());
@@ -224,7 +224,7 @@ impl Upstream {
     }
 }
 
-fn tls_config(ca_file: Option<&PathBuf>) -> Result<rustls::ClientConfig, Error> {
+pub(super) fn tls_config(ca_file: Option<&PathBuf>) -> Result<rustls::ClientConfig, Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder =
         rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
@@ -249,7 +249,7 @@ fn tls_config(ca_file: Option<&PathBuf>) -> Result<rustls::ClientConfig, Error> 
 }
 
 /// An error with all its causes, since the outermost of a client only says "client error".
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

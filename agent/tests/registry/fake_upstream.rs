@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use agent::clock::Clock;
 use agent::registry::credentials::Credentials;
 use agent::registry::metrics::Metrics;
+use agent::registry::redirect::Follower;
 use agent::registry::upstream::Origin;
 use agent::registry::{Config, Service, store, upstream};
 use protocol::hotkey::Hotkey;
@@ -105,6 +106,14 @@ pub(crate) struct Door {
 
 impl Door {
     pub(crate) async fn start(upstreams: &[SocketAddr], store: Option<store::Config>) -> Self {
+        Self::start_following(upstreams, store, None).await
+    }
+
+    pub(crate) async fn start_following(
+        upstreams: &[SocketAddr],
+        store: Option<store::Config>,
+        follower: Option<Follower>,
+    ) -> Self {
         let validators: Vec<Hotkey> = (1..=upstreams.len())
             .map(|n| Hotkey::from_public_key(&[n as u8; 32]))
             .collect();
@@ -123,6 +132,7 @@ impl Door {
             idle_timeout: std::time::Duration::from_millis(700),
             connections_max: 64,
             store,
+            storage_ca_file: None,
         };
         let credentials = Credentials::new(Clock::new(|| NOW));
         credentials
@@ -134,7 +144,7 @@ impl Door {
             )
             .expect("valid headers");
         let metrics = Arc::new(Metrics::default());
-        let service = Service::bind(&config, credentials.clone(), Arc::clone(&metrics))
+        let service = Service::bind(&config, credentials.clone(), follower, Arc::clone(&metrics))
             .await
             .expect("a free port");
         let base = format!("http://{}", service.local_addr().expect("bound"));
