@@ -470,6 +470,8 @@ async fn every_end_is_followed_by_another_connection() {
     client.expect(event).await;
     assert_eq!(client.counters.attempts.load(Ordering::Relaxed), 14);
     assert_eq!(client.counters.auth_failed.load(Ordering::Relaxed), 2);
+    // The last two, and those whose websocket was dropped without a goodbye.
+    assert!(client.counters.malformed_frames.load(Ordering::Relaxed) >= 2);
     client.stop().await;
 }
 

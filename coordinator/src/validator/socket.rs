@@ -136,7 +136,7 @@ pub struct Counters {
     pub auth_failed: AtomicU64,
     /// Events passed on.
     pub events: AtomicU64,
-    /// Frames that are no packets.
+    /// Frames that are no packets, dropped, and those that ended a connection.
     pub malformed_frames: AtomicU64,
     /// Binary frames and packets of no interest.
     pub ignored_frames: AtomicU64,
@@ -460,7 +460,13 @@ impl Session {
     ) -> Step {
         let text = match message {
             None => return Step::End("closed".to_owned()),
-            Some(Err(error)) => return Step::End(shortened(&format!("broken: {error}"))),
+            Some(Err(error)) => {
+                use tungstenite::Error as E;
+                if matches!(error, E::Utf8(_) | E::Capacity(_) | E::Protocol(_)) {
+                    count(&counters.malformed_frames);
+                }
+                return Step::End(shortened(&format!("broken: {error}")));
+            }
             Some(Ok(Message::Close(frame))) => {
                 let frame = frame.map(|frame| format!(" ({} {})", frame.code, frame.reason));
                 return Step::End(shortened(&format!(
