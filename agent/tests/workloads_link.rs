@@ -1,17 +1,22 @@
 //! The host link against a coordinator that is just a QUIC listener: greeting, both directions, reconnect,
-//! and certificates that do not fit.
+//! and certificates that do not fit. At the end the whole host process, with neighbours that only listen.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use agent::clock::Clock;
+use agent::host_plane::facts::Identity;
+use agent::host_plane::{self, RuntimeKind};
 use agent::link::{Config, Ends, Link, Quic};
-use protocol::id::ServerId;
-use protocol::link::{ALPN, Decoder, FromHost, ToHost, encode};
+use axum::Router;
+use axum::http::{Method, Uri};
+use protocol::hotkey::Hotkey;
+use protocol::id::{ChuteId, ChuteVersion, DeploymentId, ServerId};
+use protocol::link::{ALPN, Decoder, FromHost, RegistryHeaders, ToHost, encode};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::time::UnixMillis;
-use protocol::workload::Fence;
+use protocol::workload::{Fence, Port, PortProtocol, WorkloadPhase, WorkloadSpec};
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Endpoint, RecvStream, SendStream, ServerConfig};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -240,4 +245,140 @@ async fn a_coordinator_of_another_cluster_hears_nothing() {
         assert!(incoming.expect("it listens").await.is_err());
     }
     assert_eq!(*host.delivered.borrow(), Fence::default());
+}
+
+/// A process of the host that says which GPUs there are and notes what it is told.
+fn neighbour(socket: &Path, told: mpsc::Sender<String>) {
+    let listener = tokio::net::UnixListener::bind(socket).expect("the folder is ours");
+    let app = Router::new().fallback(async move |method: Method, uri: Uri, body: String| {
+        if method == Method::PUT {
+            told.send(format!("{uri} {body}")).await.expect("the test listens");
+        }
+        r#"{"devices":[{"uuid":"aabbccdd00112233445566778899eeff","name":"NVIDIA H100 80GB HBM3","memory":1,"processors":1,"clock_rate":1.0,"max_threads_per_processor":1}]}"#
+    });
+    tokio::spawn(axum::serve(listener, app).into_future());
+}
+
+#[tokio::test]
+async fn the_whole_process_joins_link_workloads_and_neighbours() {
+    let folder = tempfile::tempdir().expect("temporary folders can be made");
+    let data = folder.path();
+    let authority = Authority::new();
+    authority.write_host(data, &authority);
+    let listener = authority.listen();
+    std::fs::create_dir(data.join("run")).expect("ours");
+    let (told, mut telling) = mpsc::channel(64);
+    neighbour(&data.join("run/proof.sock"), told.clone());
+    neighbour(&data.join("run/data.sock"), told);
+    // A registry that has no image: what comes of it is told as the end of the workload.
+    let registry = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("loopback has ports");
+    let registry_address = registry.local_addr().expect("it is bound");
+    let nothing = Router::new().fallback(async || axum::http::StatusCode::NOT_FOUND);
+    tokio::spawn(axum::serve(registry, nothing).into_future());
+
+    let validators = vec!["http://127.0.0.1:1".to_owned()];
+    let process = runtime::process::Config::new(data.to_owned(), registry_address, validators);
+    let config = host_plane::Config {
+        data: data.to_owned(),
+        identity: Identity {
+            server: ServerId::parse("server-1").expect("valid"),
+            name: "host-1".to_owned(),
+            address: "127.0.1.1".to_owned(),
+            proof_port: 30443,
+        },
+        link: Config {
+            members: vec![listener.local_addr().expect("it is bound").to_string()],
+            server_name: NAME.to_owned(),
+            certificates: data.to_owned(),
+        },
+        runtime: RuntimeKind::Process(Box::new(process)),
+    };
+    let shutdown = CancellationToken::new();
+    let task = tokio::spawn(host_plane::run(config.clone(), shutdown.clone()));
+
+    let mut session = Session::accept(&listener).await;
+    let FromHost::Hello { facts, fence, .. } = session.receive().await else {
+        panic!("a host greets first");
+    };
+    assert_eq!((facts.devices.len(), fence), (1, Fence::default()));
+    assert!(facts.cpu_count > 0 && facts.memory_gb > 0);
+    let error = host_plane::run(config, shutdown.clone())
+        .await
+        .expect_err("one agent is enough");
+    assert!(error.to_string().contains("another agent"), "{error}");
+
+    let headers = ToHost::RegistryHeaders(vec![RegistryHeaders {
+        validator: Hotkey::from_public_key(&[2; 32]),
+        headers: vec![("X-Chutes-Hotkey".to_owned(), "us".to_owned())],
+        expires_at: UnixMillis(99),
+    }]);
+    let fence = Fence {
+        incarnation: 1,
+        revision: 1,
+    };
+    let port = |internal| Port {
+        internal,
+        protocol: PortProtocol::Tcp,
+    };
+    let spec = WorkloadSpec {
+        deployment: DeploymentId::parse("deployment-of-the-whole-process").expect("valid"),
+        validator: Hotkey::from_public_key(&[2; 32]),
+        miner: Hotkey::from_public_key(&[1; 32]),
+        chute: ChuteId::parse("chute-1").expect("valid"),
+        version: ChuteVersion::parse("v1").expect("valid"),
+        image: "someone/absent:1.0".to_owned(),
+        ref_str: "echo:chute".to_owned(),
+        filename: "echo.py".to_owned(),
+        code: String::new(),
+        chutes_version: None,
+        gpus: Vec::new(),
+        external_host: "127.0.0.1".to_owned(),
+        config: None,
+        launch_token: None,
+        legacy_seed: None,
+        job: None,
+        ports: vec![port(8000), port(8001)],
+        cpu_count: 1,
+        memory_gb: 1,
+        disk_gb: 1,
+    };
+    let desired = ToHost::Desired {
+        fence,
+        workloads: vec![spec],
+    };
+    for message in [headers, desired] {
+        let frame = encode(&message).expect("short");
+        session.out.write_all(&frame).await.expect("it is up");
+    }
+    let reason = loop {
+        let FromHost::Report(report) = session.receive().await else {
+            continue;
+        };
+        if let [workload] = report.workloads.as_slice()
+            && let WorkloadPhase::Ended { reason, .. } = &workload.phase
+        {
+            assert_eq!(report.fence, fence);
+            break reason.clone();
+        }
+    };
+    assert!(reason.contains("404"), "{reason}");
+    let mut wanted = vec![
+        "/registry/headers [{\"validator\":",
+        "/cache/leases {\"running\":[\"chute-1\"]",
+    ];
+    while !wanted.is_empty() {
+        let line = tokio::time::timeout(LONG, telling.recv())
+            .await
+            .expect("in time")
+            .expect("it listens");
+        wanted.retain(|start| !line.starts_with(start));
+    }
+    shutdown.cancel();
+    tokio::time::timeout(LONG, task)
+        .await
+        .expect("in time")
+        .expect("no panic")
+        .expect("a clean end");
 }
