@@ -21,6 +21,9 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
+#[cfg(test)]
+mod conformance;
+
 mod config;
 mod error;
 mod format;

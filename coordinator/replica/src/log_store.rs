@@ -62,7 +62,7 @@ impl Tail {
             self.bytes -= size;
         }
         self.durable_end = self.durable_end.min(end);
-        self.last = last.max(self.purged);
+        self.last = self.last.min(last).max(self.purged);
     }
 
     fn purge(&mut self, upto: RaftLogId) {

@@ -105,7 +105,7 @@ async fn a_lost_state_file_is_rebuilt_from_the_snapshot_and_the_log() {
     replica.shutdown().await;
 
     let empty = support::Disks {
-        state: support::Disk::new(2),
+        state: support::Disk::new(2, disks.power.clone()),
         ..disks
     };
     let (replica, published) = open(empty.config(2)).await;

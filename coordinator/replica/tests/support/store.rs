@@ -125,6 +125,28 @@ pub async fn refusal(config: Config) -> String {
 #[derive(Debug, Clone)]
 pub struct Disk(Arc<Mutex<DiskState>>);
 
+/// The power of a machine: its disks lose it at the same moment.
+#[derive(Debug, Clone, Default)]
+pub struct Power(Arc<Mutex<Option<u64>>>);
+
+impl Power {
+    /// Fails after that many more writes and syncs; `None` is never.
+    pub fn fail_after(&self, steps: Option<u64>) {
+        *self.0.lock().expect("no test panics with it") = steps;
+    }
+
+    fn step(&self) -> io::Result<()> {
+        match &mut *self.0.lock().expect("no test panics with it") {
+            Some(0) => Err(io::Error::other("the power is gone")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct DiskState {
     /// What survives a crash for certain.
@@ -134,8 +156,7 @@ struct DiskState {
     /// Since the last sync, in order.
     unsynced: Vec<Change>,
     random: fastrand::Rng,
-    /// Writes and syncs until the machine loses power; `None` is never.
-    steps_left: Option<u64>,
+    power: Power,
     full: bool,
     syncs_fail: bool,
     /// Whose lock it is: a restart after a crash makes a new one.
@@ -163,13 +184,13 @@ fn change(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 impl Disk {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, power: Power) -> Self {
         Self(Arc::new(Mutex::new(DiskState {
             synced: Vec::new(),
             current: Vec::new(),
             unsynced: Vec::new(),
             random: fastrand::Rng::with_seed(seed),
-            steps_left: None,
+            power,
             full: false,
             syncs_fail: false,
             generation: 0,
@@ -180,17 +201,12 @@ impl Disk {
         self.0.lock().expect("no test panics with it")
     }
 
-    /// Loses power after that many more writes and syncs.
-    pub fn lose_power_after(&self, steps: u64) {
-        self.state().steps_left = Some(steps);
-    }
-
     pub fn fill(&self, full: bool) {
         self.state().full = full;
     }
 
-    pub fn fail_syncs(&self) {
-        self.state().syncs_fail = true;
+    pub fn fail_syncs(&self, fail: bool) {
+        self.state().syncs_fail = fail;
     }
 
     /// Comes back after a loss of power: each unsynced write is there, is not, or is there in part.
@@ -220,7 +236,6 @@ impl Disk {
         }
         state.synced.clone_from(&bytes);
         state.current = bytes;
-        state.steps_left = None;
         state.generation += 1;
     }
 
@@ -229,17 +244,6 @@ impl Disk {
             disk: self.clone(),
             generation: self.state().generation,
         })
-    }
-
-    fn step(state: &mut DiskState) -> io::Result<()> {
-        match &mut state.steps_left {
-            Some(0) => Err(io::Error::other("the power is gone")),
-            Some(left) => {
-                *left -= 1;
-                Ok(())
-            }
-            None => Ok(()),
-        }
     }
 }
 
@@ -276,7 +280,7 @@ impl replica::StorageBackend for Mounted {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.state()?;
-        Disk::step(&mut state)?;
+        state.power.step()?;
         if state.full && len > state.current.len() as u64 {
             return Err(io::ErrorKind::StorageFull.into());
         }
@@ -288,7 +292,7 @@ impl replica::StorageBackend for Mounted {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.state()?;
-        Disk::step(&mut state)?;
+        state.power.step()?;
         if state.syncs_fail {
             return Err(io::Error::other("the disk does not answer"));
         }
@@ -301,7 +305,7 @@ impl replica::StorageBackend for Mounted {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.state()?;
-        Disk::step(&mut state)?;
+        state.power.step()?;
         if state.full {
             return Err(io::ErrorKind::StorageFull.into());
         }
@@ -315,6 +319,7 @@ impl replica::StorageBackend for Mounted {
 /// The disks of one member.
 #[derive(Debug, Clone)]
 pub struct Disks {
+    pub power: Power,
     pub log: Disk,
     pub state: Disk,
     pub snapshots: MemorySnapshots,
@@ -322,9 +327,12 @@ pub struct Disks {
 
 impl Disks {
     pub fn new(seed: u64) -> Self {
+        let power = Power::default();
+        let (log, state) = (Disk::new(seed, power.clone()), Disk::new(!seed, power.clone()));
         Self {
-            log: Disk::new(seed),
-            state: Disk::new(!seed),
+            power,
+            log,
+            state,
             snapshots: MemorySnapshots::default(),
         }
     }
@@ -343,7 +351,9 @@ impl Disks {
         config
     }
 
+    /// The machine comes back after a loss of power.
     pub fn restart(&self) {
+        self.power.fail_after(None);
         self.log.restart();
         self.state.restart();
     }

@@ -1,0 +1,150 @@
+//! The Raft library's own suite for log and state stores, over memory without threads and over files with
+//! them, and our own test of the bounded tail.
+
+use openraft::entry::RaftEntry as _;
+use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::type_config::TypeConfigExt;
+use openraft::{EntryPayload, LogId, StorageError};
+
+use crate::config::Config;
+use crate::health::Shared;
+use crate::log_store::LogStore;
+use crate::machine::{Machine, StateMachine};
+use crate::open;
+use crate::raft::{Commands, LeaderId, RaftEntry, Types};
+use crate::snapshot::MemorySnapshots;
+use crate::state_store::RowChange;
+use crate::storage::{Storage, Writer};
+
+struct Nothing;
+
+impl StateMachine for Nothing {
+    fn apply(&mut self, _command: &[u8], _changed: &mut Vec<RowChange>) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn load(&mut self, _rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn applied(&mut self, _index: u64) {}
+}
+
+fn in_memory() -> Config {
+    let backend = || Box::new(redb::backends::InMemoryBackend::new());
+    let snapshots = MemorySnapshots::default();
+    let mut config = Config::new(
+        "suite",
+        0,
+        Storage::Backend {
+            log: backend(),
+            state: backend(),
+            snapshots,
+        },
+    );
+    config.writer = Writer::Inline;
+    config
+}
+
+async fn store(config: Config) -> (LogStore, Machine) {
+    let opened = open::open(config, Box::new(Nothing), &Shared::new())
+        .await
+        .expect("a new store opens");
+    (opened.log, opened.machine)
+}
+
+struct InMemory;
+
+impl StoreBuilder<Types, LogStore, Machine> for InMemory {
+    async fn build(&self) -> Result<((), LogStore, Machine), StorageError<Types>> {
+        let (log, machine) = store(in_memory()).await;
+        Ok(((), log, machine))
+    }
+}
+
+struct InFiles;
+
+impl StoreBuilder<Types, LogStore, Machine, tempfile::TempDir> for InFiles {
+    async fn build(&self) -> Result<(tempfile::TempDir, LogStore, Machine), StorageError<Types>> {
+        let directory = tempfile::tempdir().expect("a temporary directory can be made");
+        let storage = Storage::Files {
+            directory: directory.path().to_owned(),
+        };
+        let (log, machine) = store(Config::new("suite", 0, storage)).await;
+        Ok((directory, log, machine))
+    }
+}
+
+#[test]
+fn the_librarys_suite_passes_in_memory() {
+    Types::run(async { Suite::test_all(InMemory).await }).expect("every test of the suite passes");
+}
+
+#[test]
+fn the_librarys_suite_passes_in_files() {
+    Types::run(async { Suite::test_all(InFiles).await }).expect("every test of the suite passes");
+}
+
+fn entry(term: u64, index: u64) -> RaftEntry {
+    let log_id = LogId {
+        leader_id: LeaderId { term, node_id: 0 },
+        index,
+    };
+    RaftEntry::new(log_id, EntryPayload::Normal(Commands::new(vec![vec![1; 1000]])))
+}
+
+async fn append(log: &mut LogStore, entries: Vec<RaftEntry>) {
+    let (sent, done) = Types::oneshot();
+    log.append(entries, IOFlushed::signal(sent))
+        .await
+        .expect("it is queued");
+    done.await
+        .expect("the worker answers")
+        .expect("the write succeeds");
+}
+
+#[test]
+fn entries_that_memory_forgot_are_read_from_the_file() {
+    Types::run(async {
+        let mut config = in_memory();
+        config.log_tail_bytes_max = 5_000;
+        let shared = Shared::new();
+        let opened = open::open(config, Box::new(Nothing), &shared)
+            .await
+            .expect("a new store opens");
+        let mut log = opened.log;
+        append(&mut log, (0..30).map(|index| entry(1, index)).collect()).await;
+        let held = shared
+            .counters
+            .log_tail_bytes
+            .load(std::sync::atomic::Ordering::Relaxed);
+        assert!((1_000..=5_000).contains(&held), "{held} bytes in memory");
+        let indexes =
+            |entries: Vec<RaftEntry>| entries.iter().map(|entry| entry.log_id.index).collect::<Vec<_>>();
+        for (range, expected) in [(0..30, 0..30), (3..8, 3..8), (25..40, 25..30), (28..28, 28..28)] {
+            let entries = log
+                .try_get_log_entries(range.clone())
+                .await
+                .expect("the log can be read");
+            assert_eq!(indexes(entries), expected.collect::<Vec<_>>(), "{range:?}");
+        }
+        // What replaces a truncated end is read, not what was there before.
+        log.truncate_after(Some(entry(1, 9).log_id))
+            .await
+            .expect("the end can be cut off");
+        append(&mut log, (10..40).map(|index| entry(2, index)).collect()).await;
+        let entries = log.try_get_log_entries(5..40).await.expect("the log can be read");
+        assert!(
+            entries
+                .iter()
+                .all(|entry| (entry.log_id.leader_id.term == 2) == (entry.log_id.index >= 10))
+        );
+        assert_eq!(indexes(entries), (5..40).collect::<Vec<_>>());
+        log.purge(entry(2, 20).log_id)
+            .await
+            .expect("the beginning can be purged");
+        let entries = log.try_get_log_entries(..).await.expect("the log can be read");
+        assert_eq!(indexes(entries), (21..40).collect::<Vec<_>>());
+    });
+}
