@@ -26,6 +26,7 @@ use axum::{Json, Router};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use protocol::link::RegistryHeaders;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
@@ -98,10 +99,23 @@ struct Admin {
 /// # Errors
 /// [`Error`].
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
+    raise_descriptor_limit();
     DataPlane::bind(config, Clock::system())
         .await?
         .serve(shutdown)
         .await
+}
+
+/// A tunnel takes up to six descriptors, and the usual limit is 1024: takes what the system grants.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
 }
 
 impl DataPlane {

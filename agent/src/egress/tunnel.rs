@@ -1,15 +1,26 @@
 //! Moves bytes between two connections until both sides have ended, with limits on silence.
+//!
+//! Short exchanges go through a buffer. A direction that has moved more than [`SPLICE_AFTER_BYTES`] goes on
+//! through a pipe inside the kernel (`splice`), which copies nothing into this process.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
-use tokio::io::AsyncWriteExt;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 
 const BUFFER_BYTES: usize = 64 * 1024;
+/// What a direction moves before a pipe is worth its two descriptors, in bytes.
+const SPLICE_AFTER_BYTES: u64 = 256 * 1024;
+/// What is asked of the kernel at once; a pipe takes less.
+const SPLICE_BYTES: usize = 1 << 20;
+/// Room of the pipe, if the kernel allows it.
+const PIPE_BYTES: usize = 256 * 1024;
 
 /// Limits of a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,28 +76,77 @@ async fn pump(
     ended: &AtomicU64,
     counter: &Counter,
 ) -> io::Result<()> {
-    let mut buffer = Vec::new();
-    loop {
+    let account = |bytes: u64| {
+        moved.fetch_add(bytes, Ordering::Relaxed);
+        counter.inc_by(bytes);
+    };
+    let is_over = copy(from, to, &account).await?;
+    if !is_over {
+        match pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC) {
+            Ok(pipe) => splice_all(from.as_ref(), to.as_ref(), pipe, &account).await?,
+            // No descriptor left: slower, but it goes on.
+            Err(_) => while !copy(from, to, &account).await? {},
+        }
+    }
+    ended.fetch_add(1, Ordering::Relaxed);
+    to.shutdown().await
+}
+
+/// Copies through a buffer; true at the end, false when the direction has become worth a pipe.
+async fn copy(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, account: &impl Fn(u64)) -> io::Result<bool> {
+    let (mut buffer, mut copied) = (Vec::new(), 0);
+    while copied < SPLICE_AFTER_BYTES {
         // An idle tunnel holds no buffer.
         from.readable().await?;
         buffer.reserve(BUFFER_BYTES);
         match from.try_read_buf(&mut buffer) {
-            Ok(0) => break,
+            Ok(0) => return Ok(true),
             Ok(read) => {
                 to.write_all(&buffer).await?;
                 buffer.clear();
                 if read < BUFFER_BYTES / 4 {
                     buffer = Vec::new();
                 }
-                moved.fetch_add(read as u64, Ordering::Relaxed);
-                counter.inc_by(read as u64);
+                copied += read as u64;
+                account(read as u64);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => buffer = Vec::new(),
             Err(error) => return Err(error),
         }
     }
-    ended.fetch_add(1, Ordering::Relaxed);
-    to.shutdown().await
+    Ok(false)
+}
+
+/// Moves all the rest through a pipe. The pipe is empty whenever the source is asked, so a source that
+/// would block is one without data.
+async fn splice_all(
+    from: &TcpStream,
+    to: &TcpStream,
+    (pipe_out, pipe_in): (OwnedFd, OwnedFd),
+    account: &impl Fn(u64),
+) -> io::Result<()> {
+    // A smaller pipe works too.
+    let _ = fcntl_setpipe_size(&pipe_in, PIPE_BYTES);
+    let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
+    loop {
+        let taken = from
+            .async_io(Interest::READABLE, || {
+                Ok(splice(from, None, &pipe_in, None, SPLICE_BYTES, flags)?)
+            })
+            .await?;
+        if taken == 0 {
+            return Ok(());
+        }
+        let mut left = taken;
+        while left > 0 {
+            left -= to
+                .async_io(Interest::WRITABLE, || {
+                    Ok(splice(&pipe_out, None, to, None, left, flags)?)
+                })
+                .await?;
+        }
+        account(taken as u64);
+    }
 }
 
 /// Ends when nothing moved during a whole limit. Looks a few times per limit instead of arming a timer per
