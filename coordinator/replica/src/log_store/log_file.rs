@@ -2,7 +2,7 @@
 
 use openraft::EntryPayload;
 use openraft::storage::IOFlushed;
-use redb::{Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use redb::{Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use std::io;
 use std::ops::Range;
 use tokio::sync::oneshot;
@@ -244,9 +244,11 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
         transaction.commit()?;
         Ok(())
     };
-    let missing = file.read(|transaction| match transaction.open_table(LOG) {
-        Err(redb::TableError::TableDoesNotExist(_)) => Ok(true),
-        other => Ok(other?.len()? == u64::MAX),
+    let missing = file.read(|transaction| {
+        Ok(matches!(
+            transaction.open_table(LOG),
+            Err(redb::TableError::TableDoesNotExist(_))
+        ))
     })?;
     if missing {
         create().map_err(|error| file.error(error))?;
