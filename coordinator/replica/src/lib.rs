@@ -103,7 +103,8 @@ impl std::fmt::Debug for Replica {
 
 impl Replica {
     /// Opens a replica: founds a cluster of one voter on an empty store, or goes on from what is stored.
-    /// The machine has loaded the stored rows and what the log adds to them when this returns.
+    /// The machine has loaded the stored rows when this returns; the newest acknowledged commands may still
+    /// be on their way to it from the log, so call [`Replica::linearizable`] before reading.
     ///
     /// # Errors
     /// Every variant of [`Error`] that names a file, when the store is refused; `Configuration`; `Load`.
