@@ -1,1 +1,39 @@
-//! Placeholder for the room `config`.
+//! Settings of a coordinator member, as checked. The agent's configuration file joins them with those of the
+//! other services.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use coordinator_core::state_machine::command::PayProfile;
+use protocol::hotkey::Hotkey;
+
+use crate::validator::Directory;
+
+/// Settings of one member.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Folder with the log, the state and the cluster's certificate authority.
+    pub data: PathBuf,
+    /// Name of the cluster; a store of another cluster is refused.
+    pub cluster: String,
+    /// Us.
+    pub miner: Hotkey,
+    /// For whom we work.
+    pub validators: Directory,
+    /// UDP address where hosts connect.
+    pub hosts_listen: SocketAddr,
+    /// TCP address of the management API; loopback, or with TLS in front of it.
+    pub api_listen: SocketAddr,
+    /// Rules of pay that protect running instances.
+    pub pay_profile: PayProfile,
+    /// Name of the strategy that places chutes.
+    pub strategy: String,
+    /// Between two passes of the strategy when nothing happens.
+    pub tick_every: Duration,
+    /// Between two listings of a validator when nothing asks for one earlier.
+    pub observe_every: Duration,
+    /// Accept state-changing requests signed in the original scheme from anywhere; for old clients behind a
+    /// network that the operator trusts.
+    pub allow_plain_legacy_writes: bool,
+}

@@ -1,1 +1,226 @@
-//! Placeholder for the room `leader`.
+//! All that only a leader does: the validators' sockets, the periodic look at their listings, the outbox,
+//! deadlines, watching hosts, scheduling. It starts when this member leads and is dropped when it does not;
+//! what it remembers besides the state may be lost with it.
+//!
+//! - `follow.rs`: what one validator says, by socket and by listing;
+//! - `schedule.rs`: when a strategy is asked, and what becomes of its decisions;
+//! - here: deadlines and silent hosts.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use coordinator_core::state_machine::Command;
+use protocol::hotkey::Hotkey;
+use protocol::id::ServerId;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::executor::{Executor, Validators};
+use crate::host_link::Hub;
+use crate::signer::Sign;
+use crate::store::{Error, Store};
+use crate::validator::inventory::Observation;
+use crate::validator::socket::Dial;
+use crate::validator::{Directory, SocketEvent, socket};
+
+mod follow;
+mod schedule;
+
+pub use schedule::{Scheduling, Triggers};
+
+/// A host that was silent for this long is not used for new work, in ms.
+const SILENCE_MAX_MS: u64 = 30_000;
+/// Between two looks at silent hosts.
+const WATCH_EVERY: Duration = Duration::from_secs(5);
+/// Between two writes of `PassTime` when no deadline is due: old memories go then.
+const FORGET_EVERY_MS: u64 = 60_000;
+/// Events that may wait. A full queue makes the socket drop them and ask for a listing instead.
+const EVENTS_MAX: usize = 1024;
+
+/// The last listing of each validator, for `diff` and for strategies.
+#[derive(Debug, Clone, Default)]
+pub struct Listings {
+    inner: Arc<Mutex<BTreeMap<Hotkey, Arc<Observation>>>>,
+}
+
+impl Listings {
+    /// The last listing of a validator that this member has read.
+    #[must_use]
+    pub fn get(&self, validator: &Hotkey) -> Option<Arc<Observation>> {
+        self.inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(validator)
+            .cloned()
+    }
+
+    fn put(&self, observation: Observation) -> Arc<Observation> {
+        let observation = Arc::new(observation);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.insert(observation.validator.clone(), Arc::clone(&observation));
+        observation
+    }
+
+    fn all(&self) -> Vec<Arc<Observation>> {
+        self.inner
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect()
+    }
+}
+
+/// What a leader works with.
+#[derive(Debug, Clone)]
+pub struct Leader {
+    /// The state.
+    pub store: Store,
+    /// Signs and seals.
+    pub signer: Arc<dyn Sign>,
+    /// Where validators are.
+    pub directory: Directory,
+    /// Their REST interfaces.
+    pub validators: Arc<Validators>,
+    /// How their sockets are dialled.
+    pub dial: Arc<dyn Dial>,
+    /// Who is connected.
+    pub hub: Hub,
+    /// Where the last listings are kept.
+    pub listings: Listings,
+    /// Between two listings of a validator, when nothing asks for one earlier.
+    pub observe_every: Duration,
+    /// When and by what strategy chutes are placed.
+    pub scheduling: Scheduling,
+    /// Seed of jitter and of the names that this leader gives.
+    pub seed: u64,
+}
+
+impl Leader {
+    /// Leads until cancelled.
+    pub async fn run(self, cancel: CancellationToken) {
+        // Whatever is still running when this future is dropped ends with it.
+        let guard = cancel.child_token().drop_guard();
+        let stop = guard.disarm();
+        let _stop = stop.clone().drop_guard();
+        let mut random = fastrand::Rng::with_seed(self.seed);
+        let mut tasks = JoinSet::new();
+        let (triggers, triggered) = Triggers::channel();
+
+        let executor = Executor::new(
+            self.store.clone(),
+            Arc::clone(&self.signer),
+            Arc::clone(&self.validators),
+        );
+        tasks.spawn(executor.run(stop.clone(), random.fork()));
+        for validator in self.directory.iter() {
+            let Some(api) = self.validators.get(&validator.hotkey) else {
+                continue;
+            };
+            let (events, received) = mpsc::channel::<SocketEvent>(EVENTS_MAX);
+            let mut config = socket::Config::new(validator);
+            config.dial = Arc::clone(&self.dial);
+            let socket = socket::Socket::new(config, Arc::clone(&self.signer), events, random.fork());
+            tasks.spawn(socket.run(stop.clone()));
+            let follower = follow::Follower {
+                store: self.store.clone(),
+                miner: self.signer.hotkey().clone(),
+                api: Arc::clone(api),
+                listings: self.listings.clone(),
+                look: Arc::new(Notify::new()),
+                triggers: triggers.clone(),
+                observe_every: self.observe_every,
+            };
+            tasks.spawn(follower.clone().take_events(received, stop.clone()));
+            tasks.spawn(follower.look_again_and_again(stop.clone()));
+        }
+        let scheduler = schedule::Scheduler {
+            store: self.store.clone(),
+            listings: self.listings.clone(),
+            scheduling: self.scheduling.clone(),
+            random: random.fork(),
+        };
+        tasks.spawn(scheduler.run(triggered, stop.clone()));
+        tasks.spawn(pass_time(self.store.clone(), stop.clone()));
+        tasks.spawn(watch_hosts(self.store.clone(), self.hub.clone(), stop.clone()));
+
+        tokio::select! {
+            () = stop.cancelled() => {}
+            // No task ends by itself: one that does has panicked, and leading without it would be worse.
+            ended = tasks.join_next() => tracing::error!(?ended, "a leader's task ended; leading starts again"),
+        }
+        stop.cancel();
+        while tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Proposes `PassTime` when a deadline is due.
+async fn pass_time(store: Store, cancel: CancellationToken) {
+    let mut changes = store.changes();
+    let mut forgotten_at = store.clock().now();
+    loop {
+        let now = store.clock().now();
+        let due = store
+            .read(|state| state.next_deadline())
+            .is_some_and(|deadline| deadline <= now);
+        if due || now.since(forgotten_at) >= FORGET_EVERY_MS {
+            forgotten_at = now;
+            if let Err(error) = store.propose(Command::PassTime).await {
+                tracing::warn!(%error, "deadlines were not passed");
+            }
+        }
+        let next = store.read(|state| state.next_deadline());
+        let now = store.clock().now();
+        let wait_ms = next
+            .map_or(FORGET_EVERY_MS, |next| next.since(now))
+            .clamp(100, FORGET_EVERY_MS);
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(Duration::from_millis(wait_ms)) => {}
+            // A new deadline may be earlier; do not look more often than every 100 ms.
+            () = async {
+                let _ = changes.changed().await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            } => {}
+        }
+    }
+}
+
+/// Marks hosts that nobody hears; their workloads are left alone, they may well be earning.
+async fn watch_hosts(store: Store, hub: Hub, cancel: CancellationToken) {
+    let began = store.clock().now();
+    loop {
+        if cancel
+            .run_until_cancelled(tokio::time::sleep(WATCH_EVERY))
+            .await
+            .is_none()
+        {
+            return;
+        }
+        let now = store.clock().now();
+        let silent: Vec<(ServerId, Option<String>)> = store.read(|state| {
+            let reachable = state.servers().values().filter(|server| server.reachable);
+            reachable
+                .filter(|server| {
+                    let heard = hub.heard_at(server.id()).unwrap_or(began).max(began);
+                    hub.host(server.id()).is_none() && now.since(heard) > SILENCE_MAX_MS
+                })
+                .map(|server| (server.id().clone(), server.quarantine.clone()))
+                .collect()
+        });
+        for (server, quarantine) in silent {
+            tracing::warn!(%server, "host is silent: no new work for it");
+            let command = Command::RecordHostCondition {
+                server,
+                reachable: false,
+                quarantine,
+            };
+            match store.propose(command).await {
+                Ok(_) | Err(Error::Rejected(_)) => {}
+                Err(error) => tracing::warn!(%error, "a silent host was not recorded"),
+            }
+        }
+    }
+}

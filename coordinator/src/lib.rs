@@ -7,6 +7,7 @@ pub mod executor;
 pub mod host_link;
 pub mod identity;
 pub mod leader;
+pub mod member;
 pub mod signer;
 pub mod store;
 pub mod validator;

@@ -119,6 +119,9 @@ pub trait Strategy: Send + Sync + Debug {
     fn propose(&self, view: &View<'_>, trigger: &Trigger) -> Result<Vec<Decision>, Failure>;
 }
 
+/// Names that a configuration may give.
+pub const NAMES: [&str; 1] = [ValuePerCost::NAME];
+
 /// The strategy that a configuration names.
 #[must_use]
 pub fn by_name(name: &str) -> Option<Box<dyn Strategy>> {

@@ -1,0 +1,141 @@
+//! What one validator says: events as they come, listings every so often and whenever an event may have
+//! been missed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_core::state_machine::Command;
+use protocol::hotkey::Hotkey;
+use protocol::id::{ChuteId, ChuteVersion};
+use tokio::sync::{Notify, mpsc};
+use tokio_util::sync::CancellationToken;
+
+use super::{Listings, Triggers};
+use crate::store::{Error, Store};
+use crate::validator::event::Event;
+use crate::validator::{SocketEvent, ValidatorApi, intake, inventory};
+
+/// Tries for a definition that an event names, before the next listing has to bring it.
+const DEFINITION_TRIES: u32 = 3;
+/// Between two such tries.
+const DEFINITION_PAUSE: Duration = Duration::from_millis(500);
+
+#[derive(Debug, Clone)]
+pub(super) struct Follower {
+    pub(super) store: Store,
+    pub(super) miner: Hotkey,
+    pub(super) api: Arc<dyn ValidatorApi>,
+    pub(super) listings: Listings,
+    pub(super) look: Arc<Notify>,
+    pub(super) triggers: Triggers,
+    pub(super) observe_every: Duration,
+}
+
+impl Follower {
+    /// Takes events in until the socket ends.
+    pub(super) async fn take_events(
+        self,
+        mut events: mpsc::Receiver<SocketEvent>,
+        cancel: CancellationToken,
+    ) {
+        while let Some(Some(event)) = cancel.run_until_cancelled(events.recv()).await {
+            match event {
+                SocketEvent::Event(event) => self.take(&event).await,
+                SocketEvent::RestObservationDue => self.look.notify_one(),
+                SocketEvent::Connected => tracing::info!(validator = %self.api.hotkey(), "socket connected"),
+                SocketEvent::Authenticated => {
+                    tracing::info!(validator = %self.api.hotkey(), "socket authenticated");
+                }
+                SocketEvent::AuthFailed(reason) => {
+                    tracing::error!(validator = %self.api.hotkey(), reason, "the validator refused our signature");
+                }
+                SocketEvent::Disconnected(_) => {}
+            }
+        }
+        cancel.cancelled().await;
+    }
+
+    async fn take(&self, event: &Event) {
+        let validator = self.api.hotkey();
+        tracing::debug!(%validator, ?event, "event");
+        let intake = intake::of_event(validator, &self.miner, event);
+        if let Some((chute, version)) = &intake.fetch {
+            self.record_definition(chute, version).await;
+        }
+        for command in intake.commands {
+            self.propose(command).await;
+        }
+        self.triggers.of_event(validator, event, &self.store);
+    }
+
+    /// Fetches and records the definition that an event names. If that fails, a listing brings it.
+    async fn record_definition(&self, chute: &ChuteId, version: &ChuteVersion) {
+        for _ in 0..DEFINITION_TRIES {
+            match self.api.chute(chute, version).await {
+                Ok(Some(row)) => {
+                    self.propose(intake::record_chute(self.api.hotkey(), &row)).await;
+                    return;
+                }
+                // The event may be ahead of the API's other replica, or of a later version.
+                Ok(None) => break,
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(%chute, %error, "definition not read");
+                    tokio::time::sleep(DEFINITION_PAUSE).await;
+                }
+                Err(error) => {
+                    tracing::warn!(%chute, %error, "definition not read");
+                    break;
+                }
+            }
+        }
+        self.look.notify_one();
+    }
+
+    /// Proposes what came from outside. It is not repeated: the next listing says it again.
+    async fn propose(&self, command: Command) {
+        match self.store.propose(command).await {
+            Ok(_) => {}
+            Err(Error::Rejected(rejection)) => tracing::debug!(%rejection, "not recorded"),
+            Err(error) => {
+                tracing::warn!(%error, "not recorded; the next listing brings it");
+                self.look.notify_one();
+            }
+        }
+    }
+
+    /// Lists everything now, then periodically and whenever asked.
+    pub(super) async fn look_again_and_again(self, cancel: CancellationToken) {
+        loop {
+            if cancel.run_until_cancelled(self.look_once()).await.is_none() {
+                return;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = self.look.notified() => {}
+                () = tokio::time::sleep(self.observe_every) => {}
+            }
+        }
+    }
+
+    async fn look_once(&self) {
+        let observed = inventory::observe(self.api.as_ref(), self.store.clock().as_ref()).await;
+        for (resource, why) in observed.unknown() {
+            tracing::debug!(validator = %self.api.hotkey(), resource, why, "not listed");
+        }
+        let observed = self.listings.put(observed);
+        let commands = self
+            .store
+            .read(|state| intake::of_observation(state, &self.miner, &observed));
+        let anything = !commands.is_empty();
+        for command in commands {
+            match self.store.propose(command).await {
+                Ok(_) => {}
+                Err(Error::Rejected(rejection)) => tracing::debug!(%rejection, "not recorded"),
+                Err(error) => tracing::warn!(%error, "a listing was not recorded; the next one brings it"),
+            }
+        }
+        if anything {
+            self.triggers.tick();
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! A coordinator member: opens the replicated state, lets hosts and operators in, and leads when it is this
+//! member's turn.
+
+use std::sync::Arc;
+
+use replica::{Replica, RowChange, StateMachine, Storage};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use coordinator_core::state_machine::{Command, Faults};
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::executor::Validators;
+use crate::host_link::{Hub, headers, quic, session};
+use crate::identity::{Authority, IdentityError};
+use crate::leader::{Leader, Listings, Scheduling};
+use crate::signer::Sign;
+use crate::store::{BoxFuture, Log, Machine, Store};
+use crate::validator::http::Limits;
+use crate::validator::socket::TcpDial;
+use crate::validator::{self, Client, ValidatorApi};
+
+/// The only member of a cluster of one.
+const FIRST_MEMBER: u64 = 1;
+
+/// Why a member cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The replicated state.
+    #[error("open the replicated state: {0}")]
+    Replica(#[from] replica::Error),
+    /// The cluster's certificates.
+    #[error("cluster identity: {0}")]
+    Identity(#[from] IdentityError),
+    /// The door for hosts.
+    #[error(transparent)]
+    HostLink(#[from] quic::Error),
+    /// The door for operators.
+    #[error("listen for the management API on {0}: {1}")]
+    Api(std::net::SocketAddr, std::io::Error),
+    /// A validator's client.
+    #[error("validator client: {0}")]
+    Validator(#[from] validator::Error),
+    /// The signer has another key than the configuration says.
+    #[error("miner.hotkey is {configured}, but the seed that the signer holds belongs to {signer}")]
+    OtherHotkey {
+        /// In the configuration.
+        configured: protocol::hotkey::Hotkey,
+        /// In the seed file.
+        signer: protocol::hotkey::Hotkey,
+    },
+    /// The folder cannot be made.
+    #[error("{0}: {1}")]
+    Folder(std::path::PathBuf, std::io::Error),
+    /// The strategy does not exist.
+    #[error("coordinator.strategy = {0:?} is not known; there is {1}")]
+    Strategy(String, String),
+}
+
+/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns.
+///
+/// # Errors
+/// [`Error`] when it cannot start.
+pub async fn run(
+    config: Config,
+    signer: Arc<dyn Sign>,
+    clock: Arc<dyn Clock>,
+    shutdown: CancellationToken,
+) -> Result<(), Error> {
+    if *signer.hotkey() != config.miner {
+        let (configured, signer) = (config.miner, signer.hotkey().clone());
+        return Err(Error::OtherHotkey { configured, signer });
+    }
+    let identity_folder = config.data.join("identity");
+    std::fs::create_dir_all(&identity_folder)
+        .map_err(|error| Error::Folder(identity_folder.clone(), error))?;
+    let authority = Authority::open_or_found(&identity_folder)?;
+    let mut random = fastrand::Rng::new();
+    let scheduling = Scheduling::new(&config.strategy, config.tick_every)
+        .map_err(|known| Error::Strategy(config.strategy.clone(), known))?;
+
+    let machine = Machine::new(Faults::none());
+    let storage = Storage::Files {
+        directory: config.data.join("raft"),
+    };
+    let replica_config = replica::Config::new(&config.cluster, FIRST_MEMBER, storage);
+    let replica = Replica::open(replica_config, Box::new(machine.clone())).await?;
+    let log = Arc::new(ReplicatedLog {
+        replica: replica.clone(),
+    });
+    let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
+
+    let mut validators = Validators::new();
+    for validator in config.validators.iter() {
+        let (signer, clock) = (Arc::clone(&signer), Arc::clone(&clock));
+        let client = Client::new(validator, signer, clock, Limits::default(), random.fork())?;
+        validators.insert(
+            validator.hotkey.clone(),
+            Arc::new(client) as Arc<dyn ValidatorApi>,
+        );
+    }
+    let validators = Arc::new(validators);
+    let (hub, listings) = (Hub::default(), Listings::default());
+
+    let hosts = quic::listen(config.hosts_listen, &authority.member()?)?;
+    tracing::info!(hosts = %config.hosts_listen, api = %config.api_listen, "coordinator member serves");
+
+    let services = TaskTracker::new();
+    let stop = CancellationToken::new();
+    let (header_sets, header_sets_followed) = watch::channel(Vec::new());
+    let names = config
+        .validators
+        .iter()
+        .map(|validator| validator.hotkey.clone())
+        .collect();
+    services.spawn(headers::publish(
+        Arc::clone(&signer),
+        Arc::clone(&clock),
+        names,
+        header_sets,
+        stop.clone(),
+    ));
+    let context = session::Context {
+        store: store.clone(),
+        signer: Arc::clone(&signer),
+        hub: hub.clone(),
+        headers: header_sets_followed,
+    };
+    services.spawn(quic::accept(hosts, context, stop.clone()));
+    let leader = Leader {
+        store: store.clone(),
+        signer,
+        directory: config.validators.clone(),
+        validators,
+        dial: Arc::new(TcpDial),
+        hub,
+        listings,
+        observe_every: config.observe_every,
+        scheduling,
+        seed: random.u64(..),
+    };
+    services.spawn(lead(leader, config, replica.leadership(), stop.clone()));
+    services.close();
+
+    shutdown.cancelled().await;
+    tracing::info!("coordinator member stops");
+    stop.cancel();
+    services.wait().await;
+    replica.shutdown().await;
+    Ok(())
+}
+
+/// Leads whenever this member is the leader.
+async fn lead(
+    leader: Leader,
+    config: Config,
+    mut leadership: watch::Receiver<replica::Leadership>,
+    stop: CancellationToken,
+) {
+    loop {
+        let waited = stop
+            .run_until_cancelled(leadership.wait_for(|now| now.leads))
+            .await;
+        let Some(Ok(term)) = waited.map(|waited| waited.map(|now| now.term)) else {
+            return;
+        };
+        tracing::info!(term, "this member leads");
+        let ended = stop.child_token();
+        let leading = async {
+            if configure(&leader, &config, &ended).await {
+                leader.clone().run(ended.clone()).await;
+            }
+        };
+        let mut lost = leadership.clone();
+        let lost = async {
+            let _ = lost.wait_for(|now| !now.leads || now.term != term).await;
+        };
+        tokio::select! {
+            () = leading => {}
+            () = lost => tracing::warn!(term, "this member leads no more"),
+        }
+        ended.cancel();
+        if stop.is_cancelled() {
+            return;
+        }
+    }
+}
+
+/// Writes the configuration into the state, if it differs; false if that was cancelled.
+async fn configure(leader: &Leader, config: &Config, cancel: &CancellationToken) -> bool {
+    let command = Command::Configure {
+        miner: config.miner.clone(),
+        validators: config
+            .validators
+            .iter()
+            .map(|validator| validator.hotkey.clone())
+            .collect(),
+        pay_profile: config.pay_profile,
+    };
+    loop {
+        match leader.store.propose(command.clone()).await {
+            Ok(_) => return true,
+            Err(error) => {
+                tracing::warn!(%error, "the configuration is not recorded yet");
+                let pause = tokio::time::sleep(std::time::Duration::from_millis(200));
+                if cancel.run_until_cancelled(pause).await.is_none() {
+                    return false;
+                }
+            }
+        }
+    }
+}
+
+impl StateMachine for Machine {
+    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8> {
+        let (answer, rows) = Machine::apply(self, command);
+        changed.extend(rows.into_iter().map(|row| RowChange {
+            table: row.table,
+            key: row.key,
+            value: row.value,
+        }));
+        answer
+    }
+
+    fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
+        Machine::load(self, rows).map_err(|error| error.to_string())
+    }
+
+    fn applied(&mut self, index: u64) {
+        Machine::applied(self, index);
+    }
+}
+
+/// The replica as the store's log.
+#[derive(Debug)]
+struct ReplicatedLog {
+    replica: Replica,
+}
+
+impl Log for ReplicatedLog {
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+        Box::pin(async {
+            self.replica
+                .propose(command)
+                .await
+                .map_err(|error| error.to_string())
+        })
+    }
+
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+        Box::pin(async {
+            self.replica
+                .linearizable()
+                .await
+                .map_err(|error| error.to_string())
+        })
+    }
+}
