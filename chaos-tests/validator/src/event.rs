@@ -241,3 +241,155 @@ fn instance_data(instance: &Instance) -> Value {
         "config_id": instance.config,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use protocol::hotkey::Signer;
+    use protocol::id::{ChuteId, ConfigId, GpuId, InstanceId, JobId};
+    use protocol::time::UnixMillis;
+
+    use super::*;
+    use crate::scenario::ChuteSpec;
+
+    fn hotkey() -> Hotkey {
+        Signer::from_seed(&[1; 32]).hotkey().clone()
+    }
+
+    fn chute() -> Chute {
+        Chute {
+            id: ChuteId::parse("c").expect("valid"),
+            version: "v".to_owned(),
+            image: "i".to_owned(),
+            code: String::new(),
+            chutes_version: None,
+            supported_gpus: vec![],
+            compute_multiplier: 0.5,
+            spec: ChuteSpec::default(),
+            demand: None,
+            created_at: UnixMillis(0),
+            updated_at: UnixMillis(0),
+        }
+    }
+
+    fn image() -> Image {
+        Image {
+            id: "i".to_owned(),
+            username: "acme".to_owned(),
+            name: "app".to_owned(),
+            tag: "1.0".to_owned(),
+            patch_version: "ab12cd34ef56".to_owned(),
+            chutes_version: Some("0.3.41".to_owned()),
+            created_at: UnixMillis(0),
+        }
+    }
+
+    fn instance(config: Option<&str>) -> Instance {
+        let json = json!({
+            "id": "n", "chute": "c", "version": "v", "image": "i", "chutes_version": null,
+            "hotkey": hotkey(), "host": "h", "port": 1, "gpus": ["g"], "config": config, "job": null,
+            "created_at": 0, "deadline_at": null, "verified_at": null, "activated_at": null,
+            "stop_billing_at": null, "seed": 1, "symmetric_key": "", "response_plaintext": "",
+            "port_mappings": [], "multiplier": 1.0, "target_multiplier": 1.0, "hourly_rate": 1.0,
+            "public": true, "verification_error": null, "legacy_attempts": [],
+        });
+        let instance: Instance = serde_json::from_value(json).expect("an instance");
+        assert_eq!(instance.id, InstanceId::parse("n").expect("valid"));
+        assert_eq!(
+            instance.config,
+            config.map(|c| ConfigId::parse(c).expect("valid"))
+        );
+        instance
+    }
+
+    fn job() -> Job {
+        Job {
+            id: JobId::parse("j").expect("valid"),
+            chute: ChuteId::parse("c").expect("valid"),
+            version: "v".to_owned(),
+            method: "train".to_owned(),
+            disk_gb: 20,
+            work_ms: 0,
+            compute_multiplier: 0.5,
+            created_at: UnixMillis(0),
+            started_at: None,
+            finished_at: None,
+            instance: None,
+            hotkey: None,
+            tried_by: vec![hotkey()],
+            status: String::new(),
+            result: Value::Null,
+            error_detail: None,
+            output_files: vec![],
+            miner_terminated: false,
+        }
+    }
+
+    fn node() -> Node {
+        Node {
+            device: proof::software_device(GpuId::from_device_uuid(&"ab".repeat(16)).expect("32 digits")),
+            hotkey: hotkey(),
+            gpu_identifier: "software".to_owned(),
+            device_index: 0,
+            server_id: None,
+            seed: 1,
+            verification_host: "h".to_owned(),
+            verification_port: 80,
+            verification_error: None,
+            created_at: UnixMillis(0),
+            verified_at: None,
+        }
+    }
+
+    /// The bytes on the wire of every event; `M` stands for the miner's address.
+    #[test]
+    fn every_event_is_written_as_it_always_was() {
+        let with_config = instance(Some("f"));
+        let rows = [
+            (Event::gpu_verified(&node()), GPU_VERIFIED),
+            (Event::chute_created(&chute()), CHUTE_CREATED),
+            (Event::chute_updated(&chute()), CHUTE_UPDATED),
+            (Event::chute_deleted(&chute()), CHUTE_DELETED),
+            (Event::bounty_change(&chute(), 100), BOUNTY_CHANGE),
+            (Event::image_created(&image()), IMAGE_CREATED),
+            (Event::image_updated(&image(), &[&chute()]), IMAGE_UPDATED),
+            (Event::image_deleted(&image()), IMAGE_DELETED),
+            (
+                Event::rolling_update(&with_config, "v", "w", "code change"),
+                ROLLING_UPDATE,
+            ),
+            (
+                Event::instance_created(&with_config, "h100_sxm"),
+                INSTANCE_CREATED,
+            ),
+            (Event::instance_verified(&with_config), INSTANCE_VERIFIED),
+            (Event::instance_activated(&with_config), INSTANCE_ACTIVATED),
+            (Event::instance_deleted(&instance(None), "why"), INSTANCE_DELETED),
+            (Event::job_created(&job(), &chute(), false), JOB_CREATED),
+            (Event::job_created(&job(), &chute(), true), JOB_CREATED_AGAIN),
+            (Event::job_deleted(&job()), JOB_DELETED),
+        ];
+        for (event, golden) in rows {
+            let written = event.envelope().to_string().replace(hotkey().as_str(), "M");
+            assert_eq!(written, golden);
+        }
+    }
+
+    const GPU_VERIFIED: &str = r#"{"data":{"gpu_id":"abababababababababababababababab","miner_hotkey":"M"},"filter_recipients":["M"],"reason":"gpu_verified"}"#;
+    const CHUTE_CREATED: &str =
+        r#"{"data":{"chute_id":"c","job_only":false,"version":"v"},"reason":"chute_created"}"#;
+    const CHUTE_UPDATED: &str =
+        r#"{"data":{"chute_id":"c","job_only":false,"version":"v"},"reason":"chute_updated"}"#;
+    const CHUTE_DELETED: &str = r#"{"data":{"chute_id":"c","version":"v"},"reason":"chute_deleted"}"#;
+    const BOUNTY_CHANGE: &str = r#"{"data":{"bounty":100,"chute_id":"c"},"reason":"bounty_change"}"#;
+    const IMAGE_CREATED: &str = r#"{"data":{"image_id":"i"},"reason":"image_created"}"#;
+    const IMAGE_UPDATED: &str = r#"{"data":{"chute_ids":["c"],"chutes_version":"0.3.41","image":"acme/app:1.0-ab12cd34ef56","image_id":"i","patch_version":"ab12cd34ef56","short_tag":"acme/app:1.0-ab12cd34ef56"},"reason":"image_updated"}"#;
+    const IMAGE_DELETED: &str = r#"{"data":{"image_id":"i"},"reason":"image_deleted"}"#;
+    const ROLLING_UPDATE: &str = r#"{"data":{"chute_id":"c","instance_id":"n","miner_hotkey":"M","new_version":"w","old_version":"v","reason":"code change"},"filter_recipients":["M"],"reason":"rolling_update"}"#;
+    const INSTANCE_CREATED: &str = r#"{"data":{"chute_id":"c","config_id":"f","gpu_count":1,"gpu_model_name":"h100_sxm","instance_id":"n","miner_hotkey":"M"},"filter_recipients":["M"],"message":"Miner M claimed 1 GPU(s) for chute c","reason":"instance_created"}"#;
+    const INSTANCE_VERIFIED: &str = r#"{"data":{"instance_id":"n","miner_hotkey":"M"},"filter_recipients":["M"],"reason":"instance_verified"}"#;
+    const INSTANCE_ACTIVATED: &str = r#"{"data":{"chute_id":"c","config_id":"f","instance_id":"n","miner_hotkey":"M"},"filter_recipients":["M"],"message":"Miner M activated instance n","reason":"instance_activated"}"#;
+    const INSTANCE_DELETED: &str = r#"{"data":{"chute_id":"c","config_id":null,"instance_id":"n","miner_hotkey":"M"},"filter_recipients":["M"],"message":"why","reason":"instance_deleted"}"#;
+    const JOB_CREATED: &str = r#"{"data":{"chute_id":"c","compute_multiplier":0.5,"disk_gb":20,"exclude":["M"],"gpu_count":1,"image_id":"i","job_id":"j","method":"train"},"reason":"job_created"}"#;
+    const JOB_CREATED_AGAIN: &str = r#"{"data":{"chute_id":"c","compute_multiplier":0.5,"exclude":["M"],"gpu_count":1,"image_id":"i","job_id":"j","method":"train"},"reason":"job_created"}"#;
+    const JOB_DELETED: &str = r#"{"data":{"instance_id":null,"job_id":"j"},"reason":"job_deleted"}"#;
+}

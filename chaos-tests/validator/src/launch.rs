@@ -15,7 +15,7 @@ use proof::{Profile, WorkProduct};
 use protocol::gpu::DeviceInfo;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ConfigId, GpuId, InstanceId, JobId};
-use protocol::signing::Purpose;
+use protocol::signing::{Purpose, body_hash};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -204,8 +204,10 @@ struct Claim {
     gpus: Vec<DeviceInfo>,
     host: String,
     port_mappings: Vec<PortMapping>,
+    /// SHA-256 of the code that the container found, from our own chute stand-in; a real container sends a
+    /// sealed dump that only its validator can open.
     #[serde(default)]
-    code: Option<Value>,
+    code_digest: Option<String>,
 }
 
 /// A claim that passed all checks.
@@ -331,8 +333,8 @@ fn check_claim(
         .chutes
         .get(&entry.chute)
         .ok_or_else(|| Problem::not_found(format!("Chute {} not found", entry.chute)))?;
-    if let Some(code) = claim.code.as_ref().and_then(Value::as_str)
-        && code != chute.code
+    if let Some(digest) = &claim.code_digest
+        && *digest != body_hash(chute.code.as_bytes())
     {
         return Err(Problem::forbidden("Code does not match the chute's"));
     }

@@ -408,7 +408,8 @@ mod tests {
                 node_history: history,
                 ..State::default()
             };
-            check_known(&state, &key(1), &[gpu.clone()], now).map_err(|problem| problem.status.as_u16())
+            check_known(&state, &key(1), std::slice::from_ref(&gpu), now)
+                .map_err(|problem| problem.status.as_u16())
         };
         assert_eq!(check(vec![]), Ok(()));
         assert_eq!(

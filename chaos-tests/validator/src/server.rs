@@ -279,23 +279,25 @@ async fn plant_faults(Shared(validator): Shared<Arc<Validator>>, request: Reques
     }
 }
 
-/// The first bytes of a body, then a broken connection.
+/// The first bytes of a body, then a broken connection. The pause lets the bytes out before the break.
 fn truncated(body: Body, after_bytes: usize) -> Body {
-    let mut left = after_bytes;
-    let mut broken = false;
-    let cut = body.into_data_stream().map(move |chunk| {
-        let mut chunk: Bytes = chunk.map_err(io::Error::other)?;
-        if broken || left == 0 {
-            return Err(io::Error::other("planted fault: cut"));
-        }
-        if chunk.len() > left {
-            chunk.truncate(left);
-            broken = true;
-        }
-        left -= chunk.len();
-        Ok(chunk)
+    let cut = futures_util::stream::unfold(
+        (body.into_data_stream(), after_bytes),
+        |(mut chunks, left)| async move {
+            match chunks.next().await {
+                Some(Ok(mut chunk)) if left > 0 => {
+                    chunk.truncate(left);
+                    let left = left - chunk.len();
+                    Some((Ok::<Bytes, io::Error>(chunk), (chunks, left)))
+                }
+                _ => None,
+            }
+        },
+    );
+    let end = futures_util::stream::once(async {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        Err(io::Error::other("planted fault: cut"))
     });
-    let end = futures_util::stream::once(async { Err(io::Error::other("planted fault: cut")) });
     Body::from_stream(cut.chain(end))
 }
 

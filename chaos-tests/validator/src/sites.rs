@@ -67,7 +67,9 @@ async fn serve(listener: TcpListener, name: String, shutdown: CancellationToken)
 
 async fn greet(mut stream: TcpStream, name: &str) -> io::Result<()> {
     let mut request = [0; 1024];
-    stream.read(&mut request).await?;
+    if stream.read(&mut request).await? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let text = greeting(name);
     let answer = format!(
         "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{text}",
