@@ -36,6 +36,8 @@ pub struct ChuteMarket {
     pub effective_multiplier: Option<f64>,
     /// Active instances of all miners, from the list of instances; newer than the metrics'.
     pub active_instances: Option<u32>,
+    /// When those were counted; if that is not known, long ago.
+    pub active_instances_read_at: UnixMillis,
 }
 
 /// One row of `/miner/metrics/`: the last hour on the whole network.
@@ -88,6 +90,15 @@ impl ChuteMarket {
     pub fn instances(&self) -> Option<u32> {
         self.active_instances
             .or_else(|| self.metrics.as_ref().map(|metrics| metrics.instance_count))
+    }
+
+    /// When the number that [`ChuteMarket::instances`] gives was read.
+    #[must_use]
+    pub fn instances_read_at(&self) -> UnixMillis {
+        match (&self.active_instances, &self.metrics) {
+            (None, Some(metrics)) => metrics.read_at,
+            _ => self.active_instances_read_at,
+        }
     }
 
     /// Instances that may be added, if the validator says so.

@@ -564,17 +564,14 @@ impl<'a> ChuteView<'_, 'a> {
     /// Own copies that are gone but were probably still counted when the network was looked at.
     #[must_use]
     pub fn gone_since_counted(&self) -> u32 {
-        let Some(read_at) = self
+        let read_at = self
             .market()
-            .and_then(|market| market.metrics.as_ref())
-            .map(|m| m.read_at)
-        else {
-            return 0;
-        };
+            .map(ChuteMarket::instances_read_at)
+            .unwrap_or_default();
         let stopped_later = |deployment: &&&Deployment| {
             deployment.job.is_none()
                 && deployment.earns()
-                && deployment.stop.as_ref().is_some_and(|stop| stop.at > read_at)
+                && deployment.stop.as_ref().is_some_and(|stop| stop.at >= read_at)
         };
         let count = self.view.gone(self.key()).iter().filter(stopped_later).count();
         u32::try_from(count).unwrap_or(u32::MAX)
