@@ -1,1 +1,325 @@
-//! Placeholder for the room `api`.
+//! The management API: what operators ask of the miner over HTTP. `docs/protocol/management.md` describes it.
+//!
+//! ```text
+//! connection --> limits --> signature (auth.rs) --> linearizable state --> handler --> Store::propose_as
+//! ```
+//! In reading order: `error.rs`, `auth.rs`, `objects.rs`; the routes of the original (`servers.rs`,
+//! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
+//! `operate.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Extension, Router};
+use futures_util::StreamExt;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use protocol::hotkey::Hotkey;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::store::Store;
+use auth::{Access, Asked, Caller, Door};
+use error::ApiError;
+
+mod auth;
+mod deployments;
+mod diff;
+mod enrolment;
+mod error;
+mod explain;
+mod metrics;
+mod objects;
+mod operate;
+mod servers;
+mod status;
+mod timeline;
+
+pub use diff::{HostReports, LastListings, ValidatorListing};
+pub use enrolment::SupportedGpus;
+
+/// Bodies up to this many bytes are read.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+/// Connections that are served at a time; more are closed at once.
+pub const CONNECTIONS_MAX: usize = 256;
+/// An answer must begin within this time. The progress of an enrolment may then go on for longer.
+pub const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// Head and body of a request must have arrived within this time.
+pub const REQUEST_READ_MAX: Duration = Duration::from_secs(10);
+/// What is under way at a stop may take this long.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Settings of the API.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Whose key signs.
+    pub miner: Hotkey,
+    /// Name of this member, for people.
+    pub member: String,
+    /// Original clients may change things over plain, non-loopback connections. Off: a captured read could be
+    /// repeated as a purge.
+    pub allow_plain_legacy_writes: bool,
+}
+
+/// What the API asks of others.
+#[derive(Debug, Clone)]
+pub struct Deps {
+    /// GPU types that a validator takes.
+    pub supported_gpus: Arc<dyn SupportedGpus>,
+    /// What hosts reported last.
+    pub host_reports: Arc<dyn HostReports>,
+    /// What validators listed last.
+    pub validator_listing: Arc<dyn ValidatorListing>,
+}
+
+/// Where a connection comes from. Requests without it count as foreign.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer(pub SocketAddr);
+
+impl Peer {
+    /// True for this machine itself.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        self.0.ip().to_canonical().is_loopback()
+    }
+
+    fn of(request: &Request) -> Self {
+        let foreign = Self(SocketAddr::from(([0, 0, 0, 0], 0)));
+        request.extensions().get::<Self>().copied().unwrap_or(foreign)
+    }
+}
+
+/// What all handlers share.
+struct Api {
+    config: Config,
+    store: Store,
+    deps: Deps,
+    door: Door,
+    counters: metrics::Counters,
+}
+
+impl fmt::Debug for Api {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Api({})", self.config.miner)
+    }
+}
+
+/// All routes. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
+#[must_use]
+pub fn router(config: Config, store: Store, deps: Deps) -> Router {
+    let door = Door::new(
+        config.miner.clone(),
+        config.allow_plain_legacy_writes,
+        store.clock().now(),
+    );
+    let api = Arc::new(Api {
+        config,
+        store,
+        deps,
+        door,
+        counters: metrics::Counters::default(),
+    });
+    let guarded = |routes: Router<Arc<Api>>, access: Access| {
+        routes.route_layer(from_fn_with_state((Arc::clone(&api), access), admit))
+    };
+    let reads = Router::new()
+        .route("/servers/", get(servers::list))
+        .route(
+            "/servers/{server}/delete_preflight",
+            get(servers::delete_preflight),
+        )
+        .route("/v1/status", get(status::status))
+        .route("/v1/deployments", get(timeline::deployments))
+        .route("/v1/audits", get(timeline::audits))
+        .route("/v1/diff", get(diff::diff))
+        .route("/v1/explain", get(explain::explain))
+        .route("/v1/bans", get(operate::bans));
+    let writes = Router::new()
+        .route("/servers/", post(enrolment::add))
+        .route("/servers/{server}", delete(servers::remove))
+        .route("/servers/{server}/lock", get(servers::lock).post(servers::lock))
+        .route(
+            "/servers/{server}/unlock",
+            get(servers::unlock).post(servers::unlock),
+        )
+        .route("/servers/{server}/deployments", delete(deployments::purge_server))
+        .route("/deployments/purge", delete(deployments::purge))
+        .route("/deployments/{deployment}", delete(deployments::stop_one));
+    let bound_writes = Router::new()
+        .route("/v1/stop", post(operate::stop))
+        .route("/v1/bans", post(operate::ban).delete(operate::unban));
+    let open = Router::new()
+        .route("/ping", get(ping))
+        .route("/metrics", get(metrics::metrics))
+        .route("/servers", axum::routing::any(with_slash));
+    Router::new()
+        .merge(guarded(reads, Access::Read))
+        .merge(guarded(writes, Access::Write))
+        .merge(guarded(bound_writes, Access::BoundWrite))
+        .merge(open)
+        // Without it the guards of the routes would answer for methods that no route has.
+        .method_not_allowed_fallback(|| std::future::ready(StatusCode::METHOD_NOT_ALLOWED))
+        .layer(from_fn_with_state(Arc::clone(&api), limit_and_count))
+        .with_state(api)
+}
+
+/// Serves the API on a listener until `shutdown`; then what is under way may end within a few seconds.
+pub async fn serve(
+    config: Config,
+    store: Store,
+    deps: Deps,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) {
+    let routes = router(config, store, deps);
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
+            tracing::warn!(%peer, "too many connections: one is closed");
+            continue;
+        };
+        let routes = routes.clone().layer(Extension(Peer(peer)));
+        let shutdown = shutdown.clone();
+        connections.spawn(async move {
+            serve_connection(stream, routes, shutdown).await;
+            drop(slot);
+        });
+    }
+    let drained = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(DRAIN_MAX, drained).await.is_err() {
+        tracing::info!("connections were cut off by the stop");
+    }
+}
+
+async fn serve_connection(stream: TcpStream, routes: Router, shutdown: CancellationToken) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_READ_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}
+
+/// Outermost: a time limit, one form for all errors, a count.
+async fn limit_and_count(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    let method = request.method().clone();
+    let answer = tokio::time::timeout(ANSWER_MAX, next.run(request)).await;
+    let response = answer.unwrap_or_else(|_| {
+        ApiError::new(
+            StatusCode::GATEWAY_TIMEOUT,
+            "no answer in time; look before you try again",
+        )
+        .into_response()
+    });
+    api.counters.answered(&method, response.status());
+    error::as_json(response)
+}
+
+/// Reads the body, checks the signature, waits until reads see every acknowledged write.
+async fn admit(
+    State((api, access)): State<(Arc<Api>, Access)>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    let peer = Peer::of(&request);
+    let (mut head, body) = request.into_parts();
+    let body = tokio::time::timeout(REQUEST_READ_MAX, read_body(body))
+        .await
+        .map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time"))??;
+    let asked = Asked {
+        method: &head.method,
+        path_and_query: head.uri.path_and_query().map_or("/", |path| path.as_str()),
+        headers: &head.headers,
+        body: &body,
+        peer,
+    };
+    let caller = api
+        .door
+        .admit(&asked, access, api.store.clock().now())
+        .inspect_err(|refusal| {
+            tracing::warn!(peer = %peer.0, method = %head.method, path = head.uri.path(), ?refusal,
+                "a request is not let in");
+        })?;
+    api.store.linearizable().await?;
+    head.extensions.insert(caller);
+    Ok(next.run(Request::from_parts(head, Body::from(body))).await)
+}
+
+async fn read_body(body: Body) -> Result<Bytes, ApiError> {
+    let mut stream = body.into_data_stream();
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.next().await {
+        let piece = piece.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the body was cut off"))?;
+        if bytes.len() + piece.len() > BODY_BYTES_MAX {
+            return Err(ApiError::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!("a body of at most {BODY_BYTES_MAX} bytes is accepted"),
+            ));
+        }
+        bytes.extend_from_slice(&piece);
+    }
+    Ok(bytes.into())
+}
+
+async fn ping() -> impl IntoResponse {
+    axum::Json(serde_json::json!({ "message": "pong" }))
+}
+
+/// Clients of the original expect the slash to be added for them, method and body kept.
+async fn with_slash(_: Method, uri: Uri, headers: axum::http::HeaderMap) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let query = uri.query().map_or_else(String::new, |query| format!("?{query}"));
+    let path = format!("{}/{query}", uri.path());
+    let location = host.map_or_else(|| path.clone(), |host| format!("http://{host}{path}"));
+    (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, location)]).into_response()
+}
+
+impl Api {
+    /// Proposes what a request asks for, under the guard of its signature.
+    async fn propose(
+        &self,
+        caller: &Caller,
+        command: coordinator_core::state_machine::Command,
+    ) -> Result<coordinator_core::state_machine::Reply, ApiError> {
+        let request = self.store.new_request();
+        Ok(self
+            .store
+            .propose_as(request, Some(caller.guard), command)
+            .await?)
+    }
+}

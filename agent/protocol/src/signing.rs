@@ -22,6 +22,13 @@ pub const MINER_HEADER: &str = "X-Chutes-Miner";
 /// Header with the signer's address, validator to miner and management.
 pub const VALIDATOR_HEADER: &str = "X-Chutes-Validator";
 
+/// Header that names a scheme of the management API; absent in the original one.
+pub const SCHEME_HEADER: &str = "X-Chutes-Scheme";
+/// Header with 32 random hexadecimal digits, so that two requests of one second differ.
+pub const RANDOM_HEADER: &str = "X-Chutes-Random";
+/// The scheme that binds method, path, query and body into the signature.
+pub const BOUND_SCHEME: &str = "2";
+
 /// Validators accept nonces this far from their own clock, in seconds, either way.
 pub const VALIDATOR_NONCE_WINDOW_SECONDS: u64 = 600;
 /// The miner's own doors (management, GPU proof) accept nonces this far from their clock, in seconds.
@@ -156,6 +163,12 @@ pub enum Refusal {
         /// What would have been accepted.
         window: u64,
     },
+    /// The scheme is none that is known.
+    #[error("{SCHEME_HEADER} names an unknown scheme, \"{BOUND_SCHEME}\" is known")]
+    UnknownScheme,
+    /// The random part is not 32 hexadecimal digits.
+    #[error("{RANDOM_HEADER} is not 32 hexadecimal digits")]
+    MalformedRandom,
     /// The signature is not 64 bytes of hexadecimal.
     #[error("the signature is not 128 hexadecimal digits")]
     MalformedSignature,
@@ -229,6 +242,72 @@ pub fn check_request_to_miner<'a>(
     check_nonce(nonce, now, window_seconds)?;
     check_signature(signer, &message_to_miner(miner, signer, nonce, tail), signature)?;
     Ok(signer.clone())
+}
+
+/// A management request as the newer scheme signs it: all that decides what it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BoundRequest<'a> {
+    /// In capitals.
+    pub method: &'a str,
+    /// Path with `?` and query, if there is one, exactly as sent.
+    pub path_and_query: &'a str,
+    /// The exact bytes; empty where there is no body.
+    pub body: &'a [u8],
+}
+
+impl BoundRequest<'_> {
+    /// What is signed. The parts behind the path have no colon in them, so the text reads one way only.
+    #[must_use]
+    pub fn message(&self, miner: &Hotkey, nonce: &str, random: &str) -> String {
+        let (method, path) = (self.method, self.path_and_query);
+        let body = body_hash(self.body);
+        format!("chutes-miner:{BOUND_SCHEME}:{method}:{path}:{miner}:{nonce}:{random}:{body}")
+    }
+
+    /// The five headers of a request to the miner's own management API. `random` must not repeat.
+    #[must_use]
+    pub fn sign(&self, signer: &Signer, now: UnixMillis, random: u128) -> Headers {
+        let (nonce, random) = (now.unix_seconds().to_string(), format!("{random:032x}"));
+        let signature = signer.sign_hex(self.message(signer.hotkey(), &nonce, &random).as_bytes());
+        vec![
+            (SCHEME_HEADER, BOUND_SCHEME.to_owned()),
+            (MINER_HEADER, signer.hotkey().to_string()),
+            (NONCE_HEADER, nonce),
+            (RANDOM_HEADER, random),
+            (SIGNATURE_HEADER, signature),
+        ]
+    }
+
+    /// Checks that `miner` signed this request, less than `window_seconds` from `now`.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; every one of them is HTTP 401.
+    pub fn check<'h>(
+        &self,
+        header: impl Fn(&str) -> Option<&'h str>,
+        miner: &Hotkey,
+        now: UnixMillis,
+        window_seconds: u64,
+    ) -> Result<(), Refusal> {
+        let get = |name: &'static str| {
+            header(name)
+                .filter(|value| !value.is_empty())
+                .ok_or(Refusal::Missing(name))
+        };
+        if get(SCHEME_HEADER)? != BOUND_SCHEME {
+            return Err(Refusal::UnknownScheme);
+        }
+        let (to, nonce) = (get(MINER_HEADER)?, get(NONCE_HEADER)?);
+        let (random, signature) = (get(RANDOM_HEADER)?, get(SIGNATURE_HEADER)?);
+        if to != miner.as_str() {
+            return Err(Refusal::OtherMiner);
+        }
+        if random.len() != 32 || !random.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(Refusal::MalformedRandom);
+        }
+        check_nonce(nonce, now, window_seconds)?;
+        check_signature(miner, &self.message(miner, nonce, random), signature)
+    }
 }
 
 /// Checks a request from a miner, as a validator does.
@@ -311,6 +390,66 @@ mod tests {
                     window: 30
                 })
             ));
+        }
+    }
+
+    #[test]
+    fn a_bound_request_is_good_for_itself_only() {
+        let miner = Signer::from_seed(&[1; 32]);
+        let request = BoundRequest {
+            method: "DELETE",
+            path_and_query: "/servers/a?include_jobs=true",
+            body: b"",
+        };
+        let headers = request.sign(&miner, NOW, 7);
+        let check = |request: BoundRequest<'_>, now| {
+            request.check(lookup(&headers), miner.hotkey(), now, MINER_NONCE_WINDOW_SECONDS)
+        };
+        assert_eq!(check(request, NOW + 29_000), Ok(()));
+        let others = [
+            BoundRequest {
+                method: "GET",
+                ..request
+            },
+            BoundRequest {
+                path_and_query: "/servers/b?include_jobs=true",
+                ..request
+            },
+            BoundRequest {
+                path_and_query: "/servers/a",
+                ..request
+            },
+            BoundRequest {
+                body: b"{}",
+                ..request
+            },
+        ];
+        for other in others {
+            assert_eq!(check(other, NOW), Err(Refusal::Mismatch), "{other:?}");
+        }
+        for now in [NOW + 30_000, NOW - 30_000] {
+            assert!(matches!(
+                check(request, now),
+                Err(Refusal::NonceOutsideWindow { .. })
+            ));
+        }
+        for (name, value, refusal) in [
+            (SCHEME_HEADER, "3", Refusal::UnknownScheme),
+            (SCHEME_HEADER, "", Refusal::Missing(SCHEME_HEADER)),
+            (MINER_HEADER, "5x", Refusal::OtherMiner),
+            (NONCE_HEADER, "1e9", Refusal::MalformedNonce),
+            (RANDOM_HEADER, "7", Refusal::MalformedRandom),
+            (RANDOM_HEADER, &format!("{:032x}", 8), Refusal::Mismatch),
+            (SIGNATURE_HEADER, "zz", Refusal::MalformedSignature),
+        ] {
+            let mut changed = headers.clone();
+            changed
+                .iter_mut()
+                .find(|(n, _)| *n == name)
+                .expect("a header of ours")
+                .1 = value.to_owned();
+            let answer = request.check(lookup(&changed), miner.hotkey(), NOW, MINER_NONCE_WINDOW_SECONDS);
+            assert_eq!(answer, Err(refusal));
         }
     }
 
