@@ -49,17 +49,33 @@ mod timeline;
 pub use diff::{HostReports, LastListings, ValidatorListing};
 pub use enrolment::SupportedGpus;
 
-/// Bodies up to this many bytes are read.
-pub const BODY_BYTES_MAX: usize = 1024 * 1024;
-/// Connections that are served at a time; more are closed at once.
-pub const CONNECTIONS_MAX: usize = 256;
-/// An answer must begin within this time. The progress of an enrolment may then go on for longer.
-pub const ANSWER_MAX: Duration = Duration::from_secs(30);
-/// Head and body of a request must have arrived within this time.
-pub const REQUEST_READ_MAX: Duration = Duration::from_secs(10);
 /// What is under way at a stop may take this long.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// A limit on everything.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Bodies up to this many bytes are read.
+    pub body_bytes_max: usize,
+    /// Connections that are served at a time; more are closed at once.
+    pub connections_max: usize,
+    /// An answer must begin within this time. The progress of an enrolment may then go on for longer.
+    pub answer_max: Duration,
+    /// The head of a request, and then its body, must have arrived within this time each.
+    pub request_read_max: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            body_bytes_max: 1024 * 1024,
+            connections_max: 256,
+            answer_max: Duration::from_secs(30),
+            request_read_max: Duration::from_secs(10),
+        }
+    }
+}
 
 /// Settings of the API.
 #[derive(Debug, Clone)]
@@ -71,6 +87,8 @@ pub struct Config {
     /// Original clients may change things over plain, non-loopback connections. Off: a captured read could be
     /// repeated as a purge.
     pub allow_plain_legacy_writes: bool,
+    /// How much and how long.
+    pub limits: Limits,
 }
 
 /// What the API asks of others.
@@ -183,8 +201,9 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: CancellationToken,
 ) {
+    let limits = config.limits;
     let routes = router(config, store, deps);
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Arc::new(Semaphore::new(limits.connections_max));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -207,7 +226,7 @@ pub async fn serve(
         let routes = routes.clone().layer(Extension(Peer(peer)));
         let shutdown = shutdown.clone();
         connections.spawn(async move {
-            serve_connection(stream, routes, shutdown).await;
+            serve_connection(stream, routes, limits, shutdown).await;
             drop(slot);
         });
     }
@@ -217,10 +236,10 @@ pub async fn serve(
     }
 }
 
-async fn serve_connection(stream: TcpStream, routes: Router, shutdown: CancellationToken) {
+async fn serve_connection(stream: TcpStream, routes: Router, limits: Limits, shutdown: CancellationToken) {
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(REQUEST_READ_MAX)
+        .header_read_timeout(limits.request_read_max)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
@@ -238,7 +257,7 @@ async fn serve_connection(stream: TcpStream, routes: Router, shutdown: Cancellat
 /// Outermost: a time limit, one form for all errors, a count.
 async fn limit_and_count(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     let method = request.method().clone();
-    let answer = tokio::time::timeout(ANSWER_MAX, next.run(request)).await;
+    let answer = tokio::time::timeout(api.config.limits.answer_max, next.run(request)).await;
     let response = answer.unwrap_or_else(|_| {
         ApiError::new(
             StatusCode::GATEWAY_TIMEOUT,
@@ -258,7 +277,8 @@ async fn admit(
 ) -> Result<Response, ApiError> {
     let peer = Peer::of(&request);
     let (mut head, body) = request.into_parts();
-    let body = tokio::time::timeout(REQUEST_READ_MAX, read_body(body))
+    let limits = api.config.limits;
+    let body = tokio::time::timeout(limits.request_read_max, read_body(body, limits.body_bytes_max))
         .await
         .map_err(|_| ApiError::new(StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time"))??;
     let asked = Asked {
@@ -280,15 +300,15 @@ async fn admit(
     Ok(next.run(Request::from_parts(head, Body::from(body))).await)
 }
 
-async fn read_body(body: Body) -> Result<Bytes, ApiError> {
+async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
     let mut stream = body.into_data_stream();
     let mut bytes = Vec::new();
     while let Some(piece) = stream.next().await {
         let piece = piece.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the body was cut off"))?;
-        if bytes.len() + piece.len() > BODY_BYTES_MAX {
+        if bytes.len() + piece.len() > bytes_max {
             return Err(ApiError::new(
                 StatusCode::PAYLOAD_TOO_LARGE,
-                format!("a body of at most {BODY_BYTES_MAX} bytes is accepted"),
+                format!("a body of at most {bytes_max} bytes is accepted"),
             ));
         }
         bytes.extend_from_slice(&piece);

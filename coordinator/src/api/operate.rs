@@ -25,13 +25,15 @@ const STOP_MAX: usize = 1000;
 /// Characters of a reason.
 const REASON_CHARS_MAX: usize = 500;
 
+fn invalid(message: &str) -> ApiError {
+    ApiError::invalid(vec![
+        json!({ "type": "invalid", "loc": ["body"], "msg": message, "input": null }),
+    ])
+}
+
 /// Our own routes refuse what they do not know: a mistyped allowance must not be lost.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
-    serde_json::from_slice(body).map_err(|error| {
-        ApiError::invalid(vec![
-            json!({ "type": "invalid", "loc": ["body"], "msg": error.to_string(), "input": null }),
-        ])
-    })
+    serde_json::from_slice(body).map_err(|error| invalid(&error.to_string()))
 }
 
 fn reason_text(reason: String) -> Result<String> {
@@ -46,7 +48,7 @@ fn reason_text(reason: String) -> Result<String> {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StopBody {
-    deployments: Vec<DeploymentId>,
+    deployments: Vec<String>,
     #[serde(default = "asked_for")]
     reason: String,
     #[serde(default)]
@@ -75,8 +77,14 @@ pub(super) async fn stop(
         let detail = format!("1 to {STOP_MAX} deployments are stopped at a time");
         return Err(ApiError::new(StatusCode::BAD_REQUEST, detail));
     }
+    let named: std::result::Result<Vec<DeploymentId>, _> = body
+        .deployments
+        .iter()
+        .map(|text| DeploymentId::parse(text))
+        .collect();
+    let named = named.map_err(|error| invalid(&error.to_string()))?;
     let command = Command::StopDeployments {
-        deployments: body.deployments.clone(),
+        deployments: named.clone(),
         reason: StopReason::Operator(reason_text(body.reason)?),
         allowance: Allowance {
             loss: body.allow_loss,
@@ -90,7 +98,7 @@ pub(super) async fn stop(
     };
     let left: Vec<DeploymentId> = api.store.read(|record| {
         let live = |id: &DeploymentId| record.deployments().get(id).is_some_and(|d| d.phase.is_live());
-        body.deployments.into_iter().filter(|id| live(id)).collect()
+        named.into_iter().filter(|id| live(id)).collect()
     });
     Ok(Json(json!({ "stopping": stopping, "left_by_the_budget": left })))
 }

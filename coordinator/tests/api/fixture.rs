@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
-use coordinator::api::{Config, Deps, HostReports, LastListings, Peer, SupportedGpus, router};
+use coordinator::api::{Config, Deps, HostReports, LastListings, Limits, Peer, SupportedGpus, router};
 use coordinator::clock::Clock;
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
@@ -132,6 +132,7 @@ impl Fixture {
             miner: miner.hotkey().clone(),
             member: "host-1".to_owned(),
             allow_plain_legacy_writes,
+            limits: Limits::default(),
         };
         let routes = router(config, wrap(store.clone()), deps);
         let fixture = Self {
@@ -274,6 +275,39 @@ impl Fixture {
                 task: "task-1".to_owned(),
                 seed: 18_446_744_073_709_551_615,
             }),
+            _ => None,
+        })
+        .await;
+    }
+
+    /// Ends whatever an enrolment waits for well, if it waits.
+    pub(crate) async fn verify_if_waiting(&self) {
+        for _ in 0..2 {
+            let ends: Vec<_> = self.store.read(|state| {
+                let ready = state.outbox().ready();
+                let ends = ready.filter_map(|effect| match effect.kind {
+                    EffectKind::AdvertiseGpus { .. } => Some((
+                        effect.id,
+                        EffectOutcome::Advertised {
+                            task: "task-1".to_owned(),
+                            seed: 1,
+                        },
+                    )),
+                    EffectKind::AwaitVerification { .. } => Some((effect.id, EffectOutcome::Verified)),
+                    _ => None,
+                });
+                ends.collect()
+            });
+            for (effect, outcome) in ends {
+                self.propose(Command::FinishEffect { effect, outcome }).await;
+            }
+        }
+    }
+
+    /// Ends the deletions of instances well.
+    pub(crate) async fn delete_instances(&self) {
+        self.finish(|kind| match kind {
+            EffectKind::DeleteInstance { .. } => Some(EffectOutcome::Done),
             _ => None,
         })
         .await;
