@@ -104,7 +104,8 @@ async fn score(Shared(validator): Shared<Arc<Validator>>) -> Json<Value> {
             .filter(|i| i.verified_at.is_some())
             .count();
         let ended = state.ended.iter().filter(|ended| ended.verified).count();
-        (paid, living + ended)
+        // An empty sum is minus zero.
+        (paid + 0.0, living + ended)
     });
     let counts = validator.ledger(|ledger| {
         let mut counts = Counts::default();

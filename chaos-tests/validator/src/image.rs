@@ -54,7 +54,7 @@ pub struct Images {
 
 impl Images {
     /// Packs `executable` into a layer under `folder`. A layer that was packed before from the same
-    /// executable has the same bytes.
+    /// executable has the same bytes; layers of other executables are removed: the folder is its own.
     ///
     /// # Errors
     /// Those of reading the executable and writing the layer.
@@ -82,6 +82,12 @@ impl Images {
         let hashed_file = hashed_tar.inner.finish()?;
         let (digest, size_bytes) = (hashed_file.digest(), hashed_file.count);
         let path = folder.join(digest.replace(':', "-"));
+        for entry in std::fs::read_dir(folder)? {
+            let old = entry?.path();
+            if old != temporary && old != path {
+                std::fs::remove_file(old)?;
+            }
+        }
         std::fs::rename(&temporary, &path)?;
         Ok(Self {
             layer: Layer {

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use protocol::hotkey::Hotkey;
@@ -209,6 +210,7 @@ impl Ledger {
             .read(true)
             .append(true)
             .create(true)
+            .mode(0o600)
             .open(path)?;
         let mut entries = VecDeque::new();
         let (mut good_bytes, mut next) = (0_u64, 1);

@@ -2,6 +2,7 @@
 //! [`Scenario::development`]. Unknown keys are errors. All times are in the unit that ends their name.
 
 use protocol::hotkey::{Hotkey, Signer};
+use protocol::workload::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::faults::{EventFault, Faults, HttpFault};
@@ -33,7 +34,7 @@ pub struct Scenario {
     /// For people.
     pub name: String,
     /// Seed of the validator's hotkey, hexadecimal.
-    pub validator_seed: String,
+    pub validator_seed: Secret,
     /// Miners that are registered at the start.
     pub hotkeys: Vec<Hotkey>,
     /// What is not as strict as in the real network.
@@ -64,7 +65,7 @@ impl Default for Scenario {
     fn default() -> Self {
         Self {
             name: "empty".to_owned(),
-            validator_seed: DEVELOPMENT_VALIDATOR_SEED.to_owned(),
+            validator_seed: Secret::new(DEVELOPMENT_VALIDATOR_SEED.to_owned()),
             hotkeys: vec![],
             relaxed: Relaxed::default(),
             timers: Timers::default(),
@@ -105,7 +106,7 @@ impl Scenario {
     /// # Errors
     /// [`InvalidScenario::Content`] when the seed is malformed.
     pub fn signer(&self) -> Result<Signer, InvalidScenario> {
-        Signer::from_seed_hex(&self.validator_seed)
+        Signer::from_seed_hex(self.validator_seed.reveal())
             .map_err(|error| InvalidScenario::Content(format!("validator_seed: {error}")))
     }
 

@@ -2,7 +2,9 @@
 //! rename after each change, so that `kill -9` at any moment leaves the old or the new one.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use protocol::gpu::DeviceInfo;
@@ -286,7 +288,12 @@ impl State {
     /// Replaces the file.
     pub(crate) fn save(&self, path: &Path) -> io::Result<()> {
         let temporary = path.with_extension("new");
-        let mut file = std::fs::File::create(&temporary)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.write_all(&serde_json::to_vec(self)?)?;
         std::fs::rename(&temporary, path)
     }

@@ -100,7 +100,7 @@ impl Validator {
         let mut state = State::load(&state_path)?.unwrap_or_else(fresh);
         state.hotkeys.extend(parts.extra_hotkeys);
         let Parts { scenario, signer, .. } = parts;
-        let secret = [b"launch tokens ", scenario.validator_seed.as_bytes()].concat();
+        let secret = [b"launch tokens ", scenario.validator_seed.reveal().as_bytes()].concat();
         let client = reqwest::Client::builder()
             .no_proxy()
             .connect_timeout(std::time::Duration::from_secs(5))
