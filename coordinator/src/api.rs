@@ -43,10 +43,11 @@ mod metrics;
 mod objects;
 mod operate;
 mod servers;
+mod state;
 mod status;
 mod timeline;
 
-pub use diff::{HostReports, LastListings, ValidatorListing};
+pub use diff::{HostReports, ValidatorListing};
 pub use enrolment::SupportedGpus;
 
 /// What is under way at a stop may take this long.
@@ -135,7 +136,6 @@ impl fmt::Debug for Api {
 }
 
 /// All routes. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
-#[must_use]
 pub fn router(config: Config, store: Store, deps: Deps) -> Router {
     let door = Door::new(
         config.miner.clone(),
@@ -159,6 +159,7 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
             get(servers::delete_preflight),
         )
         .route("/v1/status", get(status::status))
+        .route("/v1/state", get(state::state))
         .route("/v1/deployments", get(timeline::deployments))
         .route("/v1/audits", get(timeline::audits))
         .route("/v1/diff", get(diff::diff))

@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use coordinator_core::state_machine::{Command, Faults};
 
+use crate::api;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::executor::Validators;
@@ -105,6 +106,9 @@ pub async fn run(
     let (hub, listings) = (Hub::default(), Listings::default());
 
     let hosts = quic::listen(config.hosts_listen, &authority.member()?)?;
+    let operators = tokio::net::TcpListener::bind(config.api_listen)
+        .await
+        .map_err(|error| Error::Api(config.api_listen, error))?;
     tracing::info!(hosts = %config.hosts_listen, api = %config.api_listen, "coordinator member serves");
 
     let services = TaskTracker::new();
@@ -129,6 +133,24 @@ pub async fn run(
         headers: header_sets_followed,
     };
     services.spawn(quic::accept(hosts, context, stop.clone()));
+    let api_config = api::Config {
+        miner: config.miner.clone(),
+        member: FIRST_MEMBER.to_string(),
+        allow_plain_legacy_writes: config.allow_plain_legacy_writes,
+        limits: api::Limits::default(),
+    };
+    let deps = api::Deps {
+        supported_gpus: Arc::new(validators.as_ref().clone()),
+        host_reports: Arc::new(hub.clone()),
+        validator_listing: Arc::new(listings.clone()),
+    };
+    services.spawn(api::serve(
+        api_config,
+        store.clone(),
+        deps,
+        operators,
+        stop.clone(),
+    ));
     let leader = Leader {
         store: store.clone(),
         signer,

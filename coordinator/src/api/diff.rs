@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::{Query, State};
@@ -26,6 +26,8 @@ use super::Api;
 use super::objects::chute_name;
 use super::status::phase_word;
 use crate::host_link::Hub;
+use crate::leader::Listings;
+use crate::validator::intake;
 
 /// What hosts reported last.
 pub trait HostReports: fmt::Debug + Send + Sync {
@@ -45,22 +47,10 @@ pub trait ValidatorListing: fmt::Debug + Send + Sync {
     fn last_listing(&self, validator: &Hotkey) -> Option<Observation>;
 }
 
-/// Remembers the last look at each validator; clones share it.
-#[derive(Debug, Clone, Default)]
-pub struct LastListings(Arc<Mutex<BTreeMap<Hotkey, Observation>>>);
-
-impl LastListings {
-    /// Replaces the last look.
-    pub fn record(&self, observation: Observation) {
-        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        looks.insert(observation.validator.clone(), observation);
-    }
-}
-
-impl ValidatorListing for LastListings {
+impl ValidatorListing for Listings {
     fn last_listing(&self, validator: &Hotkey) -> Option<Observation> {
-        let looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        looks.get(validator).cloned()
+        self.get(validator)
+            .map(|observed| intake::core_observation(&observed))
     }
 }
 

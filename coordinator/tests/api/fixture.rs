@@ -2,16 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
-use coordinator::api::{Config, Deps, HostReports, LastListings, Limits, Peer, SupportedGpus, router};
+use coordinator::api::{Config, Deps, HostReports, Limits, Peer, SupportedGpus, ValidatorListing, router};
 use coordinator::clock::Clock;
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
-use coordinator_core::state_machine::command::{PayProfile, Placement};
+use coordinator_core::state_machine::command::{Observation, PayProfile, Placement};
 use coordinator_core::state_machine::effect::{EffectKind, EffectOutcome};
 use coordinator_core::state_machine::{Command, Reply};
 use hyper::service::Service;
@@ -466,5 +466,24 @@ impl Fixture {
             let live = state.deployments().values().filter(|d| d.phase.is_live());
             live.map(|d| d.id.to_string()).collect()
         })
+    }
+}
+
+/// Remembers the last look at each validator; clones share it.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LastListings(Arc<Mutex<BTreeMap<Hotkey, Observation>>>);
+
+impl LastListings {
+    /// Replaces the last look.
+    pub(crate) fn record(&self, observation: Observation) {
+        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looks.insert(observation.validator.clone(), observation);
+    }
+}
+
+impl ValidatorListing for LastListings {
+    fn last_listing(&self, validator: &Hotkey) -> Option<Observation> {
+        let looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looks.get(validator).cloned()
     }
 }

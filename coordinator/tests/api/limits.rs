@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use coordinator::api::{Config, Deps, LastListings, Limits, serve};
+use crate::fixture::LastListings;
+use coordinator::api::{Config, Deps, Limits, serve};
 use coordinator::store::{BoxFuture, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
