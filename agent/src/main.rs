@@ -1,3 +1,174 @@
-//! Entry point.
+//! `chutes-agent`: reads the command line and hands over.
 
-fn main() {}
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use agent::config::{self, Sources};
+use agent::processes::service::Arguments;
+use agent::processes::{self, Part};
+use agent::telemetry;
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+mod setup;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "chutes-agent",
+    version,
+    about = "The miner's agent: host of chutes, member of the coordinator"
+)]
+struct Cli {
+    #[command(flatten)]
+    settings: Settings,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Where settings come from.
+#[derive(Debug, Clone, clap::Args)]
+struct Settings {
+    /// Configuration file; /etc/chutes-agent/config.toml, if it exists, when absent
+    #[arg(long, global = true, env = "CHUTES_AGENT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Data folder, instead of the one in the configuration
+    #[arg(long, global = true, value_name = "FOLDER")]
+    data: Option<PathBuf>,
+    /// One setting, such as log.level=debug; wins over file and environment (repeatable)
+    #[arg(long = "set", global = true, value_name = "SECTION.KEY=VALUE")]
+    assignments: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent: start its processes and keep them running
+    Run,
+    /// The configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Write an example configuration and found the cluster's identity; leaves what exists
+    Init,
+    /// On a member of the coordinator: make the certificate of another host
+    HostCert {
+        /// The other host's host.id
+        #[arg(long)]
+        server: String,
+        /// Folder for the files; they belong into the folder `host` of that host's data folder
+        #[arg(long)]
+        out: PathBuf,
+    },
+    #[command(hide = true)]
+    Signer(Arguments),
+    #[command(hide = true)]
+    Coordinator(Arguments),
+    #[command(hide = true)]
+    Host(Arguments),
+    #[command(hide = true)]
+    Proof(Arguments),
+    #[command(hide = true)]
+    Data(Arguments),
+    #[cfg(feature = "dev")]
+    #[command(hide = true)]
+    ValidatorStandIn(Box<validator_stand_in::command::Arguments>),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Print the configuration in effect as TOML, or all that is wrong with it
+    Check,
+}
+
+impl Settings {
+    fn sources(self) -> Sources {
+        // Values that are not text cannot be settings of ours.
+        let variables = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+        Sources {
+            file: self.config,
+            environment: variables.collect(),
+            assignments: self.assignments,
+            data: self.data,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match dispatch() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "chutes-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch() -> anyhow::Result<()> {
+    #[cfg(feature = "dev")]
+    if called_as_chute() {
+        let environment = std::env::vars().collect();
+        let arguments = std::env::args().collect();
+        return multi_thread()?.block_on(validator_stand_in::chute::run(arguments, environment));
+    }
+    let Cli { settings, command } = Cli::parse();
+    match command {
+        Command::Run => run(&settings.sources()),
+        Command::Config(ConfigCommand::Check) => check(&settings.sources()),
+        Command::Init => setup::init(settings.sources()),
+        Command::HostCert { server, out } => setup::host_certificate(&settings.sources(), &server, &out),
+        Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
+        Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
+        Command::Host(arguments) => processes::service::run(Part::Host, &arguments),
+        Command::Proof(arguments) => processes::service::run(Part::Proof, &arguments),
+        Command::Data(arguments) => processes::service::run(Part::Data, &arguments),
+        #[cfg(feature = "dev")]
+        Command::ValidatorStandIn(arguments) => {
+            telemetry::init("stand-in", &config::Written::default().log)?;
+            multi_thread()?.block_on(validator_stand_in::command::run(*arguments))
+        }
+    }
+}
+
+/// In development the chutes' images hold this executable under this name.
+#[cfg(feature = "dev")]
+fn called_as_chute() -> bool {
+    let called_as = std::env::args_os().next().map(PathBuf::from);
+    called_as.is_some_and(|path| path.file_name().is_some_and(|name| name == "chutes"))
+}
+
+#[cfg(feature = "dev")]
+fn multi_thread() -> anyhow::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.enable_all().build().context("start the async runtime")
+}
+
+fn run(sources: &Sources) -> anyhow::Result<()> {
+    let loaded = config::load(sources)?;
+    telemetry::init("agent", &loaded.config.log)?;
+    let executable = std::env::current_exe().context("find this executable")?;
+    // One thread, the main one: the children die with the thread that started them.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().build().context("start the async runtime")?;
+    runtime.block_on(async {
+        let shutdown = CancellationToken::new();
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let asked = shutdown.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            asked.cancel();
+        });
+        Ok(processes::run(&loaded, &executable, shutdown).await?)
+    })
+}
+
+fn check(sources: &Sources) -> anyhow::Result<()> {
+    let loaded = config::load(sources)?;
+    let text = toml::to_string(&loaded.written).context("print the configuration")?;
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}

@@ -1,1 +1,106 @@
-//! Placeholder for the room `telemetry`.
+//! What a process says of itself: lines on standard error, as text or JSON, each with the name of the
+//! process; and panics, which become lines too.
+
+use std::fmt;
+
+use replica::QUIET_LOG_DIRECTIVE;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::fmt::format::{DefaultFields, JsonFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, format};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
+use tracing_subscriber::{EnvFilter, Layer, Registry};
+
+use crate::config::written::{Log, LogFormat};
+
+/// Why nothing can be logged.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Directives.
+    #[error("log.level, or RUST_LOG: {0}")]
+    Level(#[from] ParseError),
+    /// Somebody else logs already.
+    #[error("{0}")]
+    Taken(#[from] TryInitError),
+}
+
+/// The filter of a level or of directives; libraries that chatter are kept quiet unless named.
+///
+/// # Errors
+/// [`ParseError`], naming the directive.
+pub fn filter(level: &str) -> Result<EnvFilter, ParseError> {
+    EnvFilter::builder().parse(format!("{QUIET_LOG_DIRECTIVE},{level}"))
+}
+
+/// Makes this process log, and log its panics.
+///
+/// # Errors
+/// [`Error`].
+pub fn init(process: &'static str, log: &Log) -> Result<(), Error> {
+    let more = std::env::var("RUST_LOG").unwrap_or_default();
+    let filter = filter(&format!("{},{more}", log.level))?;
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match log.format {
+        LogFormat::Text => Box::new(lines.fmt_fields(DefaultFields::new()).event_format(Named {
+            process,
+            inner: format(),
+        })),
+        LogFormat::Json => Box::new(lines.fmt_fields(JsonFields::new()).event_format(Named {
+            process,
+            inner: format().json().flatten_event(true),
+        })),
+    };
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .try_init()?;
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or("no message");
+        tracing::error!(place, message, "panic");
+    }));
+    Ok(())
+}
+
+/// Writes a line of `inner` with the process's name in it.
+struct Named<F> {
+    process: &'static str,
+    inner: F,
+}
+
+impl<S, N, F> FormatEvent<S, N> for Named<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut line = String::new();
+        self.inner.format_event(context, Writer::new(&mut line), event)?;
+        match line.strip_prefix('{') {
+            Some(rest) => write!(writer, "{{\"process\":\"{}\",{rest}", self.process),
+            None => write!(writer, "{:<11} {line}", self.process),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_and_directives_are_read_and_chatter_is_not() {
+        assert_eq!(filter("info").expect("valid").to_string(), "openraft=warn,info");
+        assert!(filter("info,coordinator=debug").is_ok());
+        let error = filter("loud=shouting").expect_err("no level").to_string();
+        assert!(!error.is_empty());
+    }
+}
