@@ -38,6 +38,17 @@ pub fn cheapest<'a>(
     chute: &ChuteKey,
     price: &dyn Price,
 ) -> Option<Eviction<'a>> {
+    // Each chute is priced once, not each of its copies.
+    let prices: Vec<Priced> = view
+        .candidate_chutes()
+        .iter()
+        .map(|other| Priced {
+            worth: price
+                .worth(other)
+                .filter(|worth| *worth >= 0.0 && *other != chute),
+            removable: price.removable(other),
+        })
+        .collect();
     let mut best: Option<(Cover, PoolIndex, Vec<Item<'a>>)> = None;
     for pool in need.classes.iter().flat_map(|class| view.pools_of(*class)) {
         let pool = *pool;
@@ -45,7 +56,7 @@ pub fn cheapest<'a>(
         if unusable || view.pools()[pool].total < need.gpu_count {
             continue;
         }
-        let items = items(view, room, pool, chute, price);
+        let items = items(view, room, pool, &prices);
         let missing = need.gpu_count.saturating_sub(room.left(pool));
         let Some(cover) = cover(&items, missing) else {
             continue;
@@ -71,10 +82,18 @@ pub fn cheapest<'a>(
     })
 }
 
+/// What is thought of a chute's copies.
+#[derive(Debug, Clone, Copy)]
+struct Priced {
+    worth: Option<f64>,
+    removable: u32,
+}
+
 /// A victim with its price.
 #[derive(Debug, Clone, Copy)]
 struct Item<'a> {
     victim: Evictable<'a>,
+    group: usize,
     worth: f64,
     gpus: usize,
 }
@@ -116,34 +135,24 @@ impl Cover {
 
 /// Possible victims of a pool. Of each chute only as many as may go in all, so that every set of them is
 /// allowed.
-fn items<'a>(
-    view: &View<'a>,
-    room: &Room<'_, 'a>,
-    pool: PoolIndex,
-    chute: &ChuteKey,
-    price: &dyn Price,
-) -> Vec<Item<'a>> {
+fn items<'a>(view: &View<'a>, room: &Room<'_, 'a>, pool: PoolIndex, prices: &[Priced]) -> Vec<Item<'a>> {
     let mut items: Vec<Item<'a>> = Vec::new();
-    for victim in view.evictable(pool) {
+    for candidate in view.candidates(pool) {
+        let Priced { worth, removable } = prices[candidate.group];
+        let Some(worth) = worth else { continue };
         // 64 bits name the members; no server has so many deployments.
-        if items.len() == 64 || victim.chute == chute || room.is_victim(victim.id) {
+        if items.len() == 64 || room.is_victim(candidate.evictable.id) {
             continue;
         }
-        let Some(worth) = price.worth(victim.chute).filter(|worth| *worth >= 0.0) else {
-            continue;
-        };
-        let same = items
-            .iter()
-            .filter(|item| item.victim.chute == victim.chute)
-            .count();
-        if same >= usize::try_from(price.removable(victim.chute)).unwrap_or(usize::MAX) {
+        let same = items.iter().filter(|item| item.group == candidate.group).count();
+        if same >= usize::try_from(removable).unwrap_or(usize::MAX) {
             continue;
         }
-        let gpus = victim.gpus.len();
         items.push(Item {
-            victim: *victim,
+            victim: candidate.evictable,
+            group: candidate.group,
             worth,
-            gpus,
+            gpus: candidate.evictable.gpus.len(),
         });
     }
     items

@@ -8,6 +8,7 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
 
+use protocol::gpu::DeviceInfo;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId, JobId, ServerId};
 use protocol::time::UnixMillis;
@@ -84,6 +85,21 @@ pub struct Evictable<'a> {
     pub gpus: &'a [GpuId],
 }
 
+/// A possible victim; those of one chute share a group.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidate<'a> {
+    /// Position in [`View::candidate_chutes`].
+    pub group: usize,
+    /// Who.
+    pub evictable: Evictable<'a>,
+}
+
+#[derive(Debug)]
+struct Candidates<'a> {
+    by_pool: Vec<Vec<Candidate<'a>>>,
+    chutes: Vec<&'a ChuteKey>,
+}
+
 /// A deployment that its validator wants replaced by another version.
 #[derive(Debug, Clone, Copy)]
 pub struct Superseded<'a> {
@@ -131,11 +147,12 @@ pub struct View<'a> {
     classes: Vec<(&'a Hotkey, &'a str)>,
     class_by_name: BTreeMap<(&'a Hotkey, &'a str), ClassIndex>,
     pools_by_class: Vec<Vec<PoolIndex>>,
-    pool_of: BTreeMap<(&'a ServerId, &'a str), PoolIndex>,
+    pools_by_server: Vec<Vec<PoolIndex>>,
+    devices: Vec<&'a [DeviceInfo]>,
     superseded: Vec<Superseded<'a>>,
     /// Victims of placements that wait for their token.
     doomed: BTreeSet<&'a DeploymentId>,
-    evictable: OnceCell<Vec<Vec<Evictable<'a>>>>,
+    candidates: OnceCell<Candidates<'a>>,
     gone: OnceCell<BTreeMap<&'a ChuteKey, Vec<&'a Deployment>>>,
 }
 
@@ -151,10 +168,11 @@ impl<'a> View<'a> {
             classes: Vec::new(),
             class_by_name: BTreeMap::new(),
             pools_by_class: Vec::new(),
-            pool_of: BTreeMap::new(),
+            pools_by_server: Vec::new(),
+            devices: Vec::new(),
             superseded: Vec::new(),
             doomed: BTreeSet::new(),
-            evictable: OnceCell::new(),
+            candidates: OnceCell::new(),
             gone: OnceCell::new(),
         };
         view.gather_servers();
@@ -167,13 +185,14 @@ impl<'a> View<'a> {
             let Some(enrolment) = &server.enrolment else {
                 continue;
             };
-            let index = self.servers.len();
             let unavailable = self.state.unavailable(server);
             let only_locked = server.locked && {
                 let mut unlocked = server.clone();
                 unlocked.locked = false;
                 self.state.unavailable(&unlocked).is_none()
             };
+            self.devices.push(&server.facts.devices);
+            self.pools_by_server.push(Vec::new());
             self.servers.push(ServerView {
                 id: server.id(),
                 name: &server.facts.name,
@@ -183,26 +202,33 @@ impl<'a> View<'a> {
                 unavailable,
                 only_locked,
             });
-            for gpu in self.state.gpus_of(server.id()) {
-                let reported = server.facts.devices.iter().any(|device| device.uuid == *gpu.id());
-                let pool = self.pool_for(index, &gpu.short_ref);
-                self.pools[pool].total += 1;
-                if reported && gpu.is_free() {
-                    self.pools[pool].free.push(gpu.id());
-                }
+        }
+        self.gather_gpus();
+    }
+
+    /// One walk over all GPUs: asking for those of each server would look every one of them up.
+    fn gather_gpus(&mut self) {
+        let mut by_id = BTreeMap::new();
+        for (index, server) in self.servers.iter().enumerate() {
+            by_id.insert(server.id, index);
+        }
+        for gpu in self.state.gpus().values() {
+            let Some(server) = by_id.get(&gpu.server).copied() else {
+                continue;
+            };
+            let pool = self.pool_for(server, &gpu.short_ref);
+            self.pools[pool].total += 1;
+            if gpu.is_free() && self.devices[server].iter().any(|device| device.uuid == *gpu.id()) {
+                self.pools[pool].free.push(gpu.id());
             }
         }
     }
 
     fn pool_for(&mut self, server: ServerIndex, short_ref: &'a str) -> PoolIndex {
-        if let Some(last) = self.pools.last()
-            && last.server == server
-            && self.classes[last.class].1 == short_ref
-        {
-            return self.pools.len() - 1;
-        }
-        let id = self.servers[server].id;
-        if let Some(pool) = self.pool_of.get(&(id, short_ref)) {
+        let known = self.pools_by_server[server]
+            .iter()
+            .find(|pool| self.classes[self.pools[**pool].class].1 == short_ref);
+        if let Some(pool) = known {
             return *pool;
         }
         let name = (self.servers[server].validator, short_ref);
@@ -220,7 +246,7 @@ impl<'a> View<'a> {
             total: 0,
         });
         self.pools_by_class[class].push(pool);
-        self.pool_of.insert((id, short_ref), pool);
+        self.pools_by_server[server].push(pool);
         pool
     }
 
@@ -228,10 +254,7 @@ impl<'a> View<'a> {
         for deployment in self.state.deployments().values() {
             if deployment.phase <= Phase::Assigned {
                 self.doomed.extend(&deployment.victims);
-                let server = self
-                    .servers
-                    .binary_search_by(|server| server.id.cmp(&deployment.server));
-                if let Ok(server) = server {
+                if let Some(server) = self.server_index(&deployment.server) {
                     let job = deployment.job.as_ref().and_then(|job| self.state.jobs().get(job));
                     let needed = job.map_or(DISK_GB_DEFAULT, |job| job.disk_gb);
                     let left = &mut self.servers[server].disk_left_gb;
@@ -247,9 +270,7 @@ impl<'a> View<'a> {
                     chute: &deployment.chute,
                     version,
                     gpus: &deployment.gpus,
-                    pool: self
-                        .pool_of_deployment(deployment)
-                        .filter(|_| self.devices_are_reported(deployment)),
+                    pool: self.pool_of_deployment(deployment),
                 });
             }
         }
@@ -258,16 +279,26 @@ impl<'a> View<'a> {
             .retain(|superseded| !doomed.contains(superseded.id));
     }
 
-    /// The pool that has all GPUs of a deployment.
+    fn server_index(&self, id: &ServerId) -> Option<ServerIndex> {
+        self.servers.binary_search_by(|server| server.id.cmp(id)).ok()
+    }
+
+    /// The pool that has all GPUs of a deployment; none unless the host reports every one of them.
     fn pool_of_deployment(&self, deployment: &Deployment) -> Option<PoolIndex> {
-        let mut pools = deployment.gpus.iter().map(|id| {
+        let server = self.server_index(&deployment.server)?;
+        let mut found = None;
+        for id in &deployment.gpus {
             let gpu = self.state.gpus().get(id)?;
-            self.pool_of
-                .get(&(&deployment.server, gpu.short_ref.as_str()))
-                .copied()
-        });
-        let first = pools.next()??;
-        pools.all(|pool| pool == Some(first)).then_some(first)
+            let pool = self.pools_by_server[server]
+                .iter()
+                .find(|pool| self.classes[self.pools[**pool].class].1 == gpu.short_ref);
+            let reported = self.devices[server].iter().any(|device| device.uuid == *id);
+            if pool.is_none() || !reported || found.is_some_and(|found| pool != Some(found)) {
+                return None;
+            }
+            found = pool;
+        }
+        found.copied()
     }
 
     /// The time of the state.
@@ -288,7 +319,7 @@ impl<'a> View<'a> {
         &self.servers
     }
 
-    /// Pools in order of their servers.
+    /// Pools in order of their first GPUs.
     #[must_use]
     pub fn pools(&self) -> &[Pool<'a>] {
         &self.pools
@@ -372,46 +403,59 @@ impl<'a> View<'a> {
 
     /// Deployments of a pool that may be stopped for another, by the rulebook.
     #[must_use]
-    pub fn evictable(&self, pool: PoolIndex) -> &[Evictable<'a>] {
-        &self.evictable.get_or_init(|| self.gather_evictable())[pool]
+    pub fn candidates(&self, pool: PoolIndex) -> &[Candidate<'a>] {
+        &self.evictable().by_pool[pool]
     }
 
-    fn gather_evictable(&self) -> Vec<Vec<Evictable<'a>>> {
+    /// The chutes of all candidates; a candidate's group is a position in this.
+    #[must_use]
+    pub fn candidate_chutes(&self) -> &[&'a ChuteKey] {
+        &self.evictable().chutes
+    }
+
+    fn evictable(&self) -> &Candidates<'a> {
+        self.candidates.get_or_init(|| self.gather_candidates())
+    }
+
+    fn gather_candidates(&self) -> Candidates<'a> {
         let mut by_pool = vec![Vec::new(); self.pools.len()];
+        let mut chutes = Vec::new();
+        let mut groups: BTreeMap<&ChuteKey, usize> = BTreeMap::new();
         for deployment in self.state.deployments().values() {
             // The rulebook says the same; asking this first spares us thousands of explanations.
-            let never = deployment.phase != Phase::Serving || deployment.job.is_some();
-            if never || self.doomed.contains(&deployment.id) {
+            if deployment.phase != Phase::Serving || deployment.job.is_some() {
                 continue;
             }
-            let protection = self.state.protection_of(deployment, Allowance::default());
-            let reported = |id: &GpuId| {
+            if self
+                .state
+                .protection_of(deployment, Allowance::default())
+                .is_some()
+            {
+                continue;
+            }
+            // One that makes room for somebody already has a promised GPU.
+            let unpromised = |id: &GpuId| {
                 let gpu = self.state.gpus().get(id);
                 gpu.is_some_and(|gpu| gpu.promised_to.is_none() && gpu.verified_at.is_some())
             };
-            if protection.is_none()
-                && deployment.gpus.iter().all(reported)
-                && let Some(pool) = self.pool_of_deployment(deployment)
-                && self.devices_are_reported(deployment)
+            if let Some(pool) = self.pool_of_deployment(deployment)
+                && deployment.gpus.iter().all(unpromised)
             {
-                by_pool[pool].push(Evictable {
-                    id: &deployment.id,
-                    chute: &deployment.chute,
-                    gpus: &deployment.gpus,
+                let group = *groups.entry(&deployment.chute).or_insert_with(|| {
+                    chutes.push(&deployment.chute);
+                    chutes.len() - 1
+                });
+                by_pool[pool].push(Candidate {
+                    group,
+                    evictable: Evictable {
+                        id: &deployment.id,
+                        chute: &deployment.chute,
+                        gpus: &deployment.gpus,
+                    },
                 });
             }
         }
-        by_pool
-    }
-
-    fn devices_are_reported(&self, deployment: &Deployment) -> bool {
-        self.state
-            .servers()
-            .get(&deployment.server)
-            .is_some_and(|server| {
-                let reported = |id: &GpuId| server.facts.devices.iter().any(|device| device.uuid == *id);
-                deployment.gpus.iter().all(reported)
-            })
+        Candidates { by_pool, chutes }
     }
 
     /// Deployments of a chute that went within the last hours.
