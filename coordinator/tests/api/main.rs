@@ -1,5 +1,7 @@
 //! The management API against a store in memory, in this process: every route, every refusal.
 
+#![expect(clippy::unwrap_used, reason = "a test ends at the first surprise")]
+
 mod auth;
 mod diff;
 mod enrolment;

@@ -1,0 +1,273 @@
+//! The command line as it is written.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Table,
+    /// JSON, two spaces deep.
+    Json,
+    /// YAML.
+    Yaml,
+}
+
+/// Manages a chutes.ai miner.
+#[derive(Debug, Parser)]
+#[command(name = "chutes-miner", version, disable_help_subcommand = true)]
+pub(crate) struct Arguments {
+    /// How results are printed
+    #[arg(long, global = true, value_enum)]
+    pub(crate) output: Option<Output>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The key that signs.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Key {
+    /// Hotkey file: JSON with ss58Address and secretSeed
+    #[arg(long, env = "HOTKEY", value_name = "PATH")]
+    pub(crate) hotkey: PathBuf,
+}
+
+/// Where the miner's API is, and the key for it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Miner {
+    #[command(flatten)]
+    pub(crate) key: Key,
+    /// Base URL of the miner's management API
+    #[arg(
+        long,
+        env = "MINER_API",
+        value_name = "URL",
+        default_value = "http://127.0.0.1:32000"
+    )]
+    pub(crate) miner_api: String,
+}
+
+/// Where the validator's API is, and the key for it.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Validator {
+    #[command(flatten)]
+    pub(crate) key: Key,
+    /// Base URL of the validator's API
+    #[arg(
+        long,
+        env = "VALIDATOR_API",
+        value_name = "URL",
+        default_value = "https://api.chutes.ai"
+    )]
+    pub(crate) validator_api: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Puts a joined host with GPUs to work for a validator
+    AddNode {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name of the host
+        #[arg(long)]
+        name: String,
+        /// Hotkey of the validator
+        #[arg(long)]
+        validator: String,
+        /// What ONE GPU of the host costs you per hour, in dollars (not the whole host)
+        #[arg(long, value_name = "USD_PER_GPU")]
+        hourly_cost: f64,
+        /// GPU type in the validator's words, such as h100_sxm
+        #[arg(long)]
+        gpu_short_ref: String,
+        /// Accepted for newer scripts; not needed here
+        #[arg(long, value_name = "URL")]
+        agent_api: Option<String>,
+    },
+    /// Takes a host away from its validator and stops what runs on it
+    DeleteNode {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        #[arg(long)]
+        name: String,
+        /// Ask nothing, stop jobs too
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Stops every deployment on every host; jobs only with --include-jobs
+    PurgeDeployments {
+        #[command(flatten)]
+        miner: Miner,
+        /// Stop jobs too
+        #[arg(long)]
+        include_jobs: bool,
+    },
+    /// Stops one deployment, or those of one host
+    PurgeDeployment {
+        #[command(flatten)]
+        miner: Miner,
+        /// The deployment
+        #[arg(long, short)]
+        deployment_id: Option<String>,
+        /// Name or id of the host
+        #[arg(long, short)]
+        node_id: Option<String>,
+        /// With --node-id: stop jobs too
+        #[arg(long)]
+        include_jobs: bool,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Stops the deployments of one host; jobs only with --include-jobs
+    PurgeServer {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        #[arg(long, short)]
+        name: String,
+        /// Stop jobs too
+        #[arg(long)]
+        include_jobs: bool,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Shows the servers, GPUs and deployments that this miner knows
+    LocalInventory {
+        #[command(flatten)]
+        miner: Miner,
+        /// Print JSON
+        #[arg(long, overrides_with = "no_raw_json")]
+        raw_json: bool,
+        #[arg(long, hide = true)]
+        no_raw_json: bool,
+        /// Only this server: exact name or id
+        #[arg(long, short)]
+        name: Option<String>,
+    },
+    /// Shows the GPUs that the validator knows of this miner
+    RemoteInventory {
+        #[command(flatten)]
+        validator: Validator,
+        /// Print JSON
+        #[arg(long, overrides_with = "no_raw_json")]
+        raw_json: bool,
+        #[arg(long, hide = true)]
+        no_raw_json: bool,
+    },
+    /// Deletes ALL GPUs of this miner from the validator
+    ScorchRemote {
+        #[command(flatten)]
+        validator: Validator,
+        /// Ask nothing
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Deletes one GPU from the validator
+    DeleteRemote {
+        #[command(flatten)]
+        validator: Validator,
+        /// The GPU
+        #[arg(long)]
+        gpu_id: String,
+    },
+    /// Gives a server no new work; what runs there goes on
+    Lock {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        #[arg(long)]
+        name: String,
+    },
+    /// Lifts a lock
+    Unlock {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        #[arg(long)]
+        name: String,
+    },
+    /// Shows the cluster on one screen
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Shows each deployment with the times of its launch
+    Deployments {
+        #[command(flatten)]
+        miner: Miner,
+        /// Those that are gone, the last one first
+        #[arg(long)]
+        gone: bool,
+    },
+    /// Compares the record with the hosts and the validators, a reason for each difference
+    Diff {
+        #[command(flatten)]
+        miner: Miner,
+        /// Also what agrees
+        #[arg(long)]
+        all: bool,
+        /// Stop the deployments named by --select, within the deletion budget
+        #[arg(long, requires = "select")]
+        fix: bool,
+        /// Deployments to stop; nothing else is touched
+        #[arg(long, value_name = "ID", num_args = 1.., requires = "fix")]
+        select: Vec<String>,
+        /// With --fix: jobs too
+        #[arg(long, requires = "fix")]
+        include_jobs: bool,
+        /// With --fix: also deployments whose pay has not vested, and private chutes
+        #[arg(long, requires = "fix")]
+        allow_loss: bool,
+    },
+    /// Says why a chute, server or deployment is where it is, or is not
+    Explain {
+        #[command(flatten)]
+        miner: Miner,
+        #[command(flatten)]
+        subject: Subject,
+    },
+    /// Never runs a chute
+    Ban {
+        #[command(flatten)]
+        miner: Miner,
+        /// Id or name of the chute
+        #[arg(long)]
+        chute: String,
+        /// Its validator, where two use the same id
+        #[arg(long)]
+        validator: Option<String>,
+        /// Why, for those who come later
+        #[arg(long)]
+        reason: String,
+    },
+    /// Lifts a ban
+    Unban {
+        #[command(flatten)]
+        miner: Miner,
+        /// Id or name of the chute
+        #[arg(long)]
+        chute: String,
+        /// Its validator, where two use the same id
+        #[arg(long)]
+        validator: Option<String>,
+    },
+}
+
+#[derive(Debug, Clone, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Subject {
+    /// Id or name of a chute
+    #[arg(long)]
+    pub(crate) chute: Option<String>,
+    /// Name or id of a server
+    #[arg(long)]
+    pub(crate) server: Option<String>,
+    /// Id of a deployment
+    #[arg(long)]
+    pub(crate) deployment: Option<String>,
+}
