@@ -6,8 +6,9 @@
 //! Reading order: [`market`] (what the leader learnt of the network and keeps in memory), [`view`] (the
 //! questions a strategy may ask), [`room`] (the GPUs that one pass has left), [`strategy`] (the trait, and
 //! what guards us against a bad one), [`pay`] (what a copy earns), [`preemption`] (who would have to go),
-//! [`value_per_cost`] (the strategy that is built in).
+//! [`value_per_cost`] (the strategy that is built in), [`explain`] (why not there).
 
+pub mod explain;
 pub mod market;
 pub mod pay;
 pub mod preemption;

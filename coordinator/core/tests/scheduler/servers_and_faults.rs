@@ -481,3 +481,32 @@ fn a_42_one_gpu_is_verified() {
         .collect();
     assert_eq!(verified, [gpus[2].clone()], "exactly that one");
 }
+
+#[test]
+fn each_server_has_its_reason() {
+    let (mut fleet, c) = three_servers(PayProfile::Of2026);
+    fleet.server("s4", 8, "l40s", 0.5);
+    fleet.server("s5", 8, "a6000", 0.5);
+    fleet.server_of(&validator(2), "s6", 8, "a6000", 0.5);
+    occupy(&mut fleet, "s1", 4, "a6000");
+    fleet.lock("s2", true);
+    fleet.change_facts("s5", |facts| facts.disk_free_gb = 9);
+    let view = coordinator_core::scheduler::view::View::new(&fleet.state, &fleet.market);
+    let chute = view.chute(&c).unwrap();
+    let opinions = coordinator_core::scheduler::explain::servers_for(&view, &chute);
+    let said: Vec<_> = opinions
+        .iter()
+        .map(|opinion| (opinion.server.as_str(), opinion.obstacle.as_deref()))
+        .collect();
+    assert_eq!(
+        said,
+        [
+            ("s1", Some("0 of 4 a6000 are free, 2 are needed")),
+            ("s2", Some("it is locked")),
+            ("s3", None),
+            ("s4", Some("the chute does not run on l40s")),
+            ("s5", Some("9 GB of disk are left, 10 are needed")),
+            ("s6", Some("it works for another validator")),
+        ]
+    );
+}
