@@ -4,6 +4,8 @@ pub mod cache;
 pub mod clock;
 pub mod config;
 pub mod data_plane;
+#[cfg(feature = "dev")]
+pub mod dev;
 pub mod egress;
 pub mod gpu;
 pub mod host_plane;

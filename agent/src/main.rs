@@ -70,6 +70,9 @@ enum Command {
     Proof(Arguments),
     #[command(hide = true)]
     Data(Arguments),
+    /// Run the whole miner on this machine, against a validator stand-in
+    #[cfg(feature = "dev")]
+    Dev(agent::dev::Options),
     #[cfg(feature = "dev")]
     #[command(hide = true)]
     ValidatorStandIn(Box<validator_stand_in::command::Arguments>),
@@ -123,6 +126,11 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),
         Command::Proof(arguments) => processes::service::run(Part::Proof, &arguments),
         Command::Data(arguments) => processes::service::run(Part::Data, &arguments),
+        #[cfg(feature = "dev")]
+        Command::Dev(options) => {
+            telemetry::init("dev", &config::Written::default().log)?;
+            multi_thread()?.block_on(agent::dev::main(options))
+        }
         #[cfg(feature = "dev")]
         Command::ValidatorStandIn(arguments) => {
             telemetry::init("stand-in", &config::Written::default().log)?;

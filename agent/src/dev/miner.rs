@@ -1,0 +1,147 @@
+//! The management API of the development cluster, asked as an operator would.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Context;
+use coordinator::clock::{Clock, WallClock};
+use futures_util::StreamExt;
+use protocol::hotkey::{Hotkey, Signer};
+use protocol::signing::BoundRequest;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
+
+use super::account::Account;
+use super::hosts::Hosts;
+
+/// Between two tries while something starts.
+const RETRY_EVERY: Duration = Duration::from_millis(200);
+/// What the operator says that a software GPU costs, in dollars per hour.
+const HOURLY_COST_USD: f64 = 0.01;
+
+/// The operator's side.
+#[derive(Debug)]
+pub(super) struct Miner {
+    base: String,
+    key: Signer,
+    validator: Hotkey,
+    http: reqwest::Client,
+}
+
+impl Miner {
+    pub(super) fn new(api: SocketAddr, validator: Hotkey) -> anyhow::Result<Self> {
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(2))
+            .build()?;
+        let key = Signer::from_seed_hex(DEVELOPMENT_MINER_SEED)?;
+        Ok(Self {
+            base: format!("http://{api}"),
+            key,
+            validator,
+            http,
+        })
+    }
+
+    fn request(&self, method: Method, path: &str, body: Option<&[u8]>) -> reqwest::RequestBuilder {
+        let bound = BoundRequest {
+            method: method.as_str(),
+            path_and_query: path,
+            body: body.unwrap_or_default(),
+        };
+        let headers = bound.sign(&self.key, WallClock.now(), fastrand::u128(..));
+        let mut request = self.http.request(method, format!("{}{path}", self.base));
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        match body {
+            Some(body) => request
+                .header("Content-Type", "application/json")
+                .body(body.to_vec()),
+            None => request,
+        }
+    }
+
+    /// A signed read.
+    pub(super) async fn get(&self, path: &str) -> anyhow::Result<Value> {
+        let request = self
+            .request(Method::GET, path, None)
+            .timeout(Duration::from_secs(10));
+        let response = request.send().await?.error_for_status()?;
+        Ok(response.json().await?)
+    }
+
+    /// A signed write; its answer is an acknowledgement.
+    pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let body = serde_json::to_vec(body)?;
+        let request = self
+            .request(Method::POST, path, Some(&body))
+            .timeout(Duration::from_secs(10));
+        let response = request.send().await?.error_for_status()?;
+        Ok(response.json().await?)
+    }
+
+    /// Waits until the API answers; an agent that ends meanwhile is an error that names its log.
+    pub(super) async fn until_it_serves(&self, hosts: &Hosts) -> anyhow::Result<()> {
+        loop {
+            let ping = self
+                .http
+                .get(format!("{}/ping", self.base))
+                .timeout(Duration::from_secs(2))
+                .send()
+                .await;
+            if ping.is_ok_and(|response| response.status().is_success()) {
+                return Ok(());
+            }
+            anyhow::ensure!(
+                hosts.all_run(),
+                "an agent ended while it started; see {}",
+                hosts.log_file().display()
+            );
+            sleep(RETRY_EVERY).await;
+        }
+    }
+
+    /// Adds a host once it has joined, and follows its verification to the end.
+    pub(super) async fn add_node(&self, name: &str, account: &mut Account) -> anyhow::Result<()> {
+        let body = json!({
+            "name": name,
+            "validator": self.validator,
+            "hourly_cost": HOURLY_COST_USD,
+            "gpu_short_ref": proof::SOFTWARE.short_ref,
+        });
+        let body = serde_json::to_vec(&body)?;
+        let response = loop {
+            let response = self
+                .request(Method::POST, "/servers/", Some(&body))
+                .send()
+                .await?;
+            match response.status() {
+                // It has not joined yet.
+                StatusCode::NOT_FOUND | StatusCode::SERVICE_UNAVAILABLE => sleep(RETRY_EVERY).await,
+                StatusCode::CONFLICT => return Ok(()),
+                _ => break response.error_for_status().context("add the host")?,
+            }
+        };
+        let mut frames = response.bytes_stream();
+        let (mut text, mut last) = (String::new(), String::new());
+        while let Some(bytes) = frames.next().await {
+            text.push_str(&String::from_utf8_lossy(&bytes?));
+            while let Some((line, rest)) = text.split_once('\n') {
+                if let Some(frame) = line.strip_prefix("data: ") {
+                    let frame: Value = serde_json::from_str(frame).context("a frame of add-node")?;
+                    last = frame["message"].as_str().unwrap_or_default().to_owned();
+                    account.note(name, &last);
+                }
+                text = rest.to_owned();
+            }
+        }
+        anyhow::ensure!(
+            last.contains("completed server bootstrapping"),
+            "{name} was not verified: {last}"
+        );
+        Ok(())
+    }
+}
