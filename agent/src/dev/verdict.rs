@@ -170,12 +170,38 @@ impl Oracle {
         Ok(())
     }
 
+    /// What an event says of a chute is settled when a later one about the same chute is: the state went on.
+    fn settle_superseded(&mut self) {
+        let about_chute = |event: &Event| {
+            let lasting = matches!(
+                event.effect,
+                RequiredEffect::ChuteKnown | RequiredEffect::ChuteGone
+            );
+            event.data["chute_id"]
+                .as_str()
+                .filter(|_| lasting)
+                .map(str::to_owned)
+        };
+        let mut settled = BTreeSet::new();
+        for published in self.events.iter_mut().rev() {
+            let Some(chute) = about_chute(&published.event) else {
+                continue;
+            };
+            if published.seen {
+                settled.insert(chute);
+            } else if settled.contains(&chute) {
+                published.seen = true;
+            }
+        }
+    }
+
     /// Compares what was promised and what the scenario wants with what is.
     pub(super) fn judge(&mut self, look: &Look, stand_in: &StandIn) -> Verdict {
         let now = look.state["now"].as_u64().unwrap_or_default();
         for published in self.events.iter_mut().filter(|published| !published.seen) {
             published.seen = effect_is_there(&published.event, &look.state);
         }
+        self.settle_superseded();
         let lost =
             |published: &&Published| !published.seen && now.saturating_sub(published.at.0) > EFFECT_WITHIN_MS;
         let waiting = self.events.iter().filter(|published| !published.seen).count();
@@ -347,6 +373,9 @@ impl Verdict {
             if count > 0 {
                 self.complain(format!("{count} {what}"));
             }
+        }
+        if self.writes_acknowledged == 0 {
+            self.complain("no write was acknowledged".to_owned());
         }
         if self.writes_lost > 0 {
             self.complain(format!("{} acknowledged writes lost", self.writes_lost));

@@ -93,7 +93,7 @@ async fn ledger(Shared(validator): Shared<Arc<Validator>>, Query(query): Query<L
 /// What the run is worth so far, and the counts that a supervisor reports.
 async fn score(Shared(validator): Shared<Arc<Validator>>) -> Json<Value> {
     let scores = instances::scores(&validator);
-    let (paid, verified_instances) = validator.read(|state, now| {
+    let (paid, verified_instances, steps_done) = validator.read(|state, now| {
         let paid: f64 = instances::lives(state)
             .iter()
             .map(|(_, _, life)| pay::paid_seconds(life, now))
@@ -105,7 +105,7 @@ async fn score(Shared(validator): Shared<Arc<Validator>>) -> Json<Value> {
             .count();
         let ended = state.ended.iter().filter(|ended| ended.verified).count();
         // An empty sum is minus zero.
-        (paid + 0.0, living + ended)
+        (paid + 0.0, living + ended, state.steps_done.len())
     });
     let counts = validator.ledger(|ledger| {
         let mut counts = Counts::default();
@@ -117,6 +117,7 @@ async fn score(Shared(validator): Shared<Arc<Validator>>) -> Json<Value> {
     Json(json!({
         "scores": scores,
         "paid_seconds": paid,
+        "program_steps_done": steps_done,
         "events_published": counts.events,
         "gpus_proved": counts.gpus.len(),
         "deployments_verified": verified_instances,

@@ -71,6 +71,15 @@ fn program() -> Vec<Step> {
         publish(0, chute("chat-small")),
         publish(0, chute("embed")),
         publish(1_000, chute("whisper")),
+        // Nothing here can run it: a supervisor has something to write about that changes nothing else.
+        publish(
+            2_000,
+            ChuteSpec {
+                include: vec!["b200".to_owned()],
+                demand: None,
+                ..chute("too-large")
+            },
+        ),
         publish(
             3_000,
             ChuteSpec {
