@@ -22,7 +22,7 @@ use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, Instanc
 use protocol::report::{HostFacts, WorkloadReport, WorkloadStatus};
 use protocol::signing::{BoundRequest, Headers, Purpose, Tail, headers_to_miner};
 use protocol::time::UnixMillis;
-use protocol::workload::{Fence, PortMapping, PortProtocol, WorkloadPhase};
+use protocol::workload::{PortMapping, PortProtocol, WorkloadPhase};
 use serde_json::Value;
 
 /// 2025-01-01, as in the reference's vectors.
@@ -332,7 +332,7 @@ impl Fixture {
         let fence = self
             .store
             .read(|state| state.fence_of(&server))
-            .unwrap_or(Fence::default());
+            .unwrap_or_default();
         let report = WorkloadReport { fence, workloads };
         let now = self.clock.now();
         self.reports
