@@ -1,0 +1,517 @@
+//! The command as users and scripts run it, against a miner and a validator that check every signature.
+
+use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use protocol::hotkey::Signer;
+use protocol::signing::{
+    BoundRequest, MINER_NONCE_WINDOW_SECONDS, Purpose, Tail, VALIDATOR_NONCE_WINDOW_SECONDS,
+    check_request_to_validator,
+};
+use protocol::time::UnixMillis;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+/// Both APIs at one address. It answers from a table and remembers what was asked.
+#[derive(Default)]
+struct Fake {
+    answers: Vec<(&'static str, u16, String)>,
+    asked: Mutex<Vec<(String, Value)>>,
+}
+
+#[expect(clippy::disallowed_methods, reason = "the command signs with the wall clock")]
+fn now() -> UnixMillis {
+    let elapsed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    UnixMillis(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
+}
+
+async fn answer(State(fake): State<Arc<Fake>>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let body = to_bytes(body, 1 << 20).await.expect("a small body");
+    let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
+    let header = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
+    let signer = Signer::from_seed(&[1; 32]);
+    let refusal = if header("x-chutes-hotkey").is_some() {
+        let purpose = if head.method == "DELETE" {
+            Purpose::Nodes
+        } else {
+            Purpose::Miner
+        };
+        let tail = Tail::Purpose(purpose);
+        check_request_to_validator(header, now(), VALIDATOR_NONCE_WINDOW_SECONDS, &tail).err()
+    } else {
+        let bound = BoundRequest {
+            method: head.method.as_str(),
+            path_and_query: path,
+            body: &body,
+        };
+        bound
+            .check(header, signer.hotkey(), now(), MINER_NONCE_WINDOW_SECONDS)
+            .err()
+    };
+    if let Some(refusal) = refusal {
+        let detail = json!({ "detail": refusal.to_string() }).to_string();
+        return (axum::http::StatusCode::UNAUTHORIZED, detail).into_response();
+    }
+    let asked = format!("{} {path}", head.method);
+    let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
+    fake.asked.lock().expect("no panic").push((asked.clone(), body));
+    let unknown = (404, r#"{"detail":"no such thing"}"#.to_owned());
+    let found = fake.answers.iter().find(|(route, ..)| *route == asked);
+    let (status, text) = found.map_or(unknown, |(_, status, text)| (*status, text.clone()));
+    Response::builder()
+        .status(status)
+        .body(Body::from(text))
+        .expect("a response")
+}
+
+struct World {
+    fake: Arc<Fake>,
+    base: String,
+    hotkey: std::path::PathBuf,
+}
+
+impl World {
+    async fn new(name: &str, answers: &[(&'static str, u16, Value)]) -> Self {
+        let text = |body: &Value| match body {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let answers = answers
+            .iter()
+            .map(|(route, status, body)| (*route, *status, text(body)))
+            .collect();
+        let fake = Arc::new(Fake {
+            answers,
+            asked: Mutex::default(),
+        });
+        let routes = Router::new().fallback(answer).with_state(Arc::clone(&fake));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a free port");
+        let base = format!("http://{}", listener.local_addr().expect("bound"));
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+        let hotkey = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}.json"));
+        let file = json!({
+            "ss58Address": Signer::from_seed(&[1; 32]).hotkey(),
+            "secretSeed": format!("0x{}", "01".repeat(32)),
+        });
+        std::fs::write(&hotkey, file.to_string()).expect("write the key");
+        set_mode(&hotkey, 0o600);
+        Self { fake, base, hotkey }
+    }
+
+    async fn run(&self, arguments: &[&str]) -> Run {
+        self.run_with_input(arguments, "").await
+    }
+
+    async fn run_with_input(&self, arguments: &[&str], input: &str) -> Run {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_chutes-miner"))
+            .args(arguments)
+            .env("HOTKEY", &self.hotkey)
+            .env("MINER_API", &self.base)
+            .env("VALIDATOR_API", &self.base)
+            .env("NO_PROXY", "127.0.0.1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the command starts");
+        let mut stdin = child.stdin.take().expect("piped");
+        // It may end without reading.
+        let _ = stdin.write_all(input.as_bytes()).await;
+        drop(stdin);
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = child.wait_with_output().await.expect("it ends");
+        Run {
+            code: status.code(),
+            stdout: String::from_utf8(stdout).expect("UTF-8"),
+            stderr: String::from_utf8(stderr).expect("UTF-8"),
+        }
+    }
+
+    fn was_asked(&self, what: &str) -> bool {
+        let asked = self.fake.asked.lock().expect("no panic");
+        asked.iter().any(|(asked, _)| asked == what)
+    }
+}
+
+fn set_mode(path: &std::path::Path, mode: u32) {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("chmod");
+    }
+}
+
+#[derive(Debug)]
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Run {
+    #[track_caller]
+    fn ends(&self, code: i32, stdout: &str, stderr: &str) {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        assert!(self.stdout.contains(stdout), "{stdout:?} is not in {self:?}");
+        assert!(self.stderr.contains(stderr), "{stderr:?} is not in {self:?}");
+        assert!(!self.stderr.contains("panicked"), "{self:?}");
+    }
+}
+
+fn frames(messages: &[(&str, Option<&str>)]) -> Value {
+    let frames = messages.iter().map(|(message, state)| {
+        let mut frame = json!({ "timestamp": "2025-01-01T00:00:00.000000", "message": message });
+        if let Some(state) = state {
+            frame["state"] = json!(state);
+        }
+        format!("data: {frame}\n\n")
+    });
+    Value::String(frames.collect())
+}
+
+const ADD: [&str; 9] = [
+    "add-node",
+    "--name",
+    "gpu-a",
+    "--validator",
+    "5Cf",
+    "--gpu-short-ref",
+    "h100_sxm",
+    "--agent-api",
+    "http://x",
+];
+
+#[tokio::test]
+async fn add_node_tells_the_progress_and_the_price_of_each_gpu() {
+    let good = frames(&[
+        ("adding", None),
+        ("completed server bootstrapping in 3.0 seconds", Some("ready")),
+    ]);
+    let world = World::new("add", &[("POST /servers/", 200, good)]).await;
+    let run = world.run(&[&ADD[..], &["--hourly-cost", "2.00"]].concat()).await;
+    let last = "2025-01-01T00:00:00.000000 completed server bootstrapping";
+    run.ends(0, last, "$2.00 for EACH GPU");
+    assert!(!run.stderr.contains("whole host"), "{run:?}");
+    let body = world.fake.asked.lock().expect("no panic")[0].1.clone();
+    let expected = json!({
+        "name": "gpu-a", "validator": "5Cf", "hourly_cost": 2.0, "gpu_short_ref": "h100_sxm",
+    });
+    assert_eq!(body, expected);
+    let run = world.run(&[&ADD[..], &["--hourly-cost", "18.80"]].concat()).await;
+    run.ends(0, "completed", "looks like the cost of a whole host");
+    world.run(&["add-node", "--help"]).await.ends(0, "ONE GPU", "");
+}
+
+#[tokio::test]
+async fn add_node_fails_when_the_node_was_not_added() {
+    let failed = frames(&[("adding", None), ("no: wrong device", Some("failed"))]);
+    let ended = frames(&[("adding", None)]);
+    let conflict = json!({ "detail": "already provisioned!" });
+    for (name, status, body, reason) in [
+        ("failed", 200, failed, "wrong device"),
+        ("ended", 200, ended, "chutes-miner status"),
+        ("conflict", 409, conflict, "already provisioned!"),
+    ] {
+        let world = World::new(name, &[("POST /servers/", status, body)]).await;
+        let run = world.run(&[&ADD[..], &["--hourly-cost", "2"]].concat()).await;
+        run.ends(1, "", reason);
+    }
+}
+
+fn server() -> Value {
+    let device = json!({
+        "name": "NVIDIA H100", "memory": 85_031_714_816_u64, "clock_rate": 1_980_000.0, "processors": 132,
+    });
+    json!({
+        "server_id": "uid", "name": "gpu-a", "status": "Ready", "gpu_count": 1, "memory_per_gpu": 32,
+        "cpu_per_gpu": 4, "hourly_cost": 1.5, "ip_address": "198.51.100.7", "locked": true,
+        "created_at": "2025-01-01T10:20:30.000000+00:00",
+        "gpus": [{ "gpu_id": "aa", "device_info": device, "verified": true }],
+        "deployments": [{
+            "chute": { "name": "chute" }, "gpus": [{}], "port": 31001, "active": true, "stub": false,
+            "created_at": "2025-01-01T10:20:30.000000+00:00",
+        }],
+    })
+}
+
+#[tokio::test]
+async fn the_inventory_is_a_table_or_json() {
+    let world = World::new("inventory", &[("GET /servers/", 200, json!([server()]))]).await;
+    let run = world.run(&["local-inventory"]).await;
+    run.ends(0, "Server: gpu-a", "");
+    for text in [
+        "│ Hourly Cost │ $1.50            │",
+        "│ Created     │ 2025-01-01 10:20 │",
+        "│ Locked      │ Yes              │",
+        "│ NVIDIA H100 │ 79.2GB │ 1980        │ 132        │ Verified │",
+        "│ chute      │ 1    │ 31001 │ 2025-01-01 10:20 │ Active │",
+        &"=".repeat(80),
+    ] {
+        assert!(run.stdout.contains(text), "{text} is not in\n{}", run.stdout);
+    }
+    for arguments in [
+        &["local-inventory", "--raw-json"][..],
+        &["--output", "json", "local-inventory"],
+    ] {
+        let run = world.run(arguments).await;
+        let printed: Value = serde_json::from_str(&run.stdout).expect("JSON");
+        assert_eq!(printed, json!([server()]));
+        assert!(run.stdout.contains("\n  {\n    \""), "two spaces deep");
+    }
+    let yaml = world.run(&["local-inventory", "--output", "yaml"]).await;
+    yaml.ends(0, "name: \"gpu-a\"", "");
+    world
+        .run(&["local-inventory", "-n", "uid"])
+        .await
+        .ends(0, "Server: gpu-a", "");
+    let none = world.run(&["local-inventory", "-n", "gpu"]).await;
+    none.ends(1, "", "no server has the name or id gpu");
+}
+
+#[tokio::test]
+async fn locks_are_printed_as_scripts_expect() {
+    let answers = [
+        (
+            "GET /servers/gpu-a/lock",
+            200,
+            json!({ "name": "gpu-a", "locked": true }),
+        ),
+        (
+            "GET /servers/gpu-a/unlock",
+            200,
+            json!({ "name": "gpu-a", "locked": false }),
+        ),
+    ];
+    let world = World::new("lock", &answers).await;
+    let run = world.run(&["lock", "--name", "gpu-a"]).await;
+    run.ends(0, "Server gpu-a lock status is now: True\n", "");
+    let run = world.run(&["unlock", "--name", "gpu-a"]).await;
+    run.ends(0, "Server gpu-a lock status is now: False\n", "");
+    let run = world.run(&["lock", "--name", "a/b"]).await;
+    run.ends(1, "", "404 Not Found: no such thing");
+    assert!(world.was_asked("GET /servers/a%2Fb/lock"));
+}
+
+#[tokio::test]
+async fn deleting_a_node_with_jobs_asks_first() {
+    let started = || json!({ "status": "started" });
+    let answers = [
+        (
+            "GET /servers/gpu-a/delete_preflight",
+            200,
+            json!({ "jobs": [{}, {}] }),
+        ),
+        ("DELETE /servers/gpu-a?include_jobs=true", 200, started()),
+        ("GET /servers/gpu-b/delete_preflight", 200, json!({ "jobs": [] })),
+        ("DELETE /servers/gpu-b", 200, started()),
+        ("GET /servers/gpu-c/delete_preflight", 200, json!({ "jobs": [] })),
+    ];
+    let world = World::new("delete", &answers).await;
+    let delete = ["delete-node", "--name", "gpu-a"];
+    world
+        .run_with_input(&delete, "n\n")
+        .await
+        .ends(0, "", "2 jobs run on gpu-a");
+    world
+        .run_with_input(&delete, "")
+        .await
+        .ends(0, "", "Continue (y/n)? ");
+    assert!(!world.was_asked("DELETE /servers/gpu-a?include_jobs=true"));
+    world
+        .run_with_input(&delete, "y\n")
+        .await
+        .ends(0, "\"status\": \"started\"", "");
+    let run = world.run(&[&delete[..], &["--yes"]].concat()).await;
+    run.ends(0, "started", "2 jobs");
+    world
+        .run(&["delete-node", "--name", "gpu-b"])
+        .await
+        .ends(0, "started", "");
+    let run = world.run(&["delete-node", "--name", "gpu-c"]).await;
+    run.ends(0, "", "there is no node gpu-c");
+    world
+        .run(&["delete-node", "--name", "gpu-d"])
+        .await
+        .ends(1, "", "no such thing");
+}
+
+#[tokio::test]
+async fn purges_say_what_happens_to_jobs() {
+    let done = json!({ "status": "initiated", "deployments_purged": [] });
+    let answers = [
+        ("DELETE /deployments/purge", 200, done.clone()),
+        ("DELETE /deployments/purge?include_jobs=true", 200, done.clone()),
+        (
+            "DELETE /deployments/dep-1",
+            200,
+            json!({ "deployment_purged": {} }),
+        ),
+        (
+            "GET /servers/gpu-a/delete_preflight",
+            200,
+            json!({ "jobs": [{}] }),
+        ),
+        ("DELETE /servers/gpu-a/deployments", 200, done.clone()),
+        ("DELETE /servers/gpu-a/deployments?include_jobs=true", 200, done),
+    ];
+    let world = World::new("purge", &answers).await;
+    world
+        .run(&["purge-deployments"])
+        .await
+        .ends(0, "initiated", "Jobs go on");
+    let run = world.run(&["purge-deployments", "--include-jobs"]).await;
+    run.ends(0, "initiated", "Jobs are stopped too");
+    let run = world.run(&["purge-deployment", "-d", "dep-1"]).await;
+    run.ends(0, "deployment_purged", "");
+    let run = world.run(&["purge-deployment", "-n", "gpu-a"]).await;
+    run.ends(0, "initiated", "Jobs go on");
+    let with_jobs = ["purge-server", "-n", "gpu-a", "--include-jobs"];
+    world
+        .run_with_input(&with_jobs, "no\n")
+        .await
+        .ends(0, "", "1 jobs run on gpu-a");
+    assert!(!world.was_asked("DELETE /servers/gpu-a/deployments?include_jobs=true"));
+    world
+        .run_with_input(&with_jobs, "y\n")
+        .await
+        .ends(0, "initiated", "");
+    let text = "Error: Either deployment_id or node_id must be provided, but not both.";
+    world.run(&["purge-deployment"]).await.ends(1, "", text);
+    let run = world.run(&["purge-deployment", "-d", "a", "-n", "b"]).await;
+    run.ends(1, "", text);
+}
+
+#[tokio::test]
+async fn fixing_takes_what_was_selected_and_no_more() {
+    let row = |id: &str, is_job: bool, reason: Value, can_be_stopped: bool| {
+        json!({
+            "kind": "deployment", "id": id, "name": "chute", "state": "serving", "host": "absent",
+            "validator": "active", "reason": reason, "is_job": is_job, "can_be_stopped": can_be_stopped,
+        })
+    };
+    let gone = || json!("the host does not have it");
+    let rows = json!({ "differences": 2, "sources": {}, "rows": [
+        row("dep-1", false, gone(), true),
+        row("dep-2", true, gone(), true),
+        row("dep-3", false, Value::Null, true),
+        row("dep-4", false, json!("stopping"), false),
+    ]});
+    let answers = [
+        ("GET /v1/diff", 200, rows.clone()),
+        ("GET /v1/diff?all=true", 200, rows),
+        (
+            "POST /v1/stop",
+            200,
+            json!({ "stopping": ["dep-1"], "left_by_the_budget": [] }),
+        ),
+    ];
+    let world = World::new("diff", &answers).await;
+    world
+        .run(&["diff"])
+        .await
+        .ends(0, "the host does not have it", "");
+    for (arguments, code, text) in [
+        (&["--fix"][..], 2, "--select"),
+        (&["--fix", "--select", "dep-2"], 1, "--include-jobs stops it too"),
+        (&["--fix", "--select", "dep-3"], 1, "does not differ"),
+        (&["--fix", "--select", "dep-4"], 1, "already"),
+        (
+            &["--fix", "--select", "dep-1", "dep-9"],
+            1,
+            "dep-9 is no deployment of the diff",
+        ),
+    ] {
+        let run = world.run(&[&["diff"][..], arguments].concat()).await;
+        run.ends(code, "", text);
+    }
+    assert!(!world.was_asked("POST /v1/stop"), "nothing was stopped so far");
+    let run = world.run(&["diff", "--fix", "--select", "dep-1"]).await;
+    run.ends(0, "dep-1", "");
+    let asked = world.fake.asked.lock().expect("no panic");
+    let body = &asked.last().expect("asked").1;
+    assert_eq!(body["deployments"], json!(["dep-1"]));
+    assert_eq!(
+        (&body["include_jobs"], &body["budgeted"]),
+        (&json!(false), &json!(true))
+    );
+}
+
+#[tokio::test]
+async fn the_validators_view_is_joined_and_scorched() {
+    let node = json!({
+        "uuid": "aa", "name": "NVIDIA H100", "memory": 85_031_714_816_u64, "clock_rate": 1_980_000.0,
+        "created_at": "2025-01-01T10:20:30", "verified_at": "2025-01-01T10:30:30",
+    });
+    let runs = json!([{ "gpu_id": "aa", "chute_name": "c", "chute_id": "id" }]);
+    let answers = [
+        (
+            "GET /miner/nodes/",
+            200,
+            Value::String(format!("data: {node}\n\n")),
+        ),
+        ("GET /miner/inventory", 200, runs),
+        ("DELETE /nodes/aa", 200, json!({})),
+    ];
+    let world = World::new("remote", &answers).await;
+    let run = world.run(&["remote-inventory"]).await;
+    run.ends(0, "│ NVIDIA H100 │ id c", "");
+    assert!(run.stdout.contains("Verified: 2025-01-01 10:30"), "{run:?}");
+    assert!(run.stdout.contains("Pending"), "{run:?}");
+    let run = world.run_with_input(&["scorch-remote"], "y\n").await;
+    run.ends(0, "", "Type scorch to go on");
+    assert!(!world.was_asked("DELETE /nodes/aa"));
+    let run = world.run_with_input(&["scorch-remote"], "scorch\n").await;
+    run.ends(
+        0,
+        "Deleting NVIDIA H100 with uuid aa\n  successfully deleted aa\n",
+        "",
+    );
+    let run = world.run(&["scorch-remote", "--yes"]).await;
+    run.ends(0, "successfully deleted aa", "");
+    let run = world.run(&["delete-remote", "--gpu-id", "aa"]).await;
+    run.ends(0, "  successfully deleted aa", "");
+    world
+        .run(&["delete-remote", "--gpu-id", "bb"])
+        .await
+        .ends(1, "", "404");
+}
+
+#[tokio::test]
+async fn errors_name_the_thing_and_the_way_out() {
+    let world = World::new("errors", &[]).await;
+    world.run(&[]).await.ends(2, "", "Usage");
+    world.run(&["lock"]).await.ends(2, "", "--name");
+    world
+        .run(&["local-inventory", "--bogus"])
+        .await
+        .ends(2, "", "--bogus");
+    world.run(&["--help"]).await.ends(0, "add-node", "");
+    let run = world.run(&["status", "--miner-api", "http://127.0.0.1:1"]).await;
+    run.ends(1, "", "is --miner-api right?");
+    let run = world.run(&["status", "--miner-api", "nonsense"]).await;
+    run.ends(1, "", "is not the URL of an API");
+    let run = world.run(&["status", "--hotkey", "/nowhere"]).await;
+    run.ends(1, "", "read the hotkey file /nowhere");
+    let other = json!({ "secretSeed": format!("0x{}", "02".repeat(32)) }).to_string();
+    std::fs::write(&world.hotkey, other).expect("write the key");
+    let run = world.run(&["status"]).await;
+    run.ends(1, "", "is --hotkey this miner's key");
+    set_mode(&world.hotkey, 0o644);
+    let run = world.run(&["status"]).await;
+    run.ends(1, "", "others can read");
+    assert!(!run.stderr.contains("0202"), "the seed is not printed: {run:?}");
+}
