@@ -17,10 +17,11 @@ use super::pay;
 use super::preemption::{self, Price};
 use super::room::Room;
 use super::strategy::{Decision, Failure, Launch, Strategy, Trigger};
-use super::view::{ChuteView, Evictable, Need, OpenJob, OwnCopies, PoolIndex, Superseded, View};
+use super::view::{
+    ChuteView, DISK_GB_DEFAULT, Evictable, Need, OpenJob, OwnCopies, PoolIndex, Superseded, View,
+};
 use crate::state_machine::chute::ChuteKey;
 use crate::state_machine::command::PayProfile;
-use crate::state_machine::desired::DISK_GB_DEFAULT;
 
 /// Own copies of one chute under 2025-09.
 const COPIES_MAX_2025: u32 = 3;

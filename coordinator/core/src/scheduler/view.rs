@@ -17,8 +17,9 @@ use super::market::{ChuteMarket, METRICS_MEMORY_MS, Market};
 use crate::state_machine::chute::{Chute, ChuteKey};
 use crate::state_machine::command::{Allowance, PayProfile};
 use crate::state_machine::deployment::{Deployment, Phase, StopReason};
-use crate::state_machine::desired::DISK_GB_DEFAULT;
 use crate::state_machine::state::State;
+
+pub use crate::state_machine::desired::DISK_GB_DEFAULT;
 
 /// Names a pool within one view.
 pub type PoolIndex = usize;
