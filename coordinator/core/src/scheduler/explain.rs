@@ -3,8 +3,7 @@
 //! It says what the rules say of each server as it is now; what a strategy thinks of the chute is in the
 //! reasons of its decisions.
 
-use super::view::{ChuteView, View};
-use crate::state_machine::desired::DISK_GB_DEFAULT;
+use super::view::{ChuteView, DISK_GB_DEFAULT, View};
 
 /// One server, from a chute's point of view.
 #[derive(Debug, Clone, PartialEq, Eq)]
