@@ -238,7 +238,7 @@ pub async fn run(loaded: &Loaded, executable: &Path, shutdown: CancellationToken
             let ended = async { while task.join_next().await.is_some() {} };
             // The task kills at the deadline; a process that cannot even be killed is left.
             if timeout_at(deadline + SIGNER_STOP_MAX, ended).await.is_err() {
-                tracing::error!(process = %part, "does not end");
+                tracing::error!(child = %part, "does not end");
             }
         }
     }

@@ -192,6 +192,16 @@ fn member(
         let text = "miner.seed_file is missing: a member of the coordinator signs with it";
         checker.complain("miner.seed_file", text);
     }
+    if keys
+        .seed_file
+        .as_ref()
+        .is_some_and(|path| looks_like_a_seed(path))
+    {
+        // Not repeated here: errors are logged.
+        let text =
+            "miner.seed_file holds a seed: write it into a file of mode 0600, and the file's path here";
+        checker.complain("miner.seed_file", text);
+    }
     let become_user = match &keys.signer_user {
         None => Some(None),
         Some(text) => checker.take("miner.signer_user", user_and_group(text)).map(Some),
@@ -445,6 +455,14 @@ fn data(written: &Written, validators: &Directory, checker: &mut Checker<'_>) ->
         cache: cache?,
         socket: run_folder(&written.data).join("data.sock"),
     })
+}
+
+/// 32 bytes in hexadecimal, or twelve words and more: what wallets show as a seed.
+fn looks_like_a_seed(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    let digits = text.trim().trim_start_matches("0x");
+    let hexadecimal = digits.len() == 64 && digits.chars().all(|c| c.is_ascii_hexdigit());
+    hexadecimal || text.split_whitespace().count() >= 12
 }
 
 fn user_and_group(text: &str) -> Result<(u32, u32), String> {

@@ -130,19 +130,19 @@ pub(super) async fn keep(child: Child, children: Children, mut stop: watch::Rece
     loop {
         let started = Instant::now();
         match child.spawn() {
-            Err(error) => tracing::error!(process = %part, %error, "cannot be started"),
+            Err(error) => tracing::error!(child = %part, %error, "cannot be started"),
             Ok(mut process) => {
                 children.started(part, process.id());
-                tracing::info!(process = %part, pid = process.id(), "started");
+                tracing::info!(child = %part, pid = process.id(), "started");
                 tokio::select! {
                     ended = process.wait() => {
                         let how = describe(ended);
-                        tracing::warn!(process = %part, how, "ended, will be started again");
+                        tracing::warn!(child = %part, how, "ended, will be started again");
                         children.ended(part, how);
                     }
                     deadline = asked(&mut stop) => {
                         let how = end(part, &mut process, deadline).await;
-                        tracing::info!(process = %part, how, "stopped");
+                        tracing::info!(child = %part, how, "stopped");
                         children.ended(part, how);
                         return;
                     }
@@ -176,7 +176,7 @@ async fn end(part: Part, process: &mut tokio::process::Child, deadline: Instant)
     if let Ok(ended) = timeout_at(deadline, process.wait()).await {
         return describe(ended);
     }
-    tracing::warn!(process = %part, "does not stop in time and is killed");
+    tracing::warn!(child = %part, "does not stop in time and is killed");
     match process.kill().await {
         Ok(()) => "killed".to_owned(),
         Err(error) => error.to_string(),

@@ -44,11 +44,12 @@ pub fn run(part: Part, arguments: &Arguments) -> anyhow::Result<()> {
     };
     let config = config::load(&sources)?.config;
     telemetry::init(part.name(), &config.log)?;
-    let result = serve(part, config);
-    if let Err(error) = &result {
+    if let Err(error) = serve(part, config) {
         tracing::error!(error = format!("{error:#}"), "cannot go on");
+        // Said once, as a line of the log; main would say it again in another form.
+        std::process::exit(1);
     }
-    result
+    Ok(())
 }
 
 fn serve(part: Part, config: Config) -> anyhow::Result<()> {
