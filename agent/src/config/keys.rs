@@ -88,12 +88,12 @@ pub fn all() -> Vec<String> {
 pub fn nearest(unknown: &str) -> Option<String> {
     let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
     let near = |key: &String| {
-        // The right key in the wrong section is nearer than another key of the same section.
         let whole = distance(unknown, key);
-        let moved = if last(unknown) == last(key) { 1 } else { usize::MAX };
+        // The right key in another section counts as a small slip, however long the names of the sections are.
+        let moved = if last(unknown) == last(key) { 2 } else { usize::MAX };
         whole.min(moved)
     };
-    let limit = 1 + last(unknown).chars().count() / 3;
+    let limit = 2 + last(unknown).chars().count() / 4;
     let candidates = all().into_iter().map(|key| (near(&key), key));
     let (distance, key) = candidates.min_by_key(|(distance, _)| *distance)?;
     (distance <= limit).then_some(key)
