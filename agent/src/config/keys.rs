@@ -93,7 +93,7 @@ pub fn nearest(unknown: &str) -> Option<String> {
         let moved = if last(unknown) == last(key) { 2 } else { usize::MAX };
         whole.min(moved)
     };
-    let limit = 2 + last(unknown).chars().count() / 4;
+    let limit = 2.max(1 + last(unknown).chars().count() / 3);
     let candidates = all().into_iter().map(|key| (near(&key), key));
     let (distance, key) = candidates.min_by_key(|(distance, _)| *distance)?;
     (distance <= limit).then_some(key)
