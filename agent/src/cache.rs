@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cache::policy::{Leases, Limits, plan};
 use crate::cache::sweep::{Error, Sweeper};
-use crate::clock::Clock;
 use crate::config::units::{Size, Span};
+use coordinator::clock::Clock;
 
 /// Settings as written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,7 +220,7 @@ pub async fn run(
     config: Config,
     leases: SharedLeases,
     metrics: Metrics,
-    clock: Clock,
+    clock: Arc<dyn Clock>,
     shutdown: CancellationToken,
 ) {
     loop {

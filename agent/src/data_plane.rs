@@ -31,11 +31,11 @@ use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::cache::{self, SharedLeases};
-use crate::clock::Clock;
 use crate::egress;
 use crate::registry::credentials::Credentials;
 use crate::registry::redirect::{self, Follower};
 use crate::{egress::network::NotResolved, registry};
+use coordinator::clock::{Clock, WallClock};
 
 const ADMIN_BODY_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -84,7 +84,7 @@ pub struct DataPlane {
     admin: Admin,
     socket: UnixListener,
     socket_path: PathBuf,
-    clock: Clock,
+    clock: Arc<dyn Clock>,
 }
 
 #[derive(Debug, Clone)]
@@ -100,7 +100,7 @@ struct Admin {
 /// [`Error`].
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     raise_descriptor_limit();
-    DataPlane::bind(config, Clock::system())
+    DataPlane::bind(config, Arc::new(WallClock))
         .await?
         .serve(shutdown)
         .await
@@ -123,7 +123,7 @@ impl DataPlane {
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn bind(config: Config, clock: Clock) -> Result<Self, Error> {
+    pub async fn bind(config: Config, clock: Arc<dyn Clock>) -> Result<Self, Error> {
         let mut metrics = Registry::with_prefix("chutes");
         let credentials = Credentials::new(clock.clone());
         let registry_metrics = Arc::new(registry::metrics::Metrics::default());

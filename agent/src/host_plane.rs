@@ -31,10 +31,10 @@ use tokio_util::sync::CancellationToken;
 use self::facts::Identity;
 use self::neighbour::Neighbour;
 use crate::cache::policy::Leases;
-use crate::clock::Clock;
 use crate::link::{self, Ends, Link, Quic};
 use crate::workloads::store::Store;
 use crate::workloads::{self, Channels, Offer};
+use coordinator::clock::{Clock, WallClock};
 
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// Facts are looked at again, and neighbours that may have started anew are told again, so often.
@@ -83,8 +83,8 @@ pub enum Error {
 pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Error> {
     // The caller may have installed one already; any is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let clock = Clock::system();
-    let link = Box::new(Quic::new(config.link.clone(), clock.clone()));
+    let clock: Arc<dyn Clock> = Arc::new(WallClock);
+    let link = Box::new(Quic::new(config.link.clone(), Arc::clone(&clock)));
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;
     match config.runtime.clone() {

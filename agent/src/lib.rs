@@ -1,7 +1,6 @@
 //! `chutes-agent`: the host plane and a coordinator member in one binary.
 
 pub mod cache;
-pub mod clock;
 pub mod config;
 pub mod data_plane;
 #[cfg(feature = "dev")]

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
+use coordinator::clock::Clock;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A message that the other side does not take for so long ends the connection.
@@ -91,13 +91,13 @@ fn lost(error: impl std::fmt::Display) -> Error {
 #[derive(Debug)]
 pub struct Quic {
     config: Config,
-    clock: Clock,
+    clock: Arc<dyn Clock>,
 }
 
 impl Quic {
     /// A link to the members of the configuration.
     #[must_use]
-    pub fn new(config: Config, clock: Clock) -> Self {
+    pub fn new(config: Config, clock: Arc<dyn Clock>) -> Self {
         Self { config, clock }
     }
 

@@ -23,6 +23,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -33,10 +34,10 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use self::child::{Child, Children};
-use crate::clock::Clock;
 use crate::config::Loaded;
 use crate::config::checked::run_folder;
 use crate::local;
+use coordinator::clock::WallClock;
 
 /// From the request to stop until whoever still runs is killed.
 const STOP_MAX: Duration = Duration::from_secs(20);
@@ -200,7 +201,7 @@ pub async fn run(loaded: &Loaded, executable: &Path, shutdown: CancellationToken
         parts.extend([(Part::Data, None), (Part::Proof, None), (Part::Host, None)]);
     }
 
-    let children = Children::new(Clock::system());
+    let children = Children::new(Arc::new(WallClock));
     let door = local::Door::open(&run.join("agent.sock")).map_err(file_error(&run.join("agent.sock")))?;
     let local_stop = CancellationToken::new();
     let local = tokio::spawn(door.serve(children.clone(), local_stop.clone()));

@@ -2,10 +2,11 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
-use agent::clock::Clock;
 use agent::data_plane::{Config, DataPlane};
 use agent::{cache, egress, registry};
+use coordinator::clock::ManualClock;
 use protocol::hotkey::Hotkey;
 use protocol::time::UnixMillis;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -84,7 +85,7 @@ async fn the_admin_socket_feeds_the_doors() {
         cache: cache::Config::check(&raw_cache).expect("valid"),
         socket: socket.clone(),
     };
-    let plane = DataPlane::bind(config, Clock::new(|| UnixMillis(1_000)))
+    let plane = DataPlane::bind(config, Arc::new(ManualClock::at(UnixMillis(1_000))))
         .await
         .expect("free ports");
     let (door, _) = plane.local_addrs().expect("bound");

@@ -5,12 +5,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use agent::clock::Clock;
 use agent::host_plane::facts::Identity;
 use agent::host_plane::{self, RuntimeKind};
 use agent::link::{Config, Ends, Link, Quic};
 use axum::Router;
 use axum::http::{Method, Uri};
+use coordinator::clock::ManualClock;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, ServerId};
 use protocol::link::{ALPN, Decoder, FromHost, RegistryHeaders, ToHost, encode};
@@ -122,7 +122,7 @@ fn host(folder: &Path, listener: &Endpoint) -> Host {
         inbound,
     };
     let shutdown = CancellationToken::new();
-    let link = Box::new(Quic::new(config, Clock::new(|| UnixMillis(12_345))));
+    let link = Box::new(Quic::new(config, Arc::new(ManualClock::at(UnixMillis(12_345)))));
     tokio::spawn(link.run(ends, shutdown.clone()));
     Host {
         _facts: facts,

@@ -1,6 +1,8 @@
 //! The clock seam: wall time in production, the simulation's time in tests.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::time::UnixMillis;
@@ -21,5 +23,28 @@ impl Clock for WallClock {
     fn now(&self) -> UnixMillis {
         let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         UnixMillis(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+/// A clock that is set by hand, for tests; clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct ManualClock(Arc<AtomicU64>);
+
+impl ManualClock {
+    /// A clock that stands still until it is set.
+    #[must_use]
+    pub fn at(now: UnixMillis) -> Self {
+        Self(Arc::new(AtomicU64::new(now.0)))
+    }
+
+    /// Sets it, for all clones.
+    pub fn set(&self, now: UnixMillis) {
+        self.0.store(now.0, Ordering::Relaxed);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> UnixMillis {
+        UnixMillis(self.0.load(Ordering::Relaxed))
     }
 }

@@ -183,7 +183,7 @@ fn configuration(
     set("coordinator", "hosts_listen", format!("{address}:4433").into());
     set("coordinator", "api_listen", format!("{address}:32000").into());
     set("coordinator", "tick", "3s".into());
-    set("coordinator", "observe", "10s".into());
+    set("coordinator", "observe", "3s".into());
     set("proof", "listen", format!("{address}:30443").into());
     set("proof", "backend", "cpu".into());
     set("proof", "software_gpus", i64::try_from(gpus)?.into());

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::Part;
-use crate::clock::Clock;
+use coordinator::clock::Clock;
 
 const BACKOFF_FIRST: Duration = Duration::from_secs(1);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -76,11 +76,11 @@ pub struct ChildStatus {
 #[derive(Debug, Clone)]
 pub struct Children {
     rows: Arc<Mutex<BTreeMap<Part, ChildStatus>>>,
-    clock: Clock,
+    clock: Arc<dyn Clock>,
 }
 
 impl Children {
-    pub(super) fn new(clock: Clock) -> Self {
+    pub(super) fn new(clock: Arc<dyn Clock>) -> Self {
         Self {
             rows: Arc::default(),
             clock,

@@ -12,7 +12,7 @@ use protocol::hotkey::Hotkey;
 use protocol::link::RegistryHeaders;
 use protocol::time::UnixMillis;
 
-use crate::clock::Clock;
+use coordinator::clock::Clock;
 
 const HEADERS_PER_SET_MAX: usize = 8;
 const VALIDATORS_MAX: usize = 64;
@@ -52,7 +52,7 @@ struct Entry {
 /// The table that the admin socket fills and the registry door reads.
 #[derive(Clone)]
 pub struct Credentials {
-    clock: Clock,
+    clock: Arc<dyn Clock>,
     table: Arc<RwLock<BTreeMap<Hotkey, Entry>>>,
 }
 
@@ -65,7 +65,7 @@ impl fmt::Debug for Credentials {
 impl Credentials {
     /// An empty table.
     #[must_use]
-    pub fn new(clock: Clock) -> Self {
+    pub fn new(clock: Arc<dyn Clock>) -> Self {
         Self {
             clock,
             table: Arc::default(),
@@ -129,7 +129,8 @@ fn check_header((name, value): &(String, String)) -> Result<(HeaderName, HeaderV
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use coordinator::clock::ManualClock;
 
     use super::*;
 
@@ -143,9 +144,8 @@ mod tests {
 
     #[test]
     fn sets_expire_and_are_replaced_whole() {
-        let now = Arc::new(AtomicU64::new(1_000));
-        let reading = Arc::clone(&now);
-        let credentials = Credentials::new(Clock::new(move || UnixMillis(reading.load(Ordering::Relaxed))));
+        let clock = ManualClock::at(UnixMillis(1_000));
+        let credentials = Credentials::new(Arc::new(clock.clone()));
         let [a, b] = [[1; 32], [2; 32]].map(|key| Hotkey::from_public_key(&key));
         assert_eq!(credentials.get(&a), Err(Missing::NotReceived));
         credentials
@@ -153,7 +153,7 @@ mod tests {
             .expect("valid");
         assert_eq!(credentials.get(&a).expect("fresh")[0].1, "1");
         assert_eq!(credentials.get(&b), Err(Missing::NotReceived));
-        now.store(2_000, Ordering::Relaxed);
+        clock.set(UnixMillis(2_000));
         assert_eq!(credentials.get(&a), Err(Missing::Expired));
 
         let refused = credentials.replace(vec![

@@ -3,12 +3,12 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-use agent::clock::Clock;
 use agent::registry::credentials::Credentials;
 use agent::registry::metrics::Metrics;
 use agent::registry::redirect::Follower;
 use agent::registry::upstream::Origin;
 use agent::registry::{Config, Service, store, upstream};
+use coordinator::clock::ManualClock;
 use protocol::hotkey::Hotkey;
 use protocol::link::RegistryHeaders;
 use protocol::time::UnixMillis;
@@ -134,7 +134,7 @@ impl Door {
             store,
             storage_ca_file: None,
         };
-        let credentials = Credentials::new(Clock::new(|| NOW));
+        let credentials = Credentials::new(Arc::new(ManualClock::at(NOW)));
         credentials
             .replace(
                 validators
