@@ -53,7 +53,6 @@ const SEAMS: &[&str] = &[
     "agent/cli/src/request.rs",
     "agent/runtime/src/process/pull.rs",
     "agent/src/cache.rs",
-    "agent/src/clock.rs",
     "agent/src/gpu/worker.rs",
     "agent/src/registry/store.rs",
     "agent/src/workloads/store.rs",
