@@ -1,8 +1,8 @@
 //! Newtype identifiers. Each wraps the text that the outside uses for the thing, so that a GPU's id can
 //! never be passed where a server's is meant.
 //!
-//! Text from outside goes through `parse`, which bounds its length and alphabet: identifiers end up in
-//! file names, URLs and Kubernetes object names.
+//! Text from outside is checked, by `parse` and whenever one is deserialised: length and alphabet are bounded,
+//! since identifiers end up in file names, URLs and Kubernetes object names.
 
 use std::fmt;
 
@@ -36,8 +36,16 @@ macro_rules! identifiers {
     ($($(#[$doc:meta])* $name:ident;)*) => {$(
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-        #[serde(transparent)]
+        #[serde(try_from = "String")]
         pub struct $name(String);
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+            fn try_from(text: String) -> Result<Self, InvalidId> {
+                check(stringify!($name), &text)?;
+                Ok(Self(text))
+            }
+        }
 
         impl $name {
             /// Checks text from outside.
@@ -148,6 +156,8 @@ mod tests {
         }
         for bad in ["", ".", "..", "a/b", "a b", "ü", "a\n", &"x".repeat(129)] {
             assert!(ChuteId::parse(bad).is_err(), "{bad:?}");
+            let json = serde_json::to_string(bad).expect("a text");
+            assert!(serde_json::from_str::<ChuteId>(&json).is_err(), "{bad:?}");
         }
     }
 

@@ -97,10 +97,8 @@ impl State {
                     self.conclude_serving(id);
                 }
             }
-            (_, Some(WorkloadPhase::Ended { exit_code, reason })) => {
-                let code =
-                    exit_code.map_or_else(|| "no exit code".to_owned(), |code| format!("exit code {code}"));
-                self.stop(id, StopReason::WorkloadEnded(format!("{code}: {reason}")));
+            (_, Some(WorkloadPhase::Ended { reason, .. })) => {
+                self.stop(id, StopReason::WorkloadEnded(reason.clone()));
             }
             (_, Some(WorkloadPhase::Pending | WorkloadPhase::Stopping)) => {}
         }
