@@ -53,6 +53,35 @@ fn random_commands_break_no_invariant_and_all_heals() {
     }
 }
 
+/// Random commands that never get anywhere would find nothing: every kind of end must come up.
+#[test]
+fn every_end_of_a_deployment_comes_up() {
+    let mut ends = std::collections::BTreeSet::new();
+    for seed in 0..300 {
+        let mut world = World::new(seed, Faults::none());
+        for _ in 0..STEPS {
+            world.step().expect("seeds below 1000 are checked above");
+        }
+        world.heal().expect("seeds below 1000 are checked above");
+        ends.extend(world.ends());
+    }
+    for end in [
+        "LaunchRefused",
+        "DeadlinePassed",
+        "WorkloadEnded",
+        "InstanceDeleted",
+        "InstanceMissing",
+        "ChuteDeleted",
+        "JobDeleted",
+        "Preempted",
+        "Superseded",
+        "Operator",
+        "ServerLeaving",
+    ] {
+        assert!(ends.contains(end), "no deployment ended by {end}: {ends:?}");
+    }
+}
+
 /// The test above is worth something only if it finds these. Each must show within 300 seeds.
 fn is_found(name: &str, faults: Faults) {
     let found = (0..300).find_map(|seed| run(seed, faults).err());

@@ -68,7 +68,32 @@ impl World {
         for index in 0..world.hosts.len() {
             world.join(index).expect("joining breaks nothing");
         }
+        // Most of a life happens on a fleet that stands.
+        if world.random.u8(..4) > 0 {
+            world.set_up().expect("an orderly start breaks nothing");
+        }
         world
+    }
+
+    fn set_up(&mut self) -> Step {
+        for host in 0..self.hosts.len() {
+            let (server, validator) = (self.hosts[host].facts.server.clone(), self.key.clone());
+            let (gpu_short_ref, hourly_cost_usd_micros) = ("a6000".to_owned(), 300_000);
+            self.send(Command::EnrolServer {
+                server,
+                validator,
+                gpu_short_ref,
+                hourly_cost_usd_micros,
+            })?;
+        }
+        for _ in 0..6 {
+            self.change_catalogue()?;
+        }
+        self.heal()?;
+        for _ in 0..6 {
+            self.place()?;
+        }
+        self.heal()
     }
 
     fn name(&mut self, prefix: &str) -> String {
@@ -143,12 +168,15 @@ impl World {
             50..=60 => self.converge_host(),
             61..=66 => self.report_host(),
             67..=77 => self.advance_container(),
-            78..=86 => self.deliver(),
-            87..=90 => self.operate(),
-            91..=94 => self.observe(),
-            95..=96 => self.offer_job(),
-            97 => self.delete_instance(),
-            98 => self.restart(),
+            78..=85 => self.deliver(),
+            86..=88 => self.operate(),
+            89..=91 => self.observe(),
+            92..=93 => self.offer_job(),
+            94 => self.pass_time(),
+            95 => self.delete_instance(),
+            96 => self.restart(),
+            97 => self.ask_for_replacement(),
+            98 => self.preempt(),
             _ => self.pass_time(),
         }?;
         match self.hosts.iter().find_map(Host::shared_gpu) {
@@ -216,7 +244,8 @@ impl World {
         let mut gpus: Vec<GpuId> = self.state.gpus_of(&server).map(|gpu| gpu.id().clone()).collect();
         self.random.shuffle(&mut gpus);
         let sloppy = self.random.u8(..10) == 0;
-        if !sloppy {
+        // Now and then somebody's GPUs are wanted although others are free.
+        if !sloppy && self.random.u8(..4) > 0 {
             gpus.sort_by_key(|gpu| !self.state.gpus().get(gpu).is_some_and(|gpu| gpu.is_free()));
         }
         gpus.truncate(usize::try_from(chute.gpu_count).unwrap());
@@ -448,7 +477,17 @@ impl World {
             _ => {}
         }
         self.now = self.now + self.random.u64(1..90_000);
-        self.send(Command::Observe(listing))
+        self.send(Command::Observe(listing.clone()))?;
+        if self.random.bool() {
+            return Ok(());
+        }
+        // The same again a while later: only a second sight counts.
+        let mut again = self.validator.listing(&self.key, self.now + 60_000);
+        if listing.instances == Listing::Unknown {
+            again.instances = Listing::Unknown;
+        }
+        self.now = self.now + 61_000;
+        self.send(Command::Observe(again))
     }
 
     fn offer_job(&mut self) -> Step {
@@ -456,10 +495,17 @@ impl World {
         let Some(chute) = self.pick(&chutes) else {
             return Ok(());
         };
-        let job = JobId::parse(&format!("job-{}", self.random.u8(..10))).unwrap();
-        if self.random.u8(..4) == 0 {
+        let tried: Vec<JobId> = self
+            .state
+            .jobs()
+            .iter()
+            .filter(|(_, job)| job.attempt.is_some())
+            .map(|(id, _)| id.clone())
+            .collect();
+        if let (true, Some(job)) = (self.random.bool(), self.pick(&tried)) {
             return self.send(Command::RecordJobDeleted { job });
         }
+        let job = JobId::parse(&format!("job-{}", self.random.u8(..40))).unwrap();
         self.send(Command::RecordJobOffer {
             job,
             chute,
@@ -484,6 +530,88 @@ impl World {
         Ok(())
     }
 
+    /// The validator asks for an instance to be replaced by the chute's current version.
+    fn ask_for_replacement(&mut self) -> Step {
+        let outdated = |d: &&coordinator_core::state_machine::deployment::Deployment| {
+            let current = self
+                .state
+                .chutes()
+                .get(&d.chute)
+                .map(|chute| &chute.definition.version);
+            d.instance.is_some() && current.is_some_and(|current| *current != d.version)
+        };
+        let wanted: Vec<_> = self
+            .state
+            .deployments()
+            .values()
+            .filter(outdated)
+            .cloned()
+            .collect();
+        let Some(deployment) = self.pick(&wanted) else {
+            return Ok(());
+        };
+        let version = self
+            .state
+            .chutes()
+            .get(&deployment.chute)
+            .unwrap()
+            .definition
+            .version
+            .clone();
+        let instance = deployment.instance.unwrap();
+        self.send(Command::RecordRollingUpdate {
+            instance,
+            version: version.clone(),
+        })?;
+        self.next += 1;
+        self.send(Command::PlaceDeployment(Placement {
+            deployment: DeploymentId::parse(&format!("deployment-{}", self.next)).unwrap(),
+            chute: deployment.chute,
+            version,
+            server: deployment.server,
+            gpus: deployment.gpus,
+            victims: vec![deployment.id],
+            job: None,
+            reason: "rolling update".to_owned(),
+        }))
+    }
+
+    /// Wants the GPUs of a deployment that has served long enough for another chute of the same size.
+    fn preempt(&mut self) -> Step {
+        let serving: Vec<_> = self
+            .state
+            .deployments()
+            .values()
+            .filter(|d| d.phase == Phase::Serving)
+            .cloned()
+            .collect();
+        let Some(victim) = self.pick(&serving) else {
+            return Ok(());
+        };
+        self.now = self.now + 64 * 60_000;
+        let others: Vec<_> = self
+            .state
+            .chutes()
+            .values()
+            .map(|chute| chute.definition.clone())
+            .filter(|d| d.gpu_count as usize == victim.gpus.len() && d.key != victim.chute)
+            .collect();
+        let Some(other) = self.pick(&others) else {
+            return Ok(());
+        };
+        let deployment = DeploymentId::parse(&self.name("deployment")).unwrap();
+        self.send(Command::PlaceDeployment(Placement {
+            deployment,
+            chute: other.key,
+            version: other.version,
+            server: victim.server,
+            gpus: victim.gpus,
+            victims: vec![victim.id],
+            job: None,
+            reason: "worth more".to_owned(),
+        }))
+    }
+
     /// The state must be what its rows say, at any moment.
     fn restart(&mut self) -> Step {
         let mut rows = self
@@ -499,7 +627,7 @@ impl World {
     }
 
     fn pass_time(&mut self) -> Step {
-        self.now = self.now + self.random.u64(1..40 * 60_000);
+        self.now = self.now + self.random.u64(1..70 * 60_000);
         self.send(Command::PassTime)
     }
 
@@ -581,6 +709,17 @@ impl World {
             && self.state.outbox().is_empty()
             && instances == recorded
             && running == known
+    }
+
+    /// Why deployments came to an end here, without what was said.
+    pub(crate) fn ends(&self) -> BTreeSet<String> {
+        let reason = |text: String| text.split(['(', ' ']).next().unwrap_or_default().to_owned();
+        let stops = self
+            .state
+            .audits()
+            .values()
+            .filter_map(|audit| audit.deployment.stop.as_ref());
+        stops.map(|stop| reason(format!("{:?}", stop.reason))).collect()
     }
 
     /// The same log gives the same state, and the same rows.
