@@ -320,6 +320,15 @@ impl State {
 
     /// Builds what is derived, after rows were read from disk.
     pub(crate) fn rebuild_index(&mut self) {
+        self.index = self.derive_index();
+    }
+
+    /// True if what is derived is what the tables say.
+    pub(crate) fn index_is_right(&self) -> bool {
+        self.derive_index() == self.index
+    }
+
+    fn derive_index(&self) -> Index {
         let mut index = Index::default();
         for gpu in self.gpus.values() {
             index
@@ -334,14 +343,7 @@ impl State {
         for audit in self.audits.values() {
             index.add_names(&audit.deployment);
         }
-        self.index = index;
-    }
-
-    /// True if what is derived is what the tables say.
-    pub(crate) fn index_is_right(&self) -> bool {
-        let mut copy = self.clone();
-        copy.rebuild_index();
-        copy.index == self.index
+        index
     }
 }
 
