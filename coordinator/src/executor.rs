@@ -84,8 +84,8 @@ impl Executor {
                 });
             }
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return,
-                changed = changes.changed() => if changed.is_err() { return },
                 Some(ended) = tasks.join_next() => match ended {
                     Ok(id) => { under_way.remove(&id); }
                     Err(error) => {
@@ -94,6 +94,7 @@ impl Executor {
                         tasks.shutdown().await;
                     }
                 },
+                () = changes.changed() => {}
             }
         }
     }

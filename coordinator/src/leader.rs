@@ -147,6 +147,7 @@ impl Leader {
         tasks.spawn(watch_hosts(self.store.clone(), self.hub.clone(), stop.clone()));
 
         tokio::select! {
+            biased;
             () = stop.cancelled() => {}
             // No task ends by itself: one that does has panicked, and leading without it would be worse.
             ended = tasks.join_next() => tracing::error!(?ended, "a leader's task ended; leading starts again"),
@@ -177,11 +178,12 @@ async fn pass_time(store: Store, cancel: CancellationToken) {
             .map_or(FORGET_EVERY_MS, |next| next.since(now))
             .clamp(100, FORGET_EVERY_MS);
         tokio::select! {
+            biased;
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(Duration::from_millis(wait_ms)) => {}
             // A new deadline may be earlier; do not look more often than every 100 ms.
             () = async {
-                let _ = changes.changed().await;
+                changes.changed().await;
                 tokio::time::sleep(Duration::from_millis(100)).await;
             } => {}
         }

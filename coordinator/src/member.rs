@@ -88,9 +88,7 @@ pub async fn run(
     };
     let replica_config = replica::Config::new(&config.cluster, FIRST_MEMBER, storage);
     let replica = Replica::open(replica_config, Box::new(machine.clone())).await?;
-    let log = Arc::new(ReplicatedLog {
-        replica: replica.clone(),
-    });
+    let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 
     let mut validators = Validators::new();
@@ -200,6 +198,7 @@ async fn lead(
             let _ = lost.wait_for(|now| !now.leads || now.term != term).await;
         };
         tokio::select! {
+            biased;
             () = leading => {}
             () = lost => tracing::warn!(term, "this member leads no more"),
         }
@@ -257,8 +256,16 @@ impl StateMachine for Machine {
 
 /// The replica as the store's log.
 #[derive(Debug)]
-struct ReplicatedLog {
+pub struct ReplicatedLog {
     replica: Replica,
+}
+
+impl ReplicatedLog {
+    /// A log over this replica, which drives the machine that it was opened with.
+    #[must_use]
+    pub fn new(replica: Replica) -> Self {
+        Self { replica }
+    }
 }
 
 impl Log for ReplicatedLog {

@@ -4,6 +4,7 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use coordinator_core::state_machine::codec::{
@@ -11,7 +12,7 @@ use coordinator_core::state_machine::codec::{
 };
 use coordinator_core::state_machine::command::RequestId;
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 use crate::clock::Clock;
 
@@ -45,12 +46,24 @@ pub struct Machine {
 
 struct Shared {
     state: RwLock<State>,
-    applied: watch::Sender<u64>,
+    faults: Faults,
+    /// Index of the last applied entry.
+    applied: AtomicU64,
+    /// Grows with everything that was applied or loaded.
+    generation: AtomicU64,
+    changed: Notify,
+}
+
+impl Shared {
+    fn wake(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+        self.changed.notify_waiters();
+    }
 }
 
 impl fmt::Debug for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Machine(applied {})", *self.shared.applied.borrow())
+        write!(f, "Machine(applied {})", self.shared.applied.load(Ordering::Acquire))
     }
 }
 
@@ -62,7 +75,10 @@ impl Machine {
         Self {
             shared: Arc::new(Shared {
                 state,
-                applied: watch::Sender::new(0),
+                faults,
+                applied: AtomicU64::new(0),
+                generation: AtomicU64::new(0),
+                changed: Notify::new(),
             }),
         }
     }
@@ -85,15 +101,16 @@ impl Machine {
     /// # Errors
     /// [`Unreadable`] when a row is damaged or newer; the state is as before.
     pub fn load(&self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), Unreadable> {
-        let loaded = State::from_rows(rows, Faults::none())?;
+        let loaded = State::from_rows(rows, self.shared.faults)?;
         *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = loaded;
-        self.shared.applied.send_modify(|_| {});
+        self.shared.wake();
         Ok(())
     }
 
     /// Wakes those who wait for changes.
     pub fn applied(&self, index: u64) {
-        self.shared.applied.send_replace(index);
+        self.shared.applied.store(index, Ordering::Release);
+        self.shared.wake();
     }
 
     /// Reads the state as it is applied here. Keep it short: it holds up applying.
@@ -198,8 +215,39 @@ impl Store {
 
     /// Changes whenever something was applied.
     #[must_use]
-    pub fn changes(&self) -> watch::Receiver<u64> {
-        self.machine.shared.applied.subscribe()
+    pub fn changes(&self) -> Changes {
+        let shared = Arc::clone(&self.machine.shared);
+        let seen = shared.generation.load(Ordering::Acquire);
+        Changes { shared, seen }
+    }
+}
+
+/// Follows the state. Those who wait are woken in the order in which they began to, so that a simulation
+/// repeats itself (a watch channel wakes its receivers in random order).
+pub struct Changes {
+    shared: Arc<Shared>,
+    seen: u64,
+}
+
+impl fmt::Debug for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Changes(seen {})", self.seen)
+    }
+}
+
+impl Changes {
+    /// Waits until something was applied since the last time, or since this was made. Nothing is lost when
+    /// it is dropped.
+    pub async fn changed(&mut self) {
+        loop {
+            let changed = self.shared.changed.notified();
+            let generation = self.shared.generation.load(Ordering::Acquire);
+            if generation != self.seen {
+                self.seen = generation;
+                return;
+            }
+            changed.await;
+        }
     }
 }
 
@@ -212,7 +260,7 @@ struct MemoryLog {
 impl Log for MemoryLog {
     fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
         let (answer, _) = self.machine.apply(&command);
-        let index = *self.machine.shared.applied.borrow() + 1;
+        let index = self.machine.shared.applied.load(Ordering::Acquire) + 1;
         self.machine.applied(index);
         Box::pin(std::future::ready(Ok(answer)))
     }

@@ -123,11 +123,12 @@ impl Session<'_> {
             }
             self.send_desired(outgoing).await?;
             tokio::select! {
+                biased;
                 message = incoming.recv() => match message {
                     Some(message) => self.take(message).await?,
                     None => return Err(End::Closed),
                 },
-                changed = changes.changed() => if changed.is_err() { return Err(End::Closed) },
+                () = changes.changed() => {}
                 changed = headers.changed() => {
                     if changed.is_err() {
                         return Err(End::Closed);

@@ -110,6 +110,7 @@ impl Follower {
                 return;
             }
             tokio::select! {
+                biased;
                 () = cancel.cancelled() => return,
                 () = self.look.notified() => {}
                 () = tokio::time::sleep(self.observe_every) => {}

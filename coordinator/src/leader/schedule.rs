@@ -118,10 +118,11 @@ impl Scheduler {
         let mut room = 0;
         loop {
             let trigger = tokio::select! {
+                biased;
                 () = cancel.cancelled() => return,
                 () = sleep_until(next_tick) => Trigger::Tick,
                 Some(trigger) = triggered.recv() => trigger,
-                _ = changes.changed() => {
+                () = changes.changed() => {
                     // Room that has appeared is worth a pass; anything else waits for the next one.
                     if cancel.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
                         return;

@@ -194,6 +194,12 @@ impl State {
         &self.outbox
     }
 
+    /// The answer to a request, as long as it is remembered.
+    #[must_use]
+    pub fn answer_to(&self, request: RequestId) -> Option<&Answer> {
+        self.answers.get(&request).map(|answered| &answered.answer)
+    }
+
     /// GPUs of one server, in order.
     pub fn gpus_of(&self, server: &ServerId) -> impl Iterator<Item = &Gpu> {
         self.index
