@@ -63,7 +63,11 @@ impl Shared {
 
 impl fmt::Debug for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Machine(applied {})", self.shared.applied.load(Ordering::Acquire))
+        write!(
+            f,
+            "Machine(applied {})",
+            self.shared.applied.load(Ordering::Acquire)
+        )
     }
 }
 

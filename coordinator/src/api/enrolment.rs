@@ -22,13 +22,12 @@ use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
-use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Api;
 use super::auth::Caller;
 use super::error::{ApiError, Result};
-use crate::store::{BoxFuture, Store};
+use crate::store::{BoxFuture, Changes, Store};
 use crate::validator::ValidatorApi;
 
 /// A frame at least this often.
@@ -251,7 +250,7 @@ enum Progress {
 #[derive(Debug)]
 struct Follower {
     store: Store,
-    changes: watch::Receiver<u64>,
+    changes: Changes,
     server: ServerId,
     name: String,
     validator: Hotkey,
@@ -377,10 +376,11 @@ impl Follower {
             if progress != *seen {
                 return Ok(Some(progress));
             }
-            match tokio::time::timeout_at(due, self.changes.changed()).await {
-                Ok(Ok(())) => {}
-                Ok(Err(_)) => return Ok(None),
-                Err(_) => return Ok(Some(progress)),
+            if tokio::time::timeout_at(due, self.changes.changed())
+                .await
+                .is_err()
+            {
+                return Ok(Some(progress));
             }
         }
     }

@@ -1,0 +1,164 @@
+//! The operator: enrols the hosts, then locks, bans, stops and removes, each command under a request id that
+//! it repeats until there is an answer, and sometimes once more.
+
+use std::time::Duration;
+
+use coordinator::store::{Error, Store};
+use coordinator_core::state_machine::chute::ChuteKey;
+use coordinator_core::state_machine::command::{Allowance, RequestId};
+use coordinator_core::state_machine::deployment::StopReason;
+use coordinator_core::state_machine::{Command, Rejection, Reply};
+use protocol::hotkey::Hotkey;
+use protocol::id::{DeploymentId, ServerId};
+use tokio::time::sleep;
+
+use super::member::Member;
+use super::recorder::Recorder;
+
+#[derive(Debug)]
+pub(super) struct Operator {
+    pub(super) member: Member,
+    pub(super) recorder: Recorder,
+    pub(super) validator: Hotkey,
+    pub(super) servers: Vec<ServerId>,
+    pub(super) random: fastrand::Rng,
+}
+
+impl Operator {
+    /// Operates until faults end; then frees what it has locked.
+    pub(super) async fn run(mut self) {
+        for server in self.servers.clone() {
+            while !self.enrol(server.clone()).await {
+                sleep(Duration::from_millis(300)).await;
+            }
+        }
+        while self.recorder.faults_are_on() {
+            let pause = self.random.u64(1500..8000);
+            sleep(Duration::from_millis(pause)).await;
+            self.act().await;
+        }
+        for server in self.servers.clone() {
+            self.order(Command::LockServer {
+                server,
+                locked: false,
+            })
+            .await;
+        }
+    }
+
+    /// False while the server is not known.
+    async fn enrol(&mut self, server: ServerId) -> bool {
+        let command = Command::EnrolServer {
+            server,
+            validator: self.validator.clone(),
+            gpu_short_ref: "a6000".to_owned(),
+            hourly_cost_usd_micros: 300_000,
+        };
+        !matches!(self.propose(command).await, Err(Rejection::Unknown { .. }))
+    }
+
+    async fn act(&mut self) {
+        let server = self.servers[self.random.usize(..self.servers.len())].clone();
+        let Some(store) = self.member.store() else { return };
+        match self.random.u8(..14) {
+            0..=1 => {
+                let locked = self.random.bool();
+                self.order(Command::LockServer { server, locked }).await;
+            }
+            2 => {
+                let jobs = self.random.bool();
+                self.order(Command::RemoveServer { server, jobs }).await;
+            }
+            3..=4 => {
+                let chutes: Vec<ChuteKey> = store.read(|state| state.chutes().keys().cloned().collect());
+                if chutes.is_empty() {
+                    return;
+                }
+                let chute = chutes[self.random.usize(..chutes.len())].clone();
+                let reason = (self.random.u8(..3) == 0).then(|| "simulated".to_owned());
+                self.order(Command::BanChute { chute, reason }).await;
+            }
+            5..=9 => {
+                let all: Vec<DeploymentId> =
+                    store.read(|state| state.deployments().keys().cloned().collect());
+                if all.is_empty() {
+                    return;
+                }
+                let deployments = vec![all[self.random.usize(..all.len())].clone()];
+                let allowance = Allowance {
+                    loss: true,
+                    jobs: self.random.bool(),
+                    budgeted: false,
+                };
+                let reason = StopReason::Operator("simulated".to_owned());
+                self.order(Command::StopDeployments {
+                    deployments,
+                    reason,
+                    allowance,
+                })
+                .await;
+            }
+            _ => {
+                self.enrol(server).await;
+            }
+        }
+    }
+
+    async fn once(
+        store: &Store,
+        request: RequestId,
+        command: &Command,
+    ) -> Result<Result<Reply, Rejection>, String> {
+        match store.propose_as(request, None, command.clone()).await {
+            Ok(reply) => Ok(Ok(reply)),
+            Err(Error::Rejected(rejection)) => Ok(Err(rejection)),
+            Err(Error::Unavailable(why)) => Err(why),
+        }
+    }
+
+    /// Proposes what may well be refused.
+    async fn order(&mut self, command: Command) {
+        if let Err(rejection) = self.propose(command).await {
+            self.recorder.note(format_args!("operator: refused: {rejection}"));
+        }
+    }
+
+    async fn propose(&mut self, command: Command) -> Result<Reply, Rejection> {
+        let request = RequestId(self.random.u128(..));
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let Some(store) = self.member.store() else {
+                sleep(Duration::from_millis(250)).await;
+                continue;
+            };
+            match Self::once(&store, request, &command).await {
+                Ok(answer) => {
+                    if tries > 1 {
+                        self.recorder.event("writes repeated after an unknown outcome");
+                    }
+                    if self.random.u8(..4) == 0 {
+                        self.repeat(request, &command, &answer).await;
+                    }
+                    return answer;
+                }
+                Err(why) => {
+                    self.recorder.note(format_args!("operator: no answer: {why}"));
+                    sleep(Duration::from_millis(400)).await;
+                }
+            }
+        }
+    }
+
+    /// The same write again: the same answer, and no second deed.
+    async fn repeat(&self, request: RequestId, command: &Command, first: &Result<Reply, Rejection>) {
+        let Some(store) = self.member.store() else { return };
+        if let Ok(again) = Self::once(&store, request, command).await
+            && again != *first
+        {
+            self.recorder.violation(format_args!(
+                "2: a repeated write is answered {again:?}, first {first:?}"
+            ));
+        }
+    }
+}
