@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use chaos_tests::simulation::{Options, Report, run};
+use chaos_tests::simulation::{Options, Report, planted, run};
 use clap::{Args, Parser, Subcommand};
+use coordinator_core::state_machine::Faults;
 
 #[derive(Debug, Parser)]
 #[command(about = "Faults, and what must hold in spite of them")]
@@ -32,6 +33,9 @@ struct Sim {
     /// Virtual seconds with faults.
     #[arg(long, default_value_t = 120)]
     seconds: u64,
+    /// A fault to plant in the state machine, to see it found.
+    #[arg(long, value_parser = planted)]
+    plant: Option<Faults>,
     /// Print the trace.
     #[arg(long)]
     trace: bool,
@@ -61,6 +65,7 @@ fn main() -> anyhow::Result<ExitCode> {
         let report = run(Options {
             seconds: sim.seconds,
             keep_trace: sim.trace,
+            planted: sim.plant.unwrap_or_default(),
             ..Options::new(seed)
         });
         print(&mut out, &report)?;

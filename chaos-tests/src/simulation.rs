@@ -99,6 +99,49 @@ impl Report {
     }
 }
 
+/// The fault of the state machine with this name. Effects out of order are not among them: the executor takes
+/// the oldest of each subject, whatever the state machine would accept.
+///
+/// # Errors
+/// The names that there are.
+pub fn planted(name: &str) -> Result<Faults, String> {
+    let none = Faults::none();
+    let known = [
+        (
+            "double_allocation",
+            Faults {
+                double_allocation: true,
+                ..none
+            },
+        ),
+        (
+            "late_config_revives",
+            Faults {
+                late_config_revives: true,
+                ..none
+            },
+        ),
+        (
+            "gpu_freed_early",
+            Faults {
+                gpu_freed_early: true,
+                ..none
+            },
+        ),
+        (
+            "unknown_is_empty",
+            Faults {
+                unknown_is_empty: true,
+                ..none
+            },
+        ),
+    ];
+    let found = known.iter().find(|(other, _)| *other == name);
+    found
+        .map(|(_, faults)| *faults)
+        .ok_or_else(|| known.map(|(name, _)| name).join(", "))
+}
+
 /// Runs one seed to its end, or to its first violation.
 ///
 /// # Panics

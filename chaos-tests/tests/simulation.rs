@@ -1,10 +1,11 @@
 //! The simulation in CI: many seeds without a violation, the same trace from the same seed, and planted
 //! faults that it must find.
 
+#![expect(clippy::print_stdout, reason = "the figures of a run")]
+
 use std::time::Duration;
 
-use chaos_tests::simulation::{Options, Report, run};
-use coordinator_core::state_machine::Faults;
+use chaos_tests::simulation::{Options, Report, planted, run};
 
 /// Seeds in all; `SIM_SEEDS` changes it.
 fn seeds() -> u64 {
@@ -48,7 +49,7 @@ fn check(first: u64, step: usize) {
             .filter(|report| report.events.contains_key(kind))
             .count();
         assert!(
-            happened * 10 >= total.len() * 9,
+            happened * 5 >= total.len() * 4,
             "{kind}: in {happened} of {} runs",
             total.len()
         );
@@ -79,12 +80,13 @@ fn the_same_seed_gives_the_same_trace() {
     assert_eq!(hashes.len(), 5, "different seeds give different traces");
 }
 
-/// The number of seeds until a planted fault is found, and how it was.
-fn seeds_until_found(name: &str, planted: Faults) {
-    const SEEDS_MAX: u64 = 30;
+/// Runs seeds until one finds the planted fault.
+fn check_found(name: &str) {
+    const SEEDS_MAX: u64 = 60;
+    let faults = planted(name).expect("a known fault");
     for seed in 0..SEEDS_MAX {
         let report = run(Options {
-            planted,
+            planted: faults,
             ..Options::new(seed)
         });
         if let Some(violation) = report.violations.first() {
@@ -96,32 +98,21 @@ fn seeds_until_found(name: &str, planted: Faults) {
 }
 
 #[test]
-fn planted_faults_are_found() {
-    let none = Faults::none();
-    let planted = [
-        (
-            "gpu_freed_early",
-            Faults {
-                gpu_freed_early: true,
-                ..none
-            },
-        ),
-        (
-            "late_config_revives",
-            Faults {
-                late_config_revives: true,
-                ..none
-            },
-        ),
-        (
-            "unknown_is_empty",
-            Faults {
-                unknown_is_empty: true,
-                ..none
-            },
-        ),
-    ];
-    for (name, planted) in planted {
-        seeds_until_found(name, planted);
-    }
+fn a_gpu_that_is_freed_early_is_found() {
+    check_found("gpu_freed_early");
+}
+
+#[test]
+fn a_late_launch_config_that_revives_is_found() {
+    check_found("late_config_revives");
+}
+
+#[test]
+fn an_unknown_listing_taken_for_empty_is_found() {
+    check_found("unknown_is_empty");
+}
+
+#[test]
+fn a_gpu_given_twice_is_found() {
+    check_found("double_allocation");
 }

@@ -70,6 +70,11 @@ impl Validator {
                 before += Duration::from_millis(inner.random.u64(500..6000));
                 (Luck::Good, "REST slow")
             }
+            // Granting takes the real validator long, too.
+            90..=349 if what == "launch_config" => {
+                before += Duration::from_millis(inner.random.u64(200..4000));
+                (Luck::Good, "REST slow")
+            }
             _ => return (Luck::Good, before, after),
         };
         self.recorder.fault(kind, what);

@@ -16,6 +16,8 @@ pub(super) struct Director {
     pub(super) validator: Validator,
     pub(super) member: Member,
     pub(super) hosts: Vec<Host>,
+    /// Stretches the pauses: in a calm world things live long enough to be missed.
+    pub(super) calm: u64,
     pub(super) random: fastrand::Rng,
 }
 
@@ -27,7 +29,7 @@ impl Director {
         sleep(Duration::from_secs(6)).await;
         while self.recorder.now_ms() < end_ms {
             self.strike();
-            let pause = self.random.u64(1000..6500);
+            let pause = self.random.u64(1000..6500) * self.calm;
             sleep(Duration::from_millis(pause)).await;
         }
     }
@@ -79,7 +81,7 @@ impl Director {
                 }
             }
             20..=21 => {
-                let until = now + self.random.u64(20_000..75_000);
+                let until = now + self.random.u64(20_000..100_000);
                 self.recorder.fault("instances not listed", until);
                 self.validator.lock().trouble.instances_unknown_until_ms = until;
             }

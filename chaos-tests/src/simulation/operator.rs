@@ -6,7 +6,7 @@ use std::time::Duration;
 use coordinator::store::{Error, Store};
 use coordinator_core::state_machine::chute::ChuteKey;
 use coordinator_core::state_machine::command::{Allowance, RequestId};
-use coordinator_core::state_machine::deployment::StopReason;
+use coordinator_core::state_machine::deployment::{Phase, StopReason};
 use coordinator_core::state_machine::{Command, Rejection, Reply};
 use protocol::hotkey::Hotkey;
 use protocol::id::{DeploymentId, ServerId};
@@ -21,6 +21,8 @@ pub(super) struct Operator {
     pub(super) recorder: Recorder,
     pub(super) validator: Hotkey,
     pub(super) servers: Vec<ServerId>,
+    /// Stretches its pauses.
+    pub(super) calm: u64,
     pub(super) random: fastrand::Rng,
 }
 
@@ -33,7 +35,7 @@ impl Operator {
             }
         }
         while self.recorder.faults_are_on() {
-            let pause = self.random.u64(1500..8000);
+            let pause = self.random.u64(1500..8000) * self.calm;
             sleep(Duration::from_millis(pause)).await;
             self.act().await;
         }
@@ -78,7 +80,8 @@ impl Operator {
                 let reason = (self.random.u8(..3) == 0).then(|| "simulated".to_owned());
                 self.order(Command::BanChute { chute, reason }).await;
             }
-            5..=9 => {
+            5 => self.stop_one_that_is_asked_for().await,
+            6..=9 => {
                 let all: Vec<DeploymentId> =
                     store.read(|state| state.deployments().keys().cloned().collect());
                 if all.is_empty() {
@@ -101,6 +104,32 @@ impl Operator {
             _ => {
                 self.enrol(server).await;
             }
+        }
+    }
+
+    /// Waits for a deployment whose launch config is on its way, and stops it.
+    async fn stop_one_that_is_asked_for(&mut self) {
+        for _ in 0..200 {
+            sleep(Duration::from_millis(50)).await;
+            let Some(store) = self.member.store() else { return };
+            let requested = store.read(|state| {
+                let mut all = state.deployments().values();
+                all.find(|d| d.phase == Phase::Requested).map(|d| d.id.clone())
+            });
+            let Some(id) = requested else { continue };
+            let reason = StopReason::Operator("simulated, while it is asked for".to_owned());
+            let allowance = Allowance {
+                loss: true,
+                jobs: true,
+                budgeted: false,
+            };
+            self.order(Command::StopDeployments {
+                deployments: vec![id],
+                reason,
+                allowance,
+            })
+            .await;
+            return;
         }
     }
 

@@ -86,11 +86,13 @@ pub(super) async fn run(options: Options) -> Report {
         tokio::spawn(host.clone().run(member.clone()));
     }
     tokio::spawn(validator.clone().trade());
+    let calm = [1, 1, 2, 5][random.usize(..4)];
     let operator = Operator {
         member: member.clone(),
         recorder: recorder.clone(),
         validator: validator.hotkey.clone(),
         servers: hosts.iter().map(|host| host.server().clone()).collect(),
+        calm,
         random: random.fork(),
     };
     tokio::spawn(operator.run());
@@ -99,6 +101,7 @@ pub(super) async fn run(options: Options) -> Report {
         validator: validator.clone(),
         member: member.clone(),
         hosts: hosts.clone(),
+        calm,
         random: random.fork(),
     };
     tokio::spawn(director.run(options.seconds));
