@@ -22,8 +22,9 @@ use super::validator::Validator;
 use super::watched::Oracle;
 use super::{Options, Report};
 
-/// Healing may take so long: the deletion budget's window, twice, and the longest phases.
-const HEALING_SECONDS: u64 = 45 * 60;
+/// Healing may take so long: the patience with a launched deployment (120 min), which is the longest of all
+/// phases, and time to clean up after it. Both matter when an instance was claimed and deleted unheard.
+const HEALING_SECONDS: u64 = 135 * 60;
 /// Between two looks whether it is at rest.
 const LOOK_EVERY: Duration = Duration::from_secs(3);
 
