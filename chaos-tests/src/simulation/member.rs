@@ -30,9 +30,9 @@ use super::watched::{Oracle, Watched, WatchedLog};
 
 /// One voter beats for nobody; slower beats cost fewer steps.
 const TIMING: Timing = Timing {
-    heartbeat_ms: 500,
-    election_min_ms: 1500,
-    election_max_ms: 3000,
+    heartbeat_ms: 2_000,
+    election_min_ms: 6_000,
+    election_max_ms: 12_000,
 };
 
 /// What every life of the member is made of.
