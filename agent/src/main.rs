@@ -102,7 +102,7 @@ fn main() -> ExitCode {
     match dispatch() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "chutes-agent: {error:#}");
+            let _ = writeln!(std::io::stderr(), "chutes-agent: {}", telemetry::chain(&error));
             ExitCode::FAILURE
         }
     }

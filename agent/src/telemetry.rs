@@ -92,6 +92,21 @@ where
     }
 }
 
+/// An error with its causes, each said once: some errors repeat their cause in their own text, others leave
+/// it to their source.
+#[must_use]
+pub fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -102,5 +117,19 @@ mod tests {
         assert!(filter("info,coordinator=debug").is_ok());
         let error = filter("loud=shouting").expect_err("no level").to_string();
         assert!(!error.is_empty());
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("open the state: {0}")]
+        struct Repeating(#[source] std::io::Error);
+        let cause = || std::io::Error::other("the disk is gone");
+        let error = anyhow::Error::new(Repeating(cause())).context("start");
+        assert_eq!(chain(&error), "start: open the state: the disk is gone");
+        assert_eq!(
+            chain(&anyhow::Error::new(cause()).context("start")),
+            "start: the disk is gone"
+        );
     }
 }

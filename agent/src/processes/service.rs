@@ -45,7 +45,7 @@ pub fn run(part: Part, arguments: &Arguments) -> anyhow::Result<()> {
     let config = config::load(&sources)?.config;
     telemetry::init(part.name(), &config.log)?;
     if let Err(error) = serve(part, config) {
-        tracing::error!(error = format!("{error:#}"), "cannot go on");
+        tracing::error!(error = telemetry::chain(&error), "cannot go on");
         // Said once, as a line of the log; main would say it again in another form.
         std::process::exit(1);
     }
