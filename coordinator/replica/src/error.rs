@@ -6,9 +6,9 @@
 use std::path::PathBuf;
 
 /// What an operator does about a store that is refused. Part of every such message.
-pub const WAY_BACK: &str = "this member does not vote with it. The way back: stop the agent, keep a copy of the \
-     directory, and run `chutes-agent rejoin` (it joins the cluster anew and copies the state from the other members); \
-     if this was the only voter, restore a snapshot first";
+pub const WAY_BACK: &str = "this member does not start with it. The way back: stop the agent, move the folder \
+     away and keep it, put an earlier copy of the folder in its place and start again; without a copy the miner begins \
+     anew: start without the folder and add the hosts again";
 
 /// Why a replica could not be opened, or why an operation on it failed.
 #[derive(Debug, thiserror::Error)]

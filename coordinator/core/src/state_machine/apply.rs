@@ -62,7 +62,11 @@ impl State {
                 settings.miner = Some(miner);
                 settings.validators = validators;
                 settings.pay_profile = pay_profile;
-                settings.incarnation = settings.incarnation.max(1);
+                if settings.incarnation == 0 {
+                    // The time of founding: a cluster that begins anew after a loss outranks what its hosts
+                    // remember of the lost one.
+                    settings.incarnation = settings.now.unix_seconds().max(1);
+                }
                 Ok(Reply::Done)
             }
 
