@@ -21,7 +21,10 @@ async fn written(directory: &Path) {
 
 fn check(message: &str, file: &str) {
     assert!(message.contains(file), "{file} is not named: {message}");
-    assert!(message.contains("The way back: stop the agent"), "no way back: {message}");
+    assert!(
+        message.contains("The way back: stop the agent"),
+        "no way back: {message}"
+    );
 }
 
 #[tokio::test]
