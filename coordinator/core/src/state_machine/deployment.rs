@@ -220,6 +220,17 @@ impl Deployment {
         }
     }
 
+    /// Its job, if the validator may still count on us for it when the deployment is taken down for this
+    /// reason. Giving back a job that is over, or that was never ours, changes nothing there.
+    #[must_use]
+    pub fn job_to_give_back(&self, reason: &StopReason) -> Option<&JobId> {
+        let settled = matches!(
+            reason,
+            StopReason::JobDeleted | StopReason::LaunchRefused(_) | StopReason::InstanceDeleted(_)
+        );
+        self.job.as_ref().filter(|_| !settled)
+    }
+
     /// True once the validator sends requests to it and has verified it.
     #[must_use]
     pub fn earns(&self) -> bool {

@@ -189,7 +189,11 @@ impl State {
                 self.gpus.get_mut(gpu).expect("seen just now").promised_to = None;
             }
         }
-        let unclaimed_job = deployment_job_to_release(self.deployments.get(id), &reason);
+        let job = self
+            .deployments
+            .get(id)
+            .and_then(|d| d.job_to_give_back(&reason))
+            .cloned();
         let deployment = self.deployments.get_mut(id).expect("seen just now");
         deployment.enter(Phase::Stopping, now);
         deployment.sealed_token = None;
@@ -203,10 +207,13 @@ impl State {
         });
         let (validator, chute) = (deployment.chute.validator.clone(), deployment.chute.chute.clone());
         let subject = Subject::Deployment(id.clone());
-        if let Some(instance) = deployment.instance.clone() {
+        let instance = deployment.instance.clone();
+        // First: a job whose instance we delete counts as failed, and nobody else may do it.
+        if let Some(job) = job {
+            self.push_effect(subject.clone(), validator.clone(), EffectKind::ReleaseJob { job });
+        }
+        if let Some(instance) = instance {
             self.push_effect(subject, validator, EffectKind::DeleteInstance { chute, instance });
-        } else if let Some(job) = unclaimed_job {
-            self.push_effect(subject, validator, EffectKind::ReleaseJob { job });
         }
         if failed {
             self.remember_failure(id);
@@ -475,20 +482,5 @@ impl State {
             | EffectKind::ReleaseJob { .. }
             | EffectKind::DeleteGpu { .. } => true,
         }
-    }
-}
-
-/// The job that must be given back: tried, but never claimed by a workload of ours.
-fn deployment_job_to_release(
-    deployment: Option<&Deployment>,
-    reason: &StopReason,
-) -> Option<protocol::id::JobId> {
-    let deployment = deployment?;
-    let withdrawn = matches!(reason, StopReason::JobDeleted | StopReason::LaunchRefused(_));
-    let unclaimed = deployment.facts.claimed_at.is_none() && deployment.instance.is_none();
-    if unclaimed && !withdrawn {
-        deployment.job.clone()
-    } else {
-        None
     }
 }

@@ -166,11 +166,18 @@ impl State {
         }
         if !live && is_new {
             // It was claimed while it was being stopped: the validator must be told after all.
+            let stop = deployment.stop.as_ref();
+            let job = stop.and_then(|stop| deployment.job_to_give_back(&stop.reason).cloned());
+            let subject = Subject::Deployment(id.clone());
+            if let Some(job) = job {
+                let kind = EffectKind::ReleaseJob { job };
+                self.push_effect(subject.clone(), chute.validator.clone(), kind);
+            }
             let kind = EffectKind::DeleteInstance {
                 chute: chute.chute.clone(),
                 instance: instance.clone(),
             };
-            self.push_effect(Subject::Deployment(id.clone()), chute.validator.clone(), kind);
+            self.push_effect(subject, chute.validator.clone(), kind);
         } else if live && is_new && legacy_ready {
             self.push_activation(id, &chute, instance);
         }

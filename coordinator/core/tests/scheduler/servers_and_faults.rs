@@ -310,7 +310,8 @@ fn a_33_a_server_leaves() {
         effects,
         "a repetition changes nothing"
     );
-    assert_eq!(fleet.tell_validator(), 2, "both instances");
+    assert_eq!(fleet.tell_validator(), 2, "an instance, and the job");
+    assert_eq!(fleet.tell_validator(), 1, "then the job's instance");
     fleet.report("s");
     assert_eq!(fleet.state.deployments().len(), 0);
     while fleet.tell_validator() > 0 {}

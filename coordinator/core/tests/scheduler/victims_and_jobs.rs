@@ -393,6 +393,55 @@ fn a_20_a_job_goes_where_its_disk_is() {
 }
 
 #[test]
+fn a_claimed_job_is_given_back_before_its_instance_is_deleted() {
+    let mut fleet = Fleet::new(PayProfile::Of2026);
+    fleet.server("s", 1, "a6000", 0.3);
+    let c = fleet.chute("c", 1, &["a6000"]);
+    let told = |fleet: &Fleet| -> Vec<EffectKind> {
+        let effects = fleet.state.outbox().iter();
+        effects.map(|effect| effect.kind.clone()).collect()
+    };
+    // Its workload dies while it works; or the claim becomes known when it is being stopped.
+    for (number, claimed_late) in [false, true].into_iter().enumerate() {
+        let job = fleet.offer_job(&format!("j{number}"), &c, 10);
+        let placed = fleet.go(Trigger::Job(job.clone()));
+        fleet.grant_tokens();
+        let instance = if claimed_late {
+            None
+        } else {
+            Some(fleet.bring_up(&placed[0]))
+        };
+        fleet.report_phase(
+            "s",
+            &protocol::workload::WorkloadPhase::Ended {
+                exit_code: None,
+                reason: "killed".to_owned(),
+            },
+        );
+        let release = EffectKind::ReleaseJob { job };
+        let instance = instance.unwrap_or_else(|| {
+            assert_eq!(told(&fleet), std::slice::from_ref(&release));
+            fleet.tell_validator();
+            let instance = protocol::id::InstanceId::parse("late").unwrap();
+            fleet.ok(Command::RecordInstanceCreated {
+                validator: c.validator.clone(),
+                chute: c.chute.clone(),
+                config: fleet.deployment(&placed[0]).config.clone(),
+                instance: instance.clone(),
+            });
+            instance
+        });
+        let delete = EffectKind::DeleteInstance {
+            chute: c.chute.clone(),
+            instance,
+        };
+        assert_eq!(told(&fleet), [release, delete]);
+        while fleet.tell_validator() > 0 {}
+        fleet.report("s");
+    }
+}
+
+#[test]
 fn a_21_a_job_that_excludes_us_is_ignored() {
     let mut fleet = Fleet::new(PayProfile::Of2026);
     fleet.server("s", 1, "a6000", 0.3);
