@@ -1,0 +1,352 @@
+//! Hosts as real processes on loopback addresses of their own, the first of them the member of the
+//! coordinator; its management API, asked as an operator would; and the chutes' processes.
+
+use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use coordinator::clock::{Clock, WallClock};
+use coordinator::identity::Authority;
+use protocol::hotkey::Signer;
+use protocol::id::ServerId;
+use protocol::signing::BoundRequest;
+use reqwest::{Method, StatusCode};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
+
+use super::stand_in::StandIn;
+use super::{PATIENCE, until};
+
+/// Lines of each host's log that a failed test shows.
+const LOG_LINES_SHOWN: usize = 40;
+
+/// A host: for which validator it works, and with how many software GPUs.
+pub(crate) struct Plan<'a> {
+    pub(crate) works_for: &'a StandIn,
+    pub(crate) gpus: usize,
+}
+
+struct Host {
+    folder: PathBuf,
+    agent: Child,
+}
+
+/// A running miner.
+pub(crate) struct Miner {
+    hosts: Vec<Host>,
+    api: SocketAddr,
+    key: Signer,
+    http: reqwest::Client,
+    folder: TempDir,
+}
+
+impl Miner {
+    /// Starts the hosts, waits until each has joined, and enrols it.
+    pub(crate) async fn start(validators: &[&StandIn], plans: &[Plan<'_>]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let seed_file = folder.path().join("seed");
+        write_private(&seed_file, DEVELOPMENT_MINER_SEED);
+        let identity = folder.path().join("host-1/coordinator/identity");
+        std::fs::create_dir_all(&identity).expect("our own folder");
+        let authority = Authority::open_or_found(&identity).expect("a certificate authority");
+        let key = Signer::from_seed_hex(DEVELOPMENT_MINER_SEED).expect("a seed");
+        let mut member = None;
+        let mut hosts = Vec::new();
+        for (index, plan) in plans.iter().enumerate() {
+            let name = format!("host-{}", index + 1);
+            let home = folder.path().join(&name);
+            std::fs::create_dir_all(home.join("host")).expect("our own folder");
+            let id = ServerId::parse(&format!("{name}.test")).expect("an id");
+            authority
+                .issue_host(&id, &home.join("host"))
+                .expect("a certificate");
+            let ports = Ports::free();
+            let member = member.get_or_insert(ports);
+            let mut config = configuration(&name, &home, ports, *member, plan.gpus);
+            write!(config, "[miner]\nhotkey = \"{}\"\n", key.hotkey()).expect("a text");
+            if index == 0 {
+                let seed_file = seed_file.display();
+                write!(config, "seed_file = \"{seed_file}\"\nseed_on_gpu_host = true\n").expect("a text");
+            }
+            for validator in validators {
+                let (hotkey, address) = (&validator.hotkey, validator.address);
+                write!(
+                    config,
+                    "[[validators]]\nhotkey = \"{hotkey}\"\napi = \"http://{address}\"\n\
+                     socket = \"ws://{address}\"\nregistry = \"http://{address}\"\n"
+                )
+                .expect("a text");
+            }
+            write_private(&home.join("config.toml"), &config);
+            let agent = spawn(&home);
+            hosts.push(Host { folder: home, agent });
+        }
+        let miner = Self {
+            hosts,
+            api: member.expect("one host at least").api,
+            key,
+            http: reqwest::Client::builder().no_proxy().build().expect("a client"),
+            folder,
+        };
+        for (index, plan) in plans.iter().enumerate() {
+            miner
+                .add_node(&format!("host-{}", index + 1), plan.works_for)
+                .await;
+        }
+        miner
+    }
+
+    /// A signed request; its status and its body, which is JSON or text.
+    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Option<(StatusCode, Value)> {
+        let body = body.map_or_else(Vec::new, |body| serde_json::to_vec(body).expect("JSON"));
+        let bound = BoundRequest {
+            method: method.as_str(),
+            path_and_query: path,
+            body: &body,
+        };
+        let headers = bound.sign(&self.key, WallClock.now(), fastrand::u128(..));
+        let mut request = self.http.request(method, format!("http://{}{path}", self.api));
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        let request = request.header("Content-Type", "application/json").body(body);
+        let answer = timeout(PATIENCE, async {
+            let response = request.send().await.ok()?;
+            Some((response.status(), response.text().await.ok()?))
+        });
+        let (status, text) = answer.await.ok()??;
+        let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        Some((status, value))
+    }
+
+    /// A change that must be answered.
+    pub(crate) async fn ask(&self, method: Method, path: &str, body: Option<&Value>) -> (StatusCode, Value) {
+        let answer = self.send(method, path, body).await;
+        answer.unwrap_or_else(|| panic!("no answer to {path}"))
+    }
+
+    /// The whole state, once it can be had.
+    pub(crate) async fn state(&self) -> Value {
+        let state = until("the management API answers", async || {
+            let (status, state) = self.send(Method::GET, "/v1/state", None).await?;
+            status.is_success().then_some(state)
+        })
+        .await;
+        assert_eq!(state["violations"], json!([]), "invariants hold at every look");
+        state
+    }
+
+    async fn add_node(&self, name: &str, validator: &StandIn) {
+        let body = json!({
+            "name": name,
+            "validator": validator.hotkey,
+            "hourly_cost": 0.01,
+            "gpu_short_ref": proof::SOFTWARE.short_ref,
+        });
+        let frames = until("a host joins", async || {
+            let (status, frames) = self.send(Method::POST, "/servers/", Some(&body)).await?;
+            // It has not joined yet.
+            if [StatusCode::NOT_FOUND, StatusCode::SERVICE_UNAVAILABLE].contains(&status) {
+                return None;
+            }
+            assert!(status.is_success(), "{name}: {status}: {frames}");
+            Some(frames.to_string())
+        })
+        .await;
+        assert!(
+            frames.contains("completed server bootstrapping"),
+            "{name}: {frames}"
+        );
+    }
+
+    /// The deployment of this chute that serves, once there is one.
+    pub(crate) async fn serving(&self, validator: &StandIn, chute: &str) -> Value {
+        until(&format!("{chute} serves"), async || {
+            let state = self.state().await;
+            let rows = rows(&state, "deployments");
+            let serves = |row: &&Value| {
+                row["chute_name"] == chute
+                    && row["validator"] == validator.hotkey.as_str()
+                    && row["phase"] == "serving"
+            };
+            rows.iter().find(serves).cloned()
+        })
+        .await
+    }
+
+    /// Waits until nothing is left of a deployment but the memory of it, which is returned.
+    pub(crate) async fn gone(&self, deployment: &Value) -> Value {
+        until("a deployment is gone", async || {
+            let state = self.state().await;
+            let same = |row: &&Value| row["deployment_id"] == deployment["deployment_id"];
+            rows(&state, "audits").iter().find(same).cloned()
+        })
+        .await
+    }
+
+    /// Processes of the chutes on a host, counted from 1.
+    pub(crate) fn chutes_on(&self, host: usize) -> Vec<Pid> {
+        chutes_of(&self.hosts[host - 1].folder)
+    }
+
+    /// Stops agents and chutes.
+    pub(crate) async fn stop(mut self) {
+        for host in &self.hosts {
+            let pid = host.agent.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+            kill_process(pid.expect("it runs"), Signal::TERM).expect("it runs");
+        }
+        for host in &mut self.hosts {
+            let ended = timeout(PATIENCE, host.agent.wait()).await;
+            let status = ended.expect("it stops when asked").expect("it is ours");
+            assert!(status.success(), "{}: {status}", host.folder.display());
+        }
+    }
+}
+
+impl Drop for Miner {
+    fn drop(&mut self) {
+        for host in &mut self.hosts {
+            // Its children die with it; it may have ended already.
+            let _ = host.agent.start_kill();
+            if std::thread::panicking() {
+                let log = std::fs::read_to_string(host.folder.join("log")).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                let shown = &lines[lines.len().saturating_sub(LOG_LINES_SHOWN)..];
+                eprintln!("{}:\n{}", host.folder.display(), shown.join("\n"));
+            }
+        }
+        for pid in chutes_of(self.folder.path()) {
+            end(pid);
+        }
+    }
+}
+
+/// Kills a chute with all that it started.
+pub(crate) fn end(chute: Pid) {
+    // It may have ended by itself.
+    let _ = kill_process_group(chute, Signal::KILL);
+}
+
+/// Rows of a table of the state.
+pub(crate) fn rows<'a>(state: &'a Value, table: &str) -> &'a [Value] {
+    state[table].as_array().expect("a table")
+}
+
+/// Where the doors of a host are.
+#[derive(Debug, Clone, Copy)]
+struct Ports {
+    hosts: SocketAddr,
+    api: SocketAddr,
+    proof: SocketAddr,
+    registry: SocketAddr,
+    egress: SocketAddr,
+}
+
+impl Ports {
+    /// Free ports on an address that no other host of this or another test process has.
+    fn free() -> Self {
+        static NEXT: AtomicU8 = AtomicU8::new(2);
+        let [_, _, high, low] = std::process::id().to_be_bytes();
+        let ip = Ipv4Addr::new(127, 64 | (high & 63), low, NEXT.fetch_add(1, Ordering::Relaxed));
+        let doors = [(); 4].map(|()| TcpListener::bind((ip, 0)).expect("a free port"));
+        let [api, proof, registry, egress] = doors
+            .each_ref()
+            .map(|door| door.local_addr().expect("it is bound"));
+        let hosts = UdpSocket::bind((ip, 0)).expect("a free port");
+        Self {
+            hosts: hosts.local_addr().expect("it is bound"),
+            api,
+            proof,
+            registry,
+            egress,
+        }
+    }
+}
+
+fn configuration(name: &str, home: &Path, own: Ports, member: Ports, gpus: usize) -> String {
+    format!(
+        r#"
+data = "{home}"
+[host]
+name = "{name}"
+id = "{name}.test"
+address = "{address}"
+coordinator = "{coordinator}"
+[coordinator]
+enabled = {is_member}
+cluster = "test"
+hosts_listen = "{hosts}"
+api_listen = "{api}"
+tick = "1s"
+observe = "2s"
+[proof]
+listen = "{proof}"
+backend = "cpu"
+software_gpus = {gpus}
+[registry]
+listen = "{registry}"
+store_free_bytes_min = "1MiB"
+[egress]
+listen = "{egress}"
+[runtime]
+kind = "process"
+"#,
+        home = home.display(),
+        address = own.api.ip(),
+        coordinator = member.hosts,
+        is_member = own.api == member.api,
+        hosts = own.hosts,
+        api = own.api,
+        proof = own.proof,
+        registry = own.registry,
+        egress = own.egress,
+    )
+}
+
+fn spawn(home: &Path) -> Child {
+    let log = std::fs::File::create(home.join("log")).expect("our own folder");
+    Command::new(env!("CARGO_BIN_EXE_chutes-agent"))
+        .args(["run", "--config"])
+        .arg(home.join("config.toml"))
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .expect("the program runs")
+}
+
+/// Chute processes whose code lies in this folder: each names it in its environment.
+fn chutes_of(folder: &Path) -> Vec<Pid> {
+    let marker = format!("CHUTES_CODE_FILE={}/", folder.display());
+    let processes = std::fs::read_dir("/proc").expect("there is /proc");
+    let pids = processes.flatten().filter_map(|entry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let environment = std::fs::read(entry.path().join("environ")).ok()?;
+        let ours = environment
+            .split(|byte| *byte == 0)
+            .any(|variable| variable.starts_with(marker.as_bytes()));
+        Pid::from_raw(pid).filter(|_| ours)
+    });
+    let mut pids: Vec<Pid> = pids.collect();
+    pids.sort_unstable_by_key(|pid| pid.as_raw_pid());
+    pids
+}
+
+fn write_private(path: &Path, text: &str) {
+    let mut file = std::fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .expect("our own folder");
+    std::io::Write::write_all(&mut file, text.as_bytes()).expect("our own file");
+}
