@@ -33,6 +33,10 @@ pub enum Phase {
     Draining,
 }
 
+/// How long a running workload may go without claiming its launch config, in ms: the reference's 30 min
+/// (`scheduling`, section 3.4). Its instance may also have been claimed and deleted with both events missed.
+pub const UNCLAIMED_PATIENCE_MS: u64 = 30 * 60_000;
+
 impl Phase {
     /// True if the server should run it.
     #[must_use]
@@ -202,13 +206,24 @@ impl Deployment {
         if phase > self.phase {
             self.phase = phase;
             self.phase_since = at;
-            self.deadline = at + phase.patience_ms();
+            self.progressed(at);
+        }
+    }
+
+    /// How long the present phase may last without progress, in ms. A workload that runs claims its launch
+    /// config soon or never; loading a model afterwards may take long.
+    fn patience_ms(&self) -> u64 {
+        let unclaimed = self.phase == Phase::Launched && self.facts.claimed_at.is_none();
+        if unclaimed {
+            UNCLAIMED_PATIENCE_MS
+        } else {
+            self.phase.patience_ms()
         }
     }
 
     /// Puts the deadline off because something moved.
     pub fn progressed(&mut self, at: UnixMillis) {
-        self.deadline = at + self.phase.patience_ms();
+        self.deadline = at + self.patience_ms();
     }
 
     /// The version row that it needs.
