@@ -102,8 +102,7 @@ impl Leader {
     /// Leads until cancelled.
     pub async fn run(self, cancel: CancellationToken) {
         // Whatever is still running when this future is dropped ends with it.
-        let guard = cancel.child_token().drop_guard();
-        let stop = guard.disarm();
+        let stop = cancel.child_token();
         let _stop = stop.clone().drop_guard();
         let mut random = fastrand::Rng::with_seed(self.seed);
         let mut tasks = JoinSet::new();
