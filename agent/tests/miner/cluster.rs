@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use coordinator::clock::{Clock, WallClock};
 use coordinator::identity::Authority;
+use coordinator_core::state_machine::desired::DISK_GB_DEFAULT;
 use protocol::hotkey::Signer;
 use protocol::id::ServerId;
 use protocol::signing::BoundRequest;
@@ -51,6 +52,12 @@ impl Miner {
     /// Starts the hosts, waits until each has joined, and enrols it.
     pub(crate) async fn start(validators: &[&StandIn], plans: &[Plan<'_>]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
+        let disk = rustix::fs::statvfs(folder.path()).expect("our own folder");
+        let free_gb = disk.f_bavail.saturating_mul(disk.f_frsize) >> 30;
+        assert!(
+            free_gb >= u64::from(DISK_GB_DEFAULT),
+            "chutes are placed where {DISK_GB_DEFAULT} GB of disk are free; here, {free_gb} GB are"
+        );
         let seed_file = folder.path().join("seed");
         write_private(&seed_file, DEVELOPMENT_MINER_SEED);
         let identity = folder.path().join("host-1/coordinator/identity");
