@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
+use coordinator_core::state_machine::desired::DISK_GB_DEFAULT;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -94,6 +95,7 @@ pub async fn main(options: Options) -> anyhow::Result<()> {
     let data = data
         .canonicalize()
         .with_context(|| format!("resolve {}", data.display()))?;
+    check_disk(&data)?;
     let mut account = account::Account::new(options.output == Output::Json);
     account.heading(&options, &data);
 
@@ -172,6 +174,20 @@ async fn run(
             () = interrupted.cancelled() => {}
         }
     }
+}
+
+/// Chutes are placed only where there is room for them; without it nothing would happen, and nobody would
+/// know why.
+fn check_disk(folder: &std::path::Path) -> anyhow::Result<()> {
+    let disk = rustix::fs::statvfs(folder).with_context(|| format!("look at {}", folder.display()))?;
+    let free_gb = disk.f_bavail.saturating_mul(disk.f_frsize) >> 30;
+    anyhow::ensure!(
+        free_gb >= u64::from(DISK_GB_DEFAULT),
+        "{free_gb} GB of disk are free at {}, and chutes are placed where {DISK_GB_DEFAULT} GB are; free some, or \
+         name another folder with --data",
+        folder.display()
+    );
+    Ok(())
 }
 
 async fn cancel_on_interrupt(token: CancellationToken) {
