@@ -108,6 +108,13 @@ async fn start_what_is_missing(world: &World, running: &mut Running, free: &mut 
         if running.values().any(|(running, _, _)| *running == id) {
             continue;
         }
+        let runs_here = |name: &Value| *name == proof::SOFTWARE.short_ref;
+        if !chute["supported_gpus"]
+            .as_array()
+            .is_some_and(|names| names.iter().any(runs_here))
+        {
+            continue;
+        }
         let job_only = chute["cords"].as_array().is_some_and(Vec::is_empty);
         let job = jobs
             .iter()
