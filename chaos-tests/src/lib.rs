@@ -1,5 +1,7 @@
 //! Faults, and what must hold in spite of them.
 //!
 //! - `simulation.rs`: one member with its hosts and validator in one process, on simulated time, from a seed.
+//! - `storm.rs`: a development cluster in real processes, which are killed one after the other.
 
 pub mod simulation;
+pub mod storm;

@@ -1,4 +1,5 @@
-//! `chaos-tests sim`: runs seeds of the simulation and says what they found.
+//! `chaos-tests sim` runs seeds of the simulation and says what they found; `chaos-tests storm` kills processes of
+//! a development cluster and says what came of it.
 
 use std::io::Write;
 use std::ops::Range;
@@ -6,6 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use chaos_tests::simulation::{Options, Report, planted, run};
+use chaos_tests::storm;
 use clap::{Args, Parser, Subcommand};
 use coordinator_core::state_machine::Faults;
 
@@ -20,6 +22,8 @@ struct Arguments {
 enum Command {
     /// Runs the deterministic simulation.
     Sim(Sim),
+    /// Kills processes of a development cluster.
+    Storm(storm::Options),
 }
 
 #[derive(Debug, Args)]
@@ -57,7 +61,10 @@ fn main() -> anyhow::Result<ExitCode> {
             .with_writer(std::io::stderr)
             .init();
     }
-    let Command::Sim(sim) = Arguments::parse().command;
+    let sim = match Arguments::parse().command {
+        Command::Sim(sim) => sim,
+        Command::Storm(options) => return shake(&options),
+    };
     let seeds = sim.seed.map_or(sim.seeds, |seed| seed..seed + 1);
     let mut out = std::io::stdout().lock();
     let (mut runs, mut virtual_ms, mut faults, mut commands, mut violations) = (0_u64, 0, 0, 0, 0);
@@ -109,4 +116,18 @@ fn print(out: &mut impl Write, report: &Report) -> std::io::Result<()> {
         writeln!(out, "  repeat with: {}", report.repeat_with())?;
     }
     Ok(())
+}
+
+#[tokio::main]
+async fn shake(options: &storm::Options) -> anyhow::Result<ExitCode> {
+    let report = storm::run(options).await?;
+    writeln!(std::io::stdout(), "{}", report.to_json())?;
+    for reason in &report.reasons {
+        writeln!(std::io::stderr(), "not met: {reason}")?;
+    }
+    Ok(if report.reasons.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
