@@ -53,7 +53,7 @@ impl Scenario {
                 egress_allowed: 1,
                 egress_denied: 1,
                 jobs_finished: 1,
-                within_seconds: 60,
+                within_seconds: 85,
             },
             ..Self::default()
         }
