@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use chaos_tests::simulation::{Options, Report, planted, run};
 
-/// Seeds in all; `SIM_SEEDS` changes it.
+/// Seeds in all; `SIM_SEEDS` changes it. CI runs 100 in an optimised build besides.
 fn seeds() -> u64 {
     let given = std::env::var("SIM_SEEDS").ok();
-    given.map_or(100, |text| text.parse().expect("SIM_SEEDS is a number of seeds"))
+    given.map_or(20, |text| text.parse().expect("SIM_SEEDS is a number of seeds"))
 }
 
 /// Every `step`-th seed from `first`, so that the tests of this file share the machine's cores.
@@ -69,7 +69,7 @@ fn odd_seeds_hold() {
 #[test]
 fn the_same_seed_gives_the_same_trace() {
     let mut hashes = Vec::new();
-    for seed in [3, 11, 27, 58, 99] {
+    for seed in [3, 11, 27] {
         let (first, second) = (run(Options::new(seed)), run(Options::new(seed)));
         assert_eq!(first.trace_hash, second.trace_hash, "seed {seed}");
         assert_eq!(first.commands, second.commands, "seed {seed}");
