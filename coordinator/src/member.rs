@@ -26,12 +26,18 @@ use crate::validator::{self, Client, ValidatorApi};
 /// The only member of a cluster of one.
 const FIRST_MEMBER: u64 = 1;
 
-/// Why a member cannot start.
+/// After a failure of the replicated state, the rest gets so long to end.
+const FAILED_STOP_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Why a member cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The replicated state.
     #[error("open the replicated state: {0}")]
     Replica(#[from] replica::Error),
+    /// The replicated state failed while this member ran: a full disk, say. Only a new start reads what is there.
+    #[error("the replicated state failed: {0}; nothing more is acknowledged before a new start")]
+    Failed(String),
     /// The cluster's certificates.
     #[error("cluster identity: {0}")]
     Identity(#[from] IdentityError),
@@ -63,7 +69,7 @@ pub enum Error {
 /// Runs a member until `shutdown`; an acknowledged write is on disk when this returns.
 ///
 /// # Errors
-/// [`Error`] when it cannot start.
+/// [`Error`] when it cannot start, and [`Error::Failed`] when the replicated state fails later.
 pub async fn run(
     config: Config,
     signer: Arc<dyn Sign>,
@@ -164,12 +170,30 @@ pub async fn run(
     services.spawn(lead(leader, config, replica.leadership(), stop.clone()));
     services.close();
 
-    shutdown.cancelled().await;
+    let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;
     tracing::info!("coordinator member stops");
     stop.cancel();
-    services.wait().await;
-    replica.shutdown().await;
-    Ok(())
+    let in_order = async {
+        services.wait().await;
+        replica.shutdown().await;
+    };
+    let Some(reason) = failure else {
+        in_order.await;
+        return Ok(());
+    };
+    // What is acknowledged is on the disk; what waits for the failed state may wait for ever.
+    if tokio::time::timeout(FAILED_STOP_MAX, in_order).await.is_err() {
+        tracing::warn!("not everything ended in order");
+    }
+    Err(Error::Failed(reason))
+}
+
+/// Waits until the replicated state fails.
+async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
+    match health.wait_for(|health| !health.is_well()).await.as_deref() {
+        Ok(replica::Health::Failed { reason }) => reason.clone(),
+        Ok(replica::Health::Well) | Err(_) => "it has ended".to_owned(),
+    }
 }
 
 /// Leads whenever this member is the leader.

@@ -106,16 +106,16 @@ impl Store {
             path: path.to_owned(),
             source,
         };
-        File::options()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(at)?;
         let damaged = |reason: String| Error::Damaged {
             path: path.to_owned(),
             reason,
         };
+        if !path.try_exists().map_err(at)? {
+            make(path).map_err(|error| match error {
+                DatabaseError::Storage(redb::StorageError::Io(source)) => at(source),
+                other => damaged(other.to_string()),
+            })?;
+        }
         let database = Database::create(path).map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => Error::InUse(path.to_owned()),
             DatabaseError::UpgradeRequired(version) => damaged(format!("its format {version} is not ours")),
@@ -170,6 +170,22 @@ impl Store {
             .map_err(|_| failed(gone.to_owned()))?;
         result.await.map_err(|_| failed(gone.to_owned()))?.map_err(failed)
     }
+}
+
+/// Makes an empty database under another name first: a full disk or a crash in the middle of it must not leave
+/// something that looks like a damaged one.
+fn make(path: &Path) -> Result<(), DatabaseError> {
+    let unnamed = path.with_extension("new");
+    let io = |error: io::Error| DatabaseError::Storage(redb::StorageError::Io(error));
+    let mut options = File::options();
+    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(&unnamed).map_err(io)?;
+    drop(Database::create(&unnamed)?);
+    std::fs::rename(&unnamed, path).map_err(io)?;
+    let folder = path.parent().unwrap_or(Path::new("."));
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(io)
 }
 
 fn encode(value: &impl Serialize) -> Result<Vec<u8>, postcard::Error> {
@@ -271,6 +287,15 @@ mod tests {
         assert_eq!(found.set, set());
         let mode = std::fs::metadata(&path).expect("it exists").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_a_crash_left_while_the_database_was_made_is_no_damage() {
+        let folder = tempfile::tempdir().expect("temporary folders can be made");
+        let path = folder.path().join("agent.redb");
+        std::fs::write(path.with_extension("new"), [0; 5000]).expect("ours");
+        Store::open(&path).expect("a new one");
+        assert!(path.exists() && !path.with_extension("new").exists());
     }
 
     #[test]

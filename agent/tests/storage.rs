@@ -1,0 +1,275 @@
+//! What the real processes do about storage that is of no use: cut off, of a newer release, on a full disk.
+//! They name the file and the way back, wait longer and longer between two starts, and work again once the
+//! cause is gone.
+
+#[path = "processes/running.rs"]
+mod running;
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use redb::{Database, TableDefinition};
+use running::{Agent, HOTKEY, PATIENCE, SEED, prepare, send};
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::time::timeout;
+
+/// Nobody listens there.
+const NO_VALIDATOR: &str = "127.0.0.1:9";
+/// A version that this release cannot know.
+const FAR_VERSION: &[u8] = &[200];
+
+/// Seconds of the day at which a line was logged.
+fn logged_at(line: &Value) -> f64 {
+    let time = line["timestamp"].as_str().and_then(|text| text.split_once('T'));
+    let (_, time) = time.expect("each line has a time");
+    let parts = time.trim_end_matches('Z').split(':');
+    parts.fold(0.0, |sum, part| {
+        sum * 60.0 + part.parse::<f64>().expect("a number")
+    })
+}
+
+async fn stop(agent: Agent) -> Vec<String> {
+    agent.signal(Signal::TERM);
+    let (status, seen) = agent.all_gone().await;
+    assert!(status.success(), "{status}: {seen:#?}");
+    assert!(!seen.iter().any(|line| line.contains(SEED)), "the seed is logged");
+    seen
+}
+
+/// What a process says when it cannot go on.
+async fn complaint(agent: &mut Agent, process: &str) -> String {
+    let line = agent.line(process, "cannot go on").await;
+    line["error"].as_str().expect("with a reason").to_owned()
+}
+
+fn cut_off(file: &Path) {
+    let length = std::fs::metadata(file).expect("it exists").len();
+    let opened = std::fs::File::options().write(true).open(file).expect("ours");
+    opened.set_len(length / 2).expect("ours");
+}
+
+fn put(file: &Path, table: &str, key: &str, value: &[u8]) {
+    let database = Database::open(file).expect("it is whole");
+    let transaction = database.begin_write().expect("the disk is fine");
+    let table: TableDefinition<'_, &str, &[u8]> = TableDefinition::new(table);
+    let mut opened = transaction.open_table(table).expect("of this kind");
+    opened.insert(key, value).expect("the disk is fine");
+    drop(opened);
+    transaction.commit().expect("the disk is fine");
+}
+
+#[tokio::test]
+async fn cut_off_and_newer_stores_are_named_with_the_way_back_and_not_tried_in_a_tight_loop() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    prepare(folder.path(), NO_VALIDATOR);
+    let data = folder.path().join("data");
+    let mut agent = Agent::start(folder.path());
+    assert_eq!(agent.line("signer", "signer ready").await["hotkey"], HOTKEY);
+    agent.line("coordinator", "this member leads").await;
+    let host_store = data.join("agent.redb");
+    timeout(PATIENCE, async {
+        while !host_store.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .expect("the host makes it");
+    stop(agent).await;
+
+    type Harm = fn(&Path);
+    let newer_value: Harm = |file| put(file, "values", "desired", FAR_VERSION);
+    let newer_format: Harm = |file| put(file, "meta", "format", FAR_VERSION);
+    for (file, process, way_back, harm, what) in [
+        (
+            "agent.redb",
+            "host",
+            "To go on without it",
+            cut_off as Harm,
+            "damaged",
+        ),
+        ("agent.redb", "host", "To go on without it", newer_value, "newer"),
+        (
+            "coordinator/raft/raft-log.redb",
+            "coordinator",
+            "The way back",
+            cut_off,
+            "damaged",
+        ),
+        (
+            "coordinator/raft/raft-log.redb",
+            "coordinator",
+            "The way back",
+            newer_format,
+            "newer",
+        ),
+        (
+            "coordinator/raft/state.redb",
+            "coordinator",
+            "The way back",
+            cut_off,
+            "damaged",
+        ),
+        (
+            "coordinator/raft/state.redb",
+            "coordinator",
+            "The way back",
+            newer_format,
+            "newer",
+        ),
+    ] {
+        let file = data.join(file);
+        let whole = std::fs::read(&file).expect("it is there");
+        harm(&file);
+        let mut agent = Agent::start(folder.path());
+        let mut starts = Vec::new();
+        while starts.len() < 3 {
+            let line = agent.line("agent", "started").await;
+            if line["child"] == process {
+                starts.push(logged_at(&line));
+            } else {
+                assert!(starts.len() < 2, "{} was started again, too", line["child"]);
+            }
+        }
+        let said = complaint(&mut agent, process).await;
+        for part in [&file.display().to_string(), way_back, what] {
+            assert!(said.contains(part), "{part} is not in: {said}");
+        }
+        let seen = stop(agent).await;
+        let gaps: Vec<f64> = starts
+            .windows(2)
+            .map(|pair| (pair[1] - pair[0]).rem_euclid(86_400.0))
+            .collect();
+        assert!(gaps[0] >= 0.4 && gaps[1] >= 0.9, "{gaps:?}: {seen:#?}");
+        std::fs::write(&file, whole).expect("ours");
+    }
+
+    let mut agent = Agent::start(folder.path());
+    agent.line("coordinator", "this member leads").await;
+    let seen = stop(agent).await;
+    assert!(
+        !seen.iter().any(|line| line.contains("cannot go on")),
+        "{seen:#?}"
+    );
+}
+
+/// A file system of one MiB, for as long as this lives.
+struct SmallDisk {
+    folder: PathBuf,
+}
+
+impl SmallDisk {
+    fn mount(folder: &Path) -> Result<Self, String> {
+        std::fs::create_dir(folder).map_err(|error| error.to_string())?;
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs"])
+            .arg(folder);
+        let output = mount.output().map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+        })
+    }
+
+    fn filler(&self) -> PathBuf {
+        self.folder.join("filler")
+    }
+
+    /// Takes all room but this.
+    fn fill(&self, but_bytes: usize) {
+        let mut file = std::fs::File::create(self.filler()).expect("there is room for a name");
+        let error = loop {
+            if let Err(error) = file.write_all(&[1; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+        let length = file.metadata().expect("it exists").len();
+        let but = u64::try_from(but_bytes).expect("a small number");
+        file.set_len(length.checked_sub(but).expect("the disk is larger"))
+            .expect("smaller");
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.filler()).expect("it is there");
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+    }
+}
+
+#[tokio::test]
+async fn on_a_full_disk_the_file_is_named_and_space_is_all_that_is_needed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let disk = match SmallDisk::mount(&data) {
+        Ok(disk) => disk,
+        Err(error) => {
+            let required = std::env::var_os("REQUIRE_PEERS").is_some();
+            assert!(!required, "a small disk is required, which takes root: {error}");
+            eprintln!("NOT TESTED: a full disk, since no small one can be mounted: {error}");
+            return;
+        }
+    };
+    prepare(folder.path(), NO_VALIDATOR);
+    let path = data.display().to_string();
+
+    // Full from the start: there is room for settings, not for a database.
+    disk.fill(48 * 1024);
+    let mut agent = Agent::start(folder.path());
+    let (mut host, mut coordinator) = (String::new(), String::new());
+    while host.is_empty() || coordinator.is_empty() {
+        let line = agent.next().await.expect("it runs on");
+        let line: Value = serde_json::from_str(&line).unwrap_or_default();
+        if line["message"] != "cannot go on" {
+            continue;
+        }
+        let error = line["error"].as_str().expect("with a reason").to_owned();
+        match line["process"].as_str() {
+            Some("host") => host = error,
+            Some("coordinator") => coordinator = error,
+            _ => panic!("{line}"),
+        }
+    }
+    for said in [&host, &coordinator] {
+        assert!(
+            said.contains(&path) && said.contains("No space left on device"),
+            "{said}"
+        );
+    }
+    disk.free();
+    agent.line("coordinator", "this member leads").await;
+    let link = agent.line("host", "host link").await;
+    assert_eq!(
+        link["level"], "WARN",
+        "it has no certificate, but it runs: {link}"
+    );
+    stop(agent).await;
+
+    // Full in the middle of it: nothing is acknowledged, and the process does not stay as one that never will.
+    let mut agent = Agent::start(folder.path());
+    let first = agent.started("coordinator").await;
+    agent.line("coordinator", "this member leads").await;
+    disk.fill(0);
+    send(first, Signal::KILL);
+    for _ in 0..2 {
+        let said = complaint(&mut agent, "coordinator").await;
+        assert!(
+            said.contains(&path) && said.contains("No space left on device"),
+            "{said}"
+        );
+    }
+    disk.free();
+    agent.started("coordinator").await;
+    agent.line("coordinator", "this member leads").await;
+    let seen = stop(agent).await;
+    let last = |text: &str| seen.iter().rposition(|line| line.contains(text));
+    assert!(last("this member leads\"") > last("cannot go on"), "{seen:#?}");
+}
