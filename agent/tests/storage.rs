@@ -222,22 +222,26 @@ async fn on_a_full_disk_the_file_is_named_and_space_is_all_that_is_needed() {
     let path = data.display().to_string();
 
     // Full from the start: there is room for settings, not for a database.
-    disk.fill(48 * 1024);
+    disk.fill(24 * 1024);
     let mut agent = Agent::start(folder.path());
     let (mut host, mut coordinator) = (String::new(), String::new());
-    while host.is_empty() || coordinator.is_empty() {
-        let line = agent.next().await.expect("it runs on");
-        let line: Value = serde_json::from_str(&line).unwrap_or_default();
-        if line["message"] != "cannot go on" {
-            continue;
+    timeout(PATIENCE, async {
+        while host.is_empty() || coordinator.is_empty() {
+            let line = agent.next().await.expect("it runs on");
+            let line: Value = serde_json::from_str(&line).unwrap_or_default();
+            if line["message"] != "cannot go on" {
+                continue;
+            }
+            let error = line["error"].as_str().expect("with a reason").to_owned();
+            match line["process"].as_str() {
+                Some("host") => host = error,
+                Some("coordinator") => coordinator = error,
+                _ => panic!("{line}"),
+            }
         }
-        let error = line["error"].as_str().expect("with a reason").to_owned();
-        match line["process"].as_str() {
-            Some("host") => host = error,
-            Some("coordinator") => coordinator = error,
-            _ => panic!("{line}"),
-        }
-    }
+    })
+    .await
+    .expect("host and coordinator say so");
     for said in [&host, &coordinator] {
         assert!(
             said.contains(&path) && said.contains("No space left on device"),
