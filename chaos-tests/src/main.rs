@@ -1,11 +1,12 @@
 //! `chaos-tests sim` runs seeds of the simulation and says what they found; `chaos-tests storm` kills processes of
-//! a development cluster and says what came of it.
+//! a development cluster and says what came of it; `chaos-tests probe` says which fault tools work on this machine.
 
 use std::io::Write;
 use std::ops::Range;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use chaos_tests::faults;
 use chaos_tests::simulation::{Options, Report, planted, run};
 use chaos_tests::storm;
 use clap::{Args, Parser, Subcommand};
@@ -24,6 +25,8 @@ enum Command {
     Sim(Sim),
     /// Kills processes of a development cluster.
     Storm(storm::Options),
+    /// Tries each fault tool; fails if one is missing.
+    Probe,
 }
 
 #[derive(Debug, Args)]
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<ExitCode> {
     let sim = match Arguments::parse().command {
         Command::Sim(sim) => sim,
         Command::Storm(options) => return shake(&options),
+        Command::Probe => return probe(),
     };
     let seeds = sim.seed.map_or(sim.seeds, |seed| seed..seed + 1);
     let mut out = std::io::stdout().lock();
@@ -130,4 +134,19 @@ async fn shake(options: &storm::Options) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn probe() -> anyhow::Result<ExitCode> {
+    let mut out = std::io::stdout().lock();
+    let mut code = ExitCode::SUCCESS;
+    for (tool, tried) in faults::probe() {
+        match tried {
+            Ok(()) => writeln!(out, "{tool}: works")?,
+            Err(reason) => {
+                writeln!(out, "{tool}: MISSING: {reason}")?;
+                code = ExitCode::FAILURE;
+            }
+        }
+    }
+    Ok(code)
 }

@@ -1,0 +1,153 @@
+//! Hosts with networks of their own: one namespace each, joined by a bridge in another, and cuts between them
+//! by nftables.
+//!
+//! Nothing outside is touched: the bridge and both ends of every cable lie in the namespaces, which have no way
+//! out of this machine.
+
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use super::run;
+
+/// Namespaces on one bridge; they are deleted when this is dropped.
+#[derive(Debug)]
+pub struct Network {
+    name: String,
+    hosts: u8,
+}
+
+impl Network {
+    /// Makes so many hosts, numbered from 1.
+    ///
+    /// # Errors
+    /// What `ip` or `nft` said: they need root.
+    pub fn create(hosts: u8) -> anyhow::Result<Self> {
+        // Several may exist on one machine.
+        let name = format!("chaos{}x{:04x}", std::process::id(), fastrand::u16(..));
+        let network = Self { name, hosts };
+        let switch = network.switch();
+        run("ip", &["netns", "add", &switch])?;
+        run("ip", &["-n", &switch, "link", "add", "bridge0", "type", "bridge"])?;
+        run("ip", &["-n", &switch, "link", "set", "bridge0", "up"])?;
+        for host in 1..=hosts {
+            network.add(host)?;
+        }
+        Ok(network)
+    }
+
+    fn add(&self, host: u8) -> anyhow::Result<()> {
+        let (switch, space, port) = (self.switch(), self.namespace(host), format!("port{host}"));
+        let address = format!("{}/24", Self::address(host));
+        run("ip", &["netns", "add", &space])?;
+        let cable = [
+            "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &space,
+        ];
+        run("ip", &[&["-n", switch.as_str()], cable.as_slice()].concat())?;
+        run(
+            "ip",
+            &["-n", &switch, "link", "set", &port, "master", "bridge0", "up"],
+        )?;
+        run("ip", &["-n", &space, "link", "set", "lo", "up"])?;
+        run("ip", &["-n", &space, "address", "add", &address, "dev", "eth0"])?;
+        run("ip", &["-n", &space, "link", "set", "eth0", "up"])?;
+        let rules = "add table inet chaos; add chain inet chaos in { type filter hook input priority 0; }";
+        self.nft(host, rules)
+    }
+
+    fn nft(&self, host: u8, rules: &str) -> anyhow::Result<()> {
+        run("ip", &["netns", "exec", &self.namespace(host), "nft", rules]).map(drop)
+    }
+
+    fn switch(&self) -> String {
+        format!("{}s", self.name)
+    }
+
+    /// The name of a host's namespace.
+    #[must_use]
+    pub fn namespace(&self, host: u8) -> String {
+        format!("{}h{host}", self.name)
+    }
+
+    /// A host's address, the same in every network.
+    #[must_use]
+    pub fn address(host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, 0, host)
+    }
+
+    /// A command that will run on a host.
+    #[must_use]
+    pub fn command(&self, host: u8, program: &str) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.namespace(host), program]);
+        command
+    }
+
+    /// From now on nothing that `from` sends arrives at `to`.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn cut_one_way(&self, from: u8, to: u8) -> anyhow::Result<()> {
+        self.nft(
+            to,
+            &format!("add rule inet chaos in ip saddr {} drop", Self::address(from)),
+        )
+    }
+
+    /// From now on these hosts and all others hear nothing of each other.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn isolate(&self, group: &[u8]) -> anyhow::Result<()> {
+        for inside in group {
+            for outside in (1..=self.hosts).filter(|host| !group.contains(host)) {
+                self.cut_one_way(*inside, outside)?;
+                self.cut_one_way(outside, *inside)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `to` answers a ping of `from` within a second.
+    ///
+    /// # Errors
+    /// When there is no `ping`.
+    pub fn hears(&self, from: u8, to: u8) -> anyhow::Result<bool> {
+        let to = Self::address(to).to_string();
+        let mut ping = self.command(from, "ping");
+        let output = ping.args(["-n", "-c", "1", "-W", "1", &to]).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        // It says so on standard output when nobody answers.
+        anyhow::ensure!(said.trim().is_empty(), "ping: {}", said.trim());
+        Ok(output.status.success())
+    }
+
+    /// All cuts end.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn heal(&self) -> anyhow::Result<()> {
+        (1..=self.hosts).try_for_each(|host| self.nft(host, "flush chain inet chaos in"))
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let hosts = (1..=self.hosts).map(|host| self.namespace(host));
+        for namespace in hosts.chain([self.switch()]) {
+            // It may not have come so far.
+            let _ = run("ip", &["netns", "delete", &namespace]);
+        }
+    }
+}
+
+/// Whether namespaces and cuts work here.
+pub(super) fn probe() -> anyhow::Result<()> {
+    let network = Network::create(2)?;
+    anyhow::ensure!(network.hears(1, 2)?, "one namespace does not hear the other");
+    network.isolate(&[1])?;
+    anyhow::ensure!(
+        !network.hears(1, 2)?,
+        "one namespace hears the other through a cut"
+    );
+    network.heal()
+}
