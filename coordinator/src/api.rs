@@ -3,7 +3,7 @@
 //! ```text
 //! connection --> limits --> signature (auth.rs) --> linearizable state --> handler --> Store::propose_as
 //! ```
-//! In reading order: `error.rs`, `auth.rs`, `objects.rs`; the routes of the original (`servers.rs`,
+//! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
 //! `operate.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
@@ -34,6 +34,7 @@ use auth::{Access, Asked, Caller, Door};
 use error::ApiError;
 
 mod auth;
+mod connection;
 mod deployments;
 mod diff;
 mod enrolment;
@@ -47,6 +48,7 @@ mod state;
 mod status;
 mod timeline;
 
+pub use connection::Connection;
 pub use diff::{HostReports, ValidatorListing};
 pub use enrolment::SupportedGpus;
 
@@ -177,6 +179,7 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/deployments/purge", delete(deployments::purge))
         .route("/deployments/{deployment}", delete(deployments::stop_one));
     let bound_writes = Router::new()
+        .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));
     let open = Router::new()
@@ -224,7 +227,10 @@ pub async fn serve(
             tracing::warn!(%peer, "too many connections: one is closed");
             continue;
         };
-        let routes = routes.clone().layer(Extension(Peer(peer)));
+        let routes = routes
+            .clone()
+            .layer(Extension(Peer(peer)))
+            .layer(Extension(Connection::default()));
         let shutdown = shutdown.clone();
         connections.spawn(async move {
             serve_connection(stream, routes, limits, shutdown).await;
@@ -288,6 +294,7 @@ async fn admit(
         headers: &head.headers,
         body: &body,
         peer,
+        connection: head.extensions.get::<Connection>(),
     };
     let caller = api
         .door
@@ -298,6 +305,7 @@ async fn admit(
         })?;
     api.store.linearizable().await?;
     head.extensions.insert(caller);
+    head.extensions.insert(peer);
     Ok(next.run(Request::from_parts(head, Body::from(body))).await)
 }
 
@@ -331,16 +339,13 @@ async fn with_slash(_: Method, uri: Uri, headers: axum::http::HeaderMap) -> Resp
 }
 
 impl Api {
-    /// Proposes what a request asks for, under the guard of its signature.
+    /// Proposes what a request asks for, under the guard of its signature if it has one.
     async fn propose(
         &self,
         caller: &Caller,
         command: coordinator_core::state_machine::Command,
     ) -> Result<coordinator_core::state_machine::Reply, ApiError> {
         let request = self.store.new_request();
-        Ok(self
-            .store
-            .propose_as(request, Some(caller.guard), command)
-            .await?)
+        Ok(self.store.propose_as(request, caller.guard, command).await?)
     }
 }

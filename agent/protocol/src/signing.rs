@@ -26,6 +26,8 @@ pub const VALIDATOR_HEADER: &str = "X-Chutes-Validator";
 pub const SCHEME_HEADER: &str = "X-Chutes-Scheme";
 /// Header with 32 random hexadecimal digits, so that two requests of one second differ.
 pub const RANDOM_HEADER: &str = "X-Chutes-Random";
+/// Header with a request's number on a connection that a signature has opened; it stands in place of a signature.
+pub const SEQUENCE_HEADER: &str = "X-Chutes-Sequence";
 /// The scheme that binds method, path, query and body into the signature.
 pub const BOUND_SCHEME: &str = "2";
 

@@ -4,7 +4,8 @@
 //! covers neither method nor path, so it may change things only over loopback (or where a setting allows it),
 //! and never with a signature that was used for a read. The newer scheme binds all of a request
 //! ([`BoundRequest`]). The guard against repetition is a part of the command that the signature authorises;
-//! reads write nothing.
+//! reads write nothing. A connection that the newer scheme has opened needs no further signatures
+//! (`connection.rs`).
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -12,13 +13,14 @@ use std::sync::{Mutex, PoisonError};
 use axum::http::{HeaderMap, Method, StatusCode};
 use protocol::hotkey::Hotkey;
 use protocol::signing::{
-    BoundRequest, MINER_NONCE_WINDOW_SECONDS, NONCE_HEADER, Purpose, Refusal, SCHEME_HEADER,
+    BoundRequest, MINER_NONCE_WINDOW_SECONDS, NONCE_HEADER, Purpose, Refusal, SCHEME_HEADER, SEQUENCE_HEADER,
     SIGNATURE_HEADER, Tail, check_request_to_miner,
 };
 use protocol::time::UnixMillis;
 use sha2::{Digest, Sha256};
 
 use super::Peer;
+use super::connection::Connection;
 use super::error::ApiError;
 
 /// Signatures of reads that are remembered at most. Only the key's owner can make them.
@@ -38,9 +40,9 @@ pub(super) enum Access {
 /// Who asks, and how well the request is covered by the signature.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Caller {
-    /// Hash of the signature: goes into the command that it authorises.
-    pub(super) guard: [u8; 32],
-    /// Method, path and query are signed.
+    /// Hash of the signature: goes into the command that it authorises. None on an open connection.
+    pub(super) guard: Option<[u8; 32]>,
+    /// Method, path and query are signed, or the connection is open.
     pub(super) is_bound: bool,
 }
 
@@ -52,6 +54,7 @@ pub(super) struct Asked<'a> {
     pub(super) headers: &'a HeaderMap,
     pub(super) body: &'a [u8],
     pub(super) peer: Peer,
+    pub(super) connection: Option<&'a Connection>,
 }
 
 /// The door.
@@ -89,6 +92,14 @@ impl Door {
         now: UnixMillis,
     ) -> Result<Caller, ApiError> {
         let header = |name: &str| asked.headers.get(name).and_then(|value| value.to_str().ok());
+        if let Some(sequence) = header(SEQUENCE_HEADER) {
+            let never_opened = Connection::default();
+            asked.connection.unwrap_or(&never_opened).take(sequence, now)?;
+            return Ok(Caller {
+                guard: None,
+                is_bound: true,
+            });
+        }
         let is_bound = asked.headers.contains_key(SCHEME_HEADER);
         if is_bound {
             BoundRequest {
@@ -109,7 +120,10 @@ impl Door {
         }
         let signature = header(SIGNATURE_HEADER).and_then(|text| hex::decode(text).ok());
         let guard = Sha256::digest(signature.unwrap_or_default()).into();
-        let caller = Caller { guard, is_bound };
+        let caller = Caller {
+            guard: Some(guard),
+            is_bound,
+        };
         if is_bound {
             return Ok(caller);
         }

@@ -58,6 +58,7 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>, request: Request) -> Re
             headers: request.headers(),
             body: b"",
             peer,
+            connection: None,
         };
         api.door.admit(&asked, Access::Read, api.store.clock().now())?;
     }

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
-use coordinator::api::{Config, Deps, HostReports, Limits, Peer, SupportedGpus, ValidatorListing, router};
+use coordinator::api::{
+    Config, Connection, Deps, HostReports, Limits, Peer, SupportedGpus, ValidatorListing, router,
+};
 use coordinator::clock::Clock;
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
@@ -447,6 +449,20 @@ impl Fixture {
         body: &str,
         peer: &str,
     ) -> axum::response::Response {
+        self.open_on(&Connection::default(), method, path, headers, body, peer)
+            .await
+    }
+
+    /// One of several requests on a connection.
+    pub(crate) async fn open_on(
+        &self,
+        connection: &Connection,
+        method: &str,
+        path: &str,
+        headers: &[(&'static str, String)],
+        body: &str,
+        peer: &str,
+    ) -> axum::response::Response {
         let mut request = Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, value);
@@ -454,6 +470,7 @@ impl Fixture {
         let peer: SocketAddr = peer.parse().unwrap();
         let request = request
             .extension(Peer(peer))
+            .extension(connection.clone())
             .body(Body::from(body.to_owned()))
             .unwrap();
         let Ok(response) = TowerToHyperService::new(self.routes.clone()).call(request).await;
