@@ -93,7 +93,7 @@ pub async fn run(
         directory: config.data.join("raft"),
     };
     let replica_config = replica::Config::new(&config.cluster, FIRST_MEMBER, storage);
-    let replica = Replica::open(replica_config, Box::new(machine.clone())).await?;
+    let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(replica::Unconnected)).await?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 

@@ -16,7 +16,7 @@ use coordinator::validator::socket::Dial;
 use coordinator_core::state_machine::command::PayProfile;
 use coordinator_core::state_machine::{Command, Faults};
 use protocol::link::RegistryHeaders;
-use replica::{Config, Health, Replica, SnapshotPolicy, Timing, Writer};
+use replica::{Config, Health, Replica, Pace, SnapshotPolicy, Timing, Writer};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
@@ -29,7 +29,7 @@ use super::validator::Validator;
 use super::watched::{Oracle, Watched, WatchedLog};
 
 /// One voter beats for nobody; slower beats cost fewer steps.
-const TIMING: Timing = Timing {
+const TIMING: Pace = Pace {
     heartbeat_ms: 2_000,
     election_min_ms: 6_000,
     election_max_ms: 12_000,
@@ -158,13 +158,13 @@ impl Member {
         };
         let mut config = Config::new("simulation", 1, parts.disks.storage());
         config.writer = Writer::Inline;
-        config.timing = TIMING;
+        config.timing = Timing::Exact(TIMING);
         config.seed = Some(self.draw(|random| random.u64(..)));
         config.snapshots = SnapshotPolicy {
             every_entries: Some(200),
             keep_entries: 20,
         };
-        let replica = Replica::open(config, Box::new(watched))
+        let replica = Replica::open(config, Box::new(watched), Arc::new(replica::Unconnected))
             .await
             .map_err(|error| error.to_string())?;
         let end = Box::pin(self.lead(number, &replica, machine)).await;

@@ -4,9 +4,33 @@ use crate::error::Error;
 use crate::proposer::Proposals;
 use crate::storage::{Storage, Writer};
 
-/// Heartbeats and elections, in milliseconds.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Timing {
+/// How an empty store begins. A store that is not empty goes on from what it holds either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Start {
+    /// Founds a cluster of which this member is the only voter.
+    #[default]
+    Found,
+    /// Waits, without ever standing for election, until a leader adds this member.
+    Join,
+}
+
+/// Heartbeats and elections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Timing {
+    /// From the round trips measured to the other voters; that of [`Timing::Lan`] while nothing is measured.
+    Auto,
+    /// For members in one place: failover within about a second.
+    #[default]
+    Lan,
+    /// For members far apart, round trips of up to 150 ms: failover within about five seconds.
+    Wan,
+    /// Given outright.
+    Exact(Pace),
+}
+
+/// Numbers behind a [`Timing`], in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
     /// Between two heartbeats of a leader.
     pub heartbeat_ms: u64,
     /// Shortest silence after which a member stands for election.
@@ -15,18 +39,31 @@ pub struct Timing {
     pub election_max_ms: u64,
 }
 
-impl Timing {
-    /// For members in one place: failover within about a second.
-    pub const LAN: Self = Self {
-        heartbeat_ms: 100,
-        election_min_ms: 300,
-        election_max_ms: 600,
-    };
+impl Pace {
+    /// For members in one place.
+    pub const LAN: Self = Self::of_heartbeat(100);
+    /// For members far apart.
+    pub const WAN: Self = Self::of_heartbeat(500);
+
+    /// Elections after three to six missed heartbeats.
+    #[must_use]
+    pub const fn of_heartbeat(heartbeat_ms: u64) -> Self {
+        Self {
+            heartbeat_ms,
+            election_min_ms: 3 * heartbeat_ms,
+            election_max_ms: 6 * heartbeat_ms,
+        }
+    }
 }
 
-impl Default for Timing {
-    fn default() -> Self {
-        Self::LAN
+impl Timing {
+    /// The numbers to start with.
+    pub(crate) fn pace(self) -> Pace {
+        match self {
+            Self::Auto | Self::Lan => Pace::LAN,
+            Self::Wan => Pace::WAN,
+            Self::Exact(pace) => pace,
+        }
     }
 }
 
@@ -59,6 +96,8 @@ pub struct Config {
     pub node_id: u64,
     /// Where other members reach this one; may be empty in a cluster of one.
     pub address: String,
+    /// What an empty store does.
+    pub start: Start,
     /// Where the data is.
     pub storage: Storage,
     /// Who writes it.
@@ -83,9 +122,10 @@ impl Config {
             cluster: cluster.into(),
             node_id,
             address: String::new(),
+            start: Start::Found,
             storage,
             writer: Writer::Thread,
-            timing: Timing::LAN,
+            timing: Timing::Lan,
             snapshots: SnapshotPolicy::default(),
             proposals: Proposals::default(),
             log_tail_bytes_max: 16 * 1024 * 1024,
@@ -102,8 +142,8 @@ impl Config {
                 proposals.commands_per_entry_max > 0,
             ),
             (
-                "entry_bytes_max: 1 byte to 32 MiB",
-                (1..=32 << 20).contains(&proposals.entry_bytes_max),
+                "entry_bytes_max: 1 byte to 4 MiB",
+                (1..=4 << 20).contains(&proposals.entry_bytes_max),
             ),
             (
                 "entries_in_flight_max: 1 to 64",
@@ -131,15 +171,18 @@ impl Config {
             Some(entries) => openraft::SnapshotPolicy::LogsSinceLast(entries),
             None => openraft::SnapshotPolicy::Never,
         };
+        let pace = self.timing.pace();
         let config = openraft::Config {
             cluster_name: self.cluster.clone(),
-            heartbeat_interval: self.timing.heartbeat_ms,
-            election_timeout_min: self.timing.election_min_ms,
-            election_timeout_max: self.timing.election_max_ms,
+            heartbeat_interval: pace.heartbeat_ms,
+            election_timeout_min: pace.election_min_ms,
+            election_timeout_max: pace.election_max_ms,
             snapshot_policy,
             max_in_snapshot_log_to_keep: self.snapshots.keep_entries,
             // Without it a member that was cut off comes back with a high term and unseats the leader.
             enable_pre_vote: Some(true),
+            // Its state may be behind what it acknowledged: a leader that restarts is elected like any other.
+            enable_leader_restore: Some(false),
             ..openraft::Config::default()
         };
         config

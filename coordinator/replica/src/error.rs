@@ -78,6 +78,17 @@ pub enum Error {
         /// Id of the leader, if known.
         leader: Option<u64>,
     },
+    /// The change of members makes no sense, or cannot be done now.
+    #[error("members: {0}")]
+    Membership(String),
+    /// Another member asked something that makes no sense, or that it must not ask.
+    #[error("request of member {from} refused: {reason}")]
+    Refused {
+        /// The member that asked.
+        from: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The deadline passed.
     #[error("no answer within the deadline")]
     Timeout,

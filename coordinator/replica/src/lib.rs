@@ -10,26 +10,30 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `proposer`, `transport`.
+//! `snapshot`, `machine`, `proposer`, `leadership`, `wire`, `transport`, `answer`, `forward`, `membership`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{LinearizableReadError, RaftError};
-use openraft::{BasicNode, RaftMetrics, ReadPolicy, ServerState};
+use openraft::{BasicNode, ReadPolicy};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 
 #[cfg(test)]
 mod conformance;
 
+mod answer;
 mod config;
 mod error;
 mod format;
+mod forward;
 mod health;
+mod leadership;
 mod log_store;
 mod machine;
+mod membership;
 mod open;
 mod proposer;
 mod raft;
@@ -37,42 +41,34 @@ mod snapshot;
 mod state_store;
 mod storage;
 mod transport;
+mod wire;
 
-pub use config::{Config, SnapshotPolicy, Timing};
+pub use config::{Config, Pace, SnapshotPolicy, Start, Timing};
 pub use error::{Error, ProposeError, WAY_BACK};
 pub use health::{Health, Metrics};
+pub use leadership::Leadership;
 pub use machine::StateMachine;
+pub use membership::{Membership, Progress};
 pub use proposer::Proposals;
 pub use redb::{BackendError, StorageBackend};
 pub use snapshot::MemorySnapshots;
 pub use state_store::RowChange;
 pub use storage::{Storage, Writer};
+pub use transport::{Transport, Unconnected, Unreachable};
+pub use wire::MESSAGE_BYTES_MAX;
 
 use health::Shared;
+use leadership::{follow, leadership_of};
 use log_store::LogStore;
 use machine::SnapshotLock;
 use proposer::{Backoff, Proposer, Queue};
-use raft::{Raft, Seed, Types};
+use raft::{Raft, Seed};
+use snapshot::receiving::Receiver;
 use state_store::StateLane;
-use transport::{Network, Unconnected};
+use transport::Network;
 
 /// Directive for a log filter: the Raft library reports every step at `info`.
 pub const QUIET_LOG_DIRECTIVE: &str = "openraft=warn";
-
-/// Who leads, as far as this replica knows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Leadership {
-    /// Whether this replica leads and its state holds everything acknowledged before it did.
-    pub leads: bool,
-    /// Current term.
-    pub term: u64,
-    /// Id of the leader, if known.
-    pub leader: Option<u64>,
-    /// When `leads` last changed.
-    pub since: Instant,
-    /// Index of the last applied log entry; 0 before the first.
-    pub applied_index: u64,
-}
 
 /// One member's replica. Clones are handles to the same one.
 #[derive(Clone)]
@@ -81,6 +77,14 @@ pub struct Replica(Arc<Inner>);
 struct Inner {
     raft: Raft,
     seed: Seed,
+    /// Marks requests of this cluster.
+    cluster: u32,
+    network: Network,
+    receiver: Receiver,
+    /// How long a majority's confirmation of a leader holds.
+    lease: Duration,
+    /// Limits the batches of other members.
+    forwarded: Semaphore,
     queue: Queue,
     shared: Shared,
     log: LogStore,
@@ -102,29 +106,43 @@ impl std::fmt::Debug for Replica {
 }
 
 impl Replica {
-    /// Opens a replica: founds a cluster of one voter on an empty store, or goes on from what is stored.
+    /// Opens a replica: on an empty store it founds a cluster of one voter or waits to be added, see
+    /// [`Start`]; otherwise it goes on from what is stored.
     /// The machine has loaded the stored rows when this returns; the newest acknowledged commands may still
     /// be on their way to it from the log, so call [`Replica::linearizable`] before reading.
     ///
     /// # Errors
     /// Every variant of [`Error`] that names a file, when the store is refused; `Configuration`; `Load`.
-    pub async fn open(config: Config, machine: Box<dyn StateMachine>) -> Result<Self, Error> {
+    pub async fn open(
+        config: Config,
+        machine: Box<dyn StateMachine>,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Self, Error> {
         config.check()?;
         let raft_config = Arc::new(config.raft()?);
+        let lease = Duration::from_millis(raft_config.election_timeout_max);
         let limits = config.proposals.clone();
-        let (node_id, address) = (config.node_id, config.address.clone());
+        let (node_id, address, start) = (config.node_id, config.address.clone(), config.start);
+        let (cluster, writer) = (config.cluster.clone(), config.writer);
         let seed = Seed::new(config.seed.unwrap_or_else(|| fastrand::u64(..)));
         let shared = Shared::new();
         let open::Opened {
             log,
             state,
             machine,
+            place,
             snapshot_lock,
         } = open::open(config, machine, &shared).await?;
 
-        let network = Network::new(Unconnected);
+        let network = Network::new(transport, &cluster, writer);
         let started = seed
-            .scope(Raft::new(node_id, raft_config, network, log.clone(), machine))
+            .scope(Raft::new(
+                node_id,
+                raft_config,
+                network.clone(),
+                log.clone(),
+                machine,
+            ))
             .await;
         let raft = match started {
             Ok(raft) => raft,
@@ -137,12 +155,19 @@ impl Replica {
             }
         };
         let (leadership_out, leadership) =
-            watch::channel(leadership_of(&raft.metrics().borrow_watched(), None));
+            watch::channel(leadership_of(&raft.metrics().borrow_watched(), lease, None));
         let (queue, proposals) = Queue::new(limits.clone());
         let (stop, stopped) = oneshot::channel();
         let (proposer_end, proposer_ended) = watch::channel(());
-        let proposer = Proposer::new(raft.clone(), proposals, limits.clone(), shared.clone(), stopped);
-        let follow = follow(raft.metrics(), leadership_out, shared.clone());
+        let proposer = Proposer::new(
+            raft.clone(),
+            network.clone(),
+            proposals,
+            limits.clone(),
+            shared.clone(),
+            stopped,
+        );
+        let follow = follow(raft.metrics(), leadership_out, shared.clone(), lease);
         seed.scope(async {
             raft::spawn(async move {
                 proposer.run().await;
@@ -155,6 +180,11 @@ impl Replica {
         let replica = Self(Arc::new(Inner {
             raft,
             seed,
+            cluster: wire::cluster_mark(&cluster),
+            network,
+            receiver: Receiver::new(cluster, place, writer),
+            lease,
+            forwarded: Semaphore::new(answer::FORWARDED_MAX),
             queue,
             shared,
             log,
@@ -165,22 +195,26 @@ impl Replica {
             proposer_ended,
             timeout: Duration::from_millis(limits.timeout_ms),
         }));
-        if let Err(error) = replica.found_or_resume(node_id, address).await {
+        if let Err(error) = replica.begin(start, address).await {
             replica.shutdown().await;
             return Err(error);
         }
         Ok(replica)
     }
 
-    async fn found_or_resume(&self, node_id: u64, address: String) -> Result<(), Error> {
+    async fn begin(&self, start: Start, address: String) -> Result<(), Error> {
         let raft = &self.0.raft;
+        let member = self.member();
         let initialized = self.0.seed.scope(raft.is_initialized()).await;
         if !initialized.map_err(|fatal| self.failed(&fatal))? {
-            let members = BTreeMap::from([(node_id, BasicNode { addr: address })]);
+            if start == Start::Join {
+                return Ok(());
+            }
+            let members = BTreeMap::from([(member, BasicNode { addr: address })]);
             let founded = self.0.seed.scope(raft.initialize(members)).await;
             return founded.map_err(|error| self.failed(&error));
         }
-        if raft.voter_ids().eq([node_id]) {
+        if raft.voter_ids().eq([member]) {
             // Nobody else can win: no need to wait for an election timeout.
             let elected = self.0.seed.scope(raft.trigger().elect(false)).await;
             elected.map_err(|fatal| self.failed(&fatal))?;
@@ -188,7 +222,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Proposes a command and returns the state machine's reply once it is durable, committed and applied.
+    /// Proposes a command and returns the state machine's reply once it is durable on a majority, committed and
+    /// applied on the leader. Any member takes it: one that does not lead forwards it.
     /// Repeating a command after [`ProposeError::OutcomeUnknown`] needs a request id within the command.
     ///
     /// # Errors
@@ -197,8 +232,8 @@ impl Replica {
         self.0.queue.propose(command).await
     }
 
-    /// A barrier for reads: when it returns, the machine has applied every command that was acknowledged
-    /// anywhere before the call, so what it published is current.
+    /// A barrier for reads: when it returns, the machine of this member has applied every command that was
+    /// acknowledged anywhere before the call, so what it published is current.
     ///
     /// # Errors
     /// `NotLeader`, `Timeout`, `Stopped` or `Failed`.
@@ -219,13 +254,45 @@ impl Replica {
                 }
                 Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => None,
             };
-            if leader.is_some_and(|leader| leader != *self.0.raft.node_id()) {
-                return Err(Error::NotLeader { leader });
+            let other = leader.filter(|leader| *leader != self.member());
+            let peer = other.and_then(|leader| forward::leader(&self.0.raft, &self.0.network, leader));
+            if let Some(peer) = peer
+                && let Ok(Some(index)) = forward::read_index(&peer, deadline).await
+            {
+                return self.applied(index, deadline).await;
             }
             if !backoff.wait(deadline).await {
-                return Err(Error::NotLeader { leader: None });
+                return Err(Error::NotLeader { leader: other });
             }
         }
+    }
+
+    /// Waits until the machine has applied the entry at `index`.
+    async fn applied(&self, index: u64, deadline: Instant) -> Result<(), Error> {
+        let mut metrics = self.0.raft.metrics();
+        loop {
+            {
+                let now = metrics.borrow_watched();
+                if now.last_applied.is_some_and(|id| id.index >= index) {
+                    return Ok(());
+                }
+                if let Err(fatal) = &now.running_state {
+                    return Err(self.failed(fatal));
+                }
+            }
+            match timeout_at(deadline, metrics.changed()).await {
+                Err(_) => return Err(Error::Timeout),
+                Ok(Err(_)) => return Err(Error::Stopped),
+                Ok(Ok(())) => {}
+            }
+        }
+    }
+
+    /// Whether this member leads at this very moment. What acts on the outside asks again right before it
+    /// does: after a pause of the process, [`Replica::leadership`] tells it a moment late.
+    #[must_use]
+    pub fn leads_now(&self) -> bool {
+        leadership::leads(&self.0.raft.metrics().borrow_watched(), self.0.lease)
     }
 
     /// Follows who leads, and how far the state has come.
@@ -288,10 +355,11 @@ impl Replica {
             .unwrap_or(Err(Error::Timeout))
     }
 
-    /// Ends this replica in order: entries on their way are finished, waiting commands are answered with
+    /// Ends this replica in order: another voter takes over the lead, entries on their way are finished, waiting commands are answered with
     /// "stopped", the files are written out and closed. When it returns they can be opened again. Other
     /// handles get `Stopped` from then on.
     pub async fn shutdown(self) {
+        self.hand_over().await;
         let inner = &self.0;
         let stop = inner.stop.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(stop) = stop {
@@ -315,53 +383,4 @@ impl Replica {
             None => Error::Failed(error.to_string()),
         }
     }
-}
-
-fn leadership_of(metrics: &RaftMetrics<Types>, before: Option<&Leadership>) -> Leadership {
-    // A new leader has caught up once an entry of its own term is applied.
-    let caught_up = metrics
-        .last_applied
-        .is_some_and(|id| id.leader_id.term == metrics.current_term);
-    let leads = metrics.state == ServerState::Leader && caught_up && metrics.running_state.is_ok();
-    let since = before
-        .filter(|before| before.leads == leads)
-        .map_or_else(Instant::now, |before| before.since);
-    Leadership {
-        leads,
-        term: metrics.current_term,
-        leader: metrics.current_leader,
-        since,
-        applied_index: metrics.last_applied.map_or(0, |id| id.index),
-    }
-}
-
-/// Publishes the library's metrics as leadership and health until the library ends.
-async fn follow(
-    mut metrics: impl WatchReceiver<<raft::SeededRuntime as openraft::AsyncRuntime>::Watch, RaftMetrics<Types>>,
-    leadership: watch::Sender<Leadership>,
-    shared: Shared,
-) {
-    loop {
-        {
-            let now = metrics.borrow_watched();
-            leadership.send_if_modified(|known| {
-                let new = leadership_of(&now, Some(known));
-                let changed = new != *known;
-                *known = new;
-                changed
-            });
-            if let Err(fatal) = &now.running_state
-                && !matches!(fatal, openraft::error::Fatal::Stopped)
-            {
-                shared.fail(&fatal.to_string());
-            }
-        }
-        if metrics.changed().await.is_err() {
-            break;
-        }
-    }
-    leadership.send_modify(|known| {
-        known.leads = false;
-        known.leader = None;
-    });
 }

@@ -16,10 +16,14 @@ use crate::health::{Shared, count};
 use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
 use crate::state_store::StateLane;
 use crate::storage::{Closed, Lane};
+use crate::wire::APPEND_BYTES;
 
 pub(crate) mod log_file;
 
 use log_file::{Job, LogFile, Stored};
+
+/// Entries read at once before their size is known.
+const ENTRIES_PER_READ: u64 = 16;
 
 /// The newest entries, and where the log begins and ends.
 #[derive(Debug, Default)]
@@ -191,6 +195,25 @@ impl RaftLogReader<Types> for LogStore {
             })
             .await?;
         entries.extend(in_memory);
+        Ok(entries)
+    }
+
+    /// Entries to send: no more than one message takes, at least one.
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        let mut next = start;
+        while next < end {
+            let upto = end.min(next + ENTRIES_PER_READ);
+            for entry in self.try_get_log_entries(next..upto).await? {
+                bytes += log_file::size_in_memory(&entry);
+                if bytes > APPEND_BYTES && !entries.is_empty() {
+                    return Ok(entries);
+                }
+                entries.push(entry);
+            }
+            next = upto;
+        }
         Ok(entries)
     }
 

@@ -24,6 +24,7 @@ pub(crate) struct Opened {
     pub(crate) log: LogStore,
     pub(crate) state: StateLane,
     pub(crate) machine: Machine,
+    pub(crate) place: Place,
     pub(crate) snapshot_lock: SnapshotLock,
 }
 
@@ -71,7 +72,7 @@ pub(crate) async fn open(
         cluster,
         applied,
         state: state.clone(),
-        place,
+        place: place.clone(),
         writer,
         shared: shared.clone(),
         snapshot_lock: snapshot_lock.clone(),
@@ -80,6 +81,7 @@ pub(crate) async fn open(
         log,
         state,
         machine: Machine::new(machine, parts),
+        place,
         snapshot_lock,
     })
 }

@@ -2,7 +2,7 @@
 //!
 //! While an entry is on its way (at most `entries_in_flight_max`), commands wait; when it returns, all that
 //! wait go into the next one. So load makes entries larger rather than more numerous. A full queue answers
-//! "busy" at once.
+//! "busy" at once. On a member that does not lead, what would be an entry goes to the leader as one request.
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use openraft::error::{ClientWriteError, RaftError};
@@ -11,8 +11,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::error::ProposeError;
+use crate::forward;
 use crate::health::{Shared, count};
 use crate::raft::{Commands, Raft};
+use crate::transport::Network;
 
 /// Limits of the proposer.
 #[derive(Debug, Clone)]
@@ -69,6 +71,10 @@ impl Queue {
         self.sender.is_closed()
     }
 
+    pub(crate) fn entry_bytes_max(&self) -> usize {
+        self.limits.entry_bytes_max
+    }
+
     pub(crate) async fn propose(&self, command: Vec<u8>) -> Answer {
         let (size_bytes, size_bytes_max) = (command.len(), self.limits.entry_bytes_max);
         if size_bytes > size_bytes_max {
@@ -97,6 +103,7 @@ impl Queue {
 /// The task that turns waiting commands into log entries.
 pub(crate) struct Proposer {
     raft: Raft,
+    network: Network,
     queue: mpsc::Receiver<Proposal>,
     /// A command that did not fit into the last entry.
     held: Option<Proposal>,
@@ -108,6 +115,7 @@ pub(crate) struct Proposer {
 impl Proposer {
     pub(crate) fn new(
         raft: Raft,
+        network: Network,
         queue: mpsc::Receiver<Proposal>,
         limits: Proposals,
         shared: Shared,
@@ -115,6 +123,7 @@ impl Proposer {
     ) -> Self {
         Self {
             raft,
+            network,
             queue,
             held: None,
             limits,
@@ -137,7 +146,8 @@ impl Proposer {
                     let Some(first) = first else { break };
                     let gathered = self.gather(first);
                     if !gathered.is_empty() {
-                        in_flight.push(send(self.raft.clone(), self.shared.clone(), gathered));
+                        let (raft, network) = (self.raft.clone(), self.network.clone());
+                        in_flight.push(send(raft, network, self.shared.clone(), gathered));
                     }
                 }
             }
@@ -187,7 +197,7 @@ fn answer(proposal: Proposal, result: Answer) {
 }
 
 /// Brings one entry through the log and answers its commands.
-async fn send(raft: Raft, shared: Shared, proposals: Vec<Proposal>) {
+async fn send(raft: Raft, network: Network, shared: Shared, proposals: Vec<Proposal>) {
     let deadline = proposals
         .iter()
         .map(|proposal| proposal.deadline)
@@ -199,7 +209,7 @@ async fn send(raft: Raft, shared: Shared, proposals: Vec<Proposal>) {
         answers.push(proposal.answer);
     }
     count(&shared.counters.entries_proposed, 1);
-    let result = match write(&raft, Commands::new(commands), deadline).await {
+    let result = match write(&raft, Some(&network), Commands::new(commands), deadline).await {
         Ok(replies) if replies.len() == answers.len() => Ok(replies),
         Ok(_) => Err(ProposeError::OutcomeUnknown(
             "the number of replies does not match".into(),
@@ -238,7 +248,13 @@ impl Backoff {
     }
 }
 
-async fn write(raft: &Raft, commands: Commands, deadline: Instant) -> Result<Vec<Vec<u8>>, ProposeError> {
+/// Brings commands through the log as one entry: here, or through `network` where the leader is.
+pub(crate) async fn write(
+    raft: &Raft,
+    network: Option<&Network>,
+    commands: Commands,
+    deadline: Instant,
+) -> Result<Vec<Vec<u8>>, ProposeError> {
     let mut backoff = Backoff::new();
     loop {
         let Ok(written) = timeout_at(deadline, raft.client_write(commands.clone())).await else {
@@ -246,18 +262,29 @@ async fn write(raft: &Raft, commands: Commands, deadline: Instant) -> Result<Vec
                 "no answer within the deadline".into(),
             ));
         };
-        match written {
+        let leader = match written {
             Ok(response) => return Ok(response.data.0),
             // Refused before it entered the log: no leader yet, or the lease of a new one is not confirmed.
             Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
-                if let Some(leader) = forward.leader_id.filter(|leader| leader != raft.node_id()) {
-                    return Err(ProposeError::NotLeader { leader: Some(leader) });
-                }
-                if !backoff.wait(deadline).await {
-                    return Err(ProposeError::Timeout);
-                }
+                forward.leader_id.filter(|leader| leader != raft.node_id())
             }
             Err(error) => return Err(ProposeError::OutcomeUnknown(error.to_string())),
+        };
+        if leader.is_some() && network.is_none() {
+            return Err(ProposeError::NotLeader { leader });
+        }
+        let peer = leader
+            .zip(network)
+            .and_then(|(leader, network)| forward::leader(raft, network, leader));
+        if let Some(peer) = peer {
+            match forward::propose(raft, &peer, &commands, deadline).await {
+                // It certainly did not propose them: ask whoever leads by then.
+                Err(ProposeError::NotLeader { .. } | ProposeError::Stopped) => {}
+                answer => return answer,
+            }
+        }
+        if !backoff.wait(deadline).await {
+            return Err(ProposeError::Timeout);
         }
     }
 }

@@ -20,6 +20,9 @@ use crate::raft::RaftSnapshotMeta;
 use crate::state_store::Applied;
 use crate::storage::{fault_in, replace_file};
 
+pub(crate) mod receiving;
+pub(crate) mod sending;
+
 const MAGIC: &[u8; 8] = b"CHUTSNAP";
 /// The header names the members; nothing else in it grows.
 const HEADER_BYTES_MAX: usize = 1024 * 1024;
@@ -234,6 +237,40 @@ impl SnapshotData {
     /// Reads from the start, independently of other readers.
     pub(crate) fn rows(&self) -> Result<SnapshotReader, ReadError> {
         SnapshotReader::open(self.bytes())
+    }
+
+    /// Its length, and the checksum at its end.
+    pub(crate) fn size_and_crc(&self) -> io::Result<(u64, u32)> {
+        let size_bytes = match self {
+            Self::File(file) => file.metadata()?.len(),
+            Self::Memory(bytes) => bytes.len() as u64,
+        };
+        let end = self.read_at(size_bytes.saturating_sub(4), 4)?;
+        let crc = end.try_into().map_err(|_| io::ErrorKind::UnexpectedEof)?;
+        Ok((size_bytes, u32::from_le_bytes(crc)))
+    }
+
+    /// Up to `size_bytes_max` bytes from `offset`; none at the end.
+    pub(crate) fn read_at(&self, offset: u64, size_bytes_max: usize) -> io::Result<Vec<u8>> {
+        match self {
+            Self::File(file) => {
+                let mut bytes = Vec::new();
+                let mut input = At {
+                    file: file.clone(),
+                    offset,
+                };
+                input
+                    .by_ref()
+                    .take(size_bytes_max as u64)
+                    .read_to_end(&mut bytes)?;
+                Ok(bytes)
+            }
+            Self::Memory(bytes) => {
+                let start = usize::try_from(offset).unwrap_or(usize::MAX).min(bytes.len());
+                let end = start.saturating_add(size_bytes_max).min(bytes.len());
+                Ok(bytes[start..end].to_vec())
+            }
+        }
     }
 
     fn bytes(&self) -> Box<dyn Read + Send> {

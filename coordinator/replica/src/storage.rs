@@ -368,7 +368,7 @@ impl Directory {
 }
 
 /// Options for a file that only its owner may read.
-fn private_file() -> std::fs::OpenOptions {
+pub(crate) fn private_file() -> std::fs::OpenOptions {
     let mut options = std::fs::OpenOptions::new();
     options.write(true).mode(0o600);
     options

@@ -1,86 +1,119 @@
 //! The way to other members: bytes to a member, bytes back.
 //!
 //! [`Network`] turns the Raft library's calls into requests and knows nothing of connections; a
-//! [`Transport`] carries requests and knows nothing of Raft. The only transport so far is [`Unconnected`],
-//! for a cluster of one voter. Calls end by their own deadline, and a member that cannot be reached is
-//! reported as such, which makes the library wait longer and longer between attempts.
+//! [`Transport`] carries requests and knows nothing of Raft. Calls end by our own limits, not by those that
+//! the library hands over: it gives an append one heartbeat, within which a member far away never answers.
+//! A member that cannot be reached is reported as such, which makes the library wait longer and longer
+//! between attempts.
 
 use futures_util::future::BoxFuture;
-use openraft::error::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::error::{NetworkError, RPCError, ReplicationClosed, StreamingError};
 use openraft::network::RPCOption;
+
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
+    TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::type_config::alias::SnapshotOf;
 use openraft::{BasicNode, RaftNetworkFactory, RaftNetworkV2};
-use serde::{Serialize, de::DeserializeOwned};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::raft::{RaftVote, Types};
+use crate::raft::{RaftLogId, RaftVote, Types};
 use crate::snapshot::SnapshotData;
+use crate::snapshot::sending;
+use crate::storage::Writer;
+use crate::wire::{self, Answer, Append, Candidacy, Request, Transfer};
 
-/// What is asked of another member.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Call {
-    Append,
-    Vote,
-    PreVote,
-}
+/// An append without any answer for this long has failed.
+const APPEND_MAX: Duration = Duration::from_secs(1);
 
-/// The member did not answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("member {member} at {address:?} cannot be reached: {reason}")]
-pub(crate) struct NoAnswer {
-    pub(crate) member: u64,
-    pub(crate) address: String,
-    pub(crate) reason: &'static str,
-}
-
-/// Carries one request to a member and its answer back.
-pub(crate) trait Transport: Send + Sync + 'static {
+/// Carries one request to a member and its answer back. The other end gives the request to
+/// [`crate::Replica::answer`], together with the id of the member that it has made sure is calling.
+pub trait Transport: Send + Sync + 'static {
+    /// Asks `member` at `address`; gives up after `within`. Requests and answers are at most
+    /// [`crate::MESSAGE_BYTES_MAX`] bytes.
     fn call<'a>(
         &'a self,
         member: u64,
         address: &'a str,
-        call: Call,
         request: Vec<u8>,
         within: Duration,
-    ) -> BoxFuture<'a, Result<Vec<u8>, NoAnswer>>;
+    ) -> BoxFuture<'a, Result<Vec<u8>, Unreachable>>;
 }
 
-/// The transport of a member that has no way to others.
+/// The member did not answer. It may have got the request all the same.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Unreachable {
+    /// What happened, for the operator.
+    pub reason: String,
+}
+
+/// The transport of a member that has no way to others: a cluster of one.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Unconnected;
+pub struct Unconnected;
 
 impl Transport for Unconnected {
     fn call<'a>(
         &'a self,
         member: u64,
-        address: &'a str,
-        _call: Call,
+        _address: &'a str,
         _request: Vec<u8>,
         _within: Duration,
-    ) -> BoxFuture<'a, Result<Vec<u8>, NoAnswer>> {
-        let reason = "this member has no transport";
-        Box::pin(async move {
-            Err(NoAnswer {
-                member,
-                address: address.to_owned(),
-                reason,
-            })
-        })
+    ) -> BoxFuture<'a, Result<Vec<u8>, Unreachable>> {
+        let reason = format!("member {member}: this member has no transport");
+        Box::pin(async move { Err(Unreachable { reason }) })
     }
 }
 
-/// Makes a [`Peer`] for each other member.
+/// Why a call to a member came to nothing.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum CallError {
+    #[error("member {member} at {address:?} cannot be reached: {reason}")]
+    Unreachable {
+        member: u64,
+        address: String,
+        reason: Unreachable,
+    },
+    #[error("member {member} answered with {reason}")]
+    Garbage { member: u64, reason: wire::Garbage },
+    #[error("member {member} gave an answer to another question")]
+    Unexpected { member: u64 },
+}
+
+impl From<CallError> for RPCError<Types> {
+    fn from(error: CallError) -> Self {
+        // Also for nonsense: what answers so is not worth an immediate repetition.
+        Self::Unreachable(openraft::error::Unreachable::new(&error))
+    }
+}
+
+/// Makes requests out of what the Raft library and the proposer want, for any member.
 #[derive(Clone)]
-pub(crate) struct Network(Arc<dyn Transport>);
+pub(crate) struct Network {
+    transport: Arc<dyn Transport>,
+    cluster: u32,
+    /// Reads snapshots that are sent.
+    writer: Writer,
+}
 
 impl Network {
-    pub(crate) fn new(transport: impl Transport) -> Self {
-        Self(Arc::new(transport))
+    pub(crate) fn new(transport: Arc<dyn Transport>, cluster: &str, writer: Writer) -> Self {
+        Self {
+            transport,
+            cluster: wire::cluster_mark(cluster),
+            writer,
+        }
+    }
+
+    pub(crate) fn peer(&self, member: u64, address: &str) -> Peer {
+        Peer {
+            network: self.clone(),
+            member,
+            address: address.to_owned(),
+        }
     }
 }
 
@@ -88,36 +121,59 @@ impl RaftNetworkFactory<Types> for Network {
     type Network = Peer;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Peer {
-        Peer {
-            member: target,
-            address: node.addr.clone(),
-            transport: self.0.clone(),
-        }
+        self.peer(target, &node.addr)
     }
 }
 
-/// The Raft library's view of one other member.
+/// One other member.
 pub(crate) struct Peer {
-    member: u64,
+    network: Network,
+    pub(crate) member: u64,
     address: String,
-    transport: Arc<dyn Transport>,
 }
 
 impl Peer {
-    async fn call<Q: Serialize, A: DeserializeOwned>(
-        &self,
-        call: Call,
-        request: &Q,
-        option: &RPCOption,
-    ) -> Result<A, RPCError<Types>> {
-        let request =
-            postcard::to_stdvec(request).map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+    pub(crate) async fn ask(&self, request: &Request, within: Duration) -> Result<Answer, CallError> {
+        let member = self.member;
+        let bytes = wire::encode_request(self.network.cluster, member, request);
         let answer = self
+            .network
             .transport
-            .call(self.member, &self.address, call, request, option.soft_ttl())
+            .call(member, &self.address, bytes, within)
             .await;
-        let answer = answer.map_err(|error| RPCError::Unreachable(Unreachable::new(&error)))?;
-        postcard::from_bytes(&answer).map_err(|error| RPCError::Network(NetworkError::new(&error)))
+        let answer = answer.map_err(|reason| CallError::Unreachable {
+            member,
+            address: self.address.clone(),
+            reason,
+        })?;
+        wire::decode_answer(&answer).map_err(|reason| CallError::Garbage { member, reason })
+    }
+
+    pub(crate) fn unexpected(&self) -> CallError {
+        CallError::Unexpected { member: self.member }
+    }
+
+    pub(crate) fn writer(&self) -> Writer {
+        self.network.writer
+    }
+
+    async fn ask_for_vote(
+        &self,
+        request: Request,
+        option: &RPCOption,
+    ) -> Result<VoteResponse<Types>, RPCError<Types>> {
+        match self.ask(&request, option.hard_ttl()).await? {
+            Answer::Voted {
+                ballot,
+                last,
+                granted,
+            } => Ok(VoteResponse::new(
+                RaftVote::from(ballot),
+                last.map(RaftLogId::from),
+                granted,
+            )),
+            _ => Err(self.unexpected().into()),
+        }
     }
 }
 
@@ -127,9 +183,22 @@ impl RaftNetworkV2<Types> for Peer {
     async fn append_entries(
         &mut self,
         rpc: AppendEntriesRequest<Types>,
-        option: RPCOption,
+        _option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
-        self.call(Call::Append, &rpc, &option).await
+        let append = Append::of(&rpc);
+        drop(rpc);
+        let bytes: usize = append.entries.iter().map(|entry| entry.0.len()).sum();
+        // At least 1 MiB a second, or the way is too slow to be called one.
+        let within = APPEND_MAX.mul_f64(1.0 + bytes as f64 / wire::APPEND_BYTES as f64);
+        match self.ask(&Request::Append(append), within).await? {
+            Answer::Appended => Ok(AppendEntriesResponse::Success),
+            Answer::AppendedUpTo(upto) => Ok(AppendEntriesResponse::PartialSuccess(
+                upto.map(RaftLogId::from),
+            )),
+            Answer::Conflict => Ok(AppendEntriesResponse::Conflict),
+            Answer::HigherBallot(ballot) => Ok(AppendEntriesResponse::HigherVote(ballot.into())),
+            _ => Err(self.unexpected().into()),
+        }
     }
 
     async fn vote(
@@ -137,7 +206,8 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
-        self.call(Call::Vote, &rpc, &option).await
+        self.ask_for_vote(Request::Vote(Candidacy::of(&rpc)), &option)
+            .await
     }
 
     async fn pre_vote(
@@ -145,23 +215,42 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: VoteRequest<Types>,
         option: RPCOption,
     ) -> Result<VoteResponse<Types>, RPCError<Types>> {
-        self.call(Call::PreVote, &rpc, &option).await
+        self.ask_for_vote(Request::PreVote(Candidacy::of(&rpc)), &option)
+            .await
     }
 
     async fn full_snapshot(
         &mut self,
-        _vote: RaftVote,
-        _snapshot: SnapshotOf<Types, SnapshotData>,
-        _cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
+        vote: RaftVote,
+        snapshot: SnapshotOf<Types, SnapshotData>,
+        cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        // A snapshot is streamed rather than called; a transport that can stream brings that way with it.
-        let reason = "its transport carries no snapshots";
-        let error = NoAnswer {
-            member: self.member,
-            address: self.address.clone(),
-            reason,
-        };
-        Err(StreamingError::Unreachable(Unreachable::new(&error)))
+        let sent = sending::send(self, &vote, &snapshot);
+        let mut cancel = std::pin::pin!(cancel);
+        tokio::select! {
+            biased;
+            closed = &mut cancel => Err(StreamingError::Closed(closed)),
+            sent = sent => sent.map(SnapshotResponse::new).map_err(|error| match error {
+                sending::Error::Call(error) => StreamingError::from(RPCError::from(error)),
+                sending::Error::Read(error) => StreamingError::Network(NetworkError::new(&error)),
+            }),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        rpc: TransferLeaderRequest<Types>,
+        option: RPCOption,
+    ) -> Result<TransferLeaderResponse<Types>, RPCError<Types>> {
+        let request = Request::Transfer(Transfer::of(&rpc));
+        match self.ask(&request, option.hard_ttl()).await? {
+            Answer::Transferring => Ok(Ok(())),
+            Answer::NotTransferring(reason) => {
+                tracing::info!(member = self.member, reason, "does not take over the lead");
+                Err(RPCError::Network(NetworkError::from_string(reason)))
+            }
+            _ => Err(self.unexpected().into()),
+        }
     }
 }

@@ -107,14 +107,14 @@ pub fn files(directory: &Path) -> Config {
 
 pub async fn open(config: Config) -> (Replica, Arc<Mutex<Published>>) {
     let (machine, published) = Journal::new();
-    let replica = Replica::open(config, machine).await.expect("the store is sound");
+    let replica = Replica::open(config, machine, Arc::new(replica::Unconnected)).await.expect("the store is sound");
     (replica, published)
 }
 
 /// What the message of a refused open says.
 pub async fn refusal(config: Config) -> String {
     let (machine, _) = Journal::new();
-    match Replica::open(config, machine).await {
+    match Replica::open(config, machine, Arc::new(replica::Unconnected)).await {
         Ok(_) => panic!("the store must be refused"),
         Err(error) => error.to_string(),
     }

@@ -1,0 +1,285 @@
+//! Who belongs to the cluster, and how that changes: learner first, voter when it has caught up, one change
+//! at a time. All changes are asked of the leader.
+
+use openraft::async_runtime::WatchReceiver;
+use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft::raft::TransferLeaderRequest;
+use openraft::{BasicNode, ChangeMembers, Instant as _, LogId, RaftMetrics};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
+
+use crate::Replica;
+use crate::error::Error;
+use crate::leadership::is_only_voter;
+use crate::proposer::Backoff;
+use crate::raft::{Types, spawn};
+
+/// Members with their addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Membership {
+    /// Those whose votes count. During a change of voters, the old and the new ones.
+    pub voters: BTreeMap<u64, String>,
+    /// Those who get everything and do not vote.
+    pub learners: BTreeMap<u64, String>,
+    /// A change of voters has begun and not ended. A leader that finds this at its start ends it with
+    /// [`Replica::set_voters`].
+    pub changing: bool,
+}
+
+impl Membership {
+    pub(crate) fn of(metrics: &RaftMetrics<Types>) -> Self {
+        let config = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = config.voter_ids().collect();
+        let mut members = Self {
+            changing: config.get_joint_config().len() > 1,
+            ..Self::default()
+        };
+        for (id, node) in config.nodes() {
+            let list = if voters.contains(id) {
+                &mut members.voters
+            } else {
+                &mut members.learners
+            };
+            list.insert(*id, node.addr.clone());
+        }
+        members
+    }
+
+    /// Address of a member.
+    #[must_use]
+    pub fn address(&self, member: u64) -> Option<&str> {
+        let found = self.voters.get(&member).or_else(|| self.learners.get(&member));
+        found.map(String::as_str)
+    }
+}
+
+/// How far another member has come, as the leader knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Last log index that it has on its disk.
+    pub matched: Option<u64>,
+    /// How long ago the leader sent what it answered last.
+    pub answered_ago: Option<Duration>,
+}
+
+impl Replica {
+    /// Own member id.
+    #[must_use]
+    pub fn member(&self) -> u64 {
+        *self.0.raft.node_id()
+    }
+
+    /// Members as this replica knows them; a change counts from the moment it is in the log.
+    #[must_use]
+    pub fn membership(&self) -> Membership {
+        Membership::of(&self.0.raft.metrics().borrow_watched())
+    }
+
+    /// How far the others have come; empty when this member does not lead.
+    #[must_use]
+    pub fn progress(&self) -> BTreeMap<u64, Progress> {
+        let metrics = self.0.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let Some(replication) = &metrics.replication else {
+            return BTreeMap::new();
+        };
+        let answered = |member: &u64| {
+            let heartbeat = metrics.heartbeat.as_ref()?.get(member).copied()??;
+            Some(heartbeat.elapsed())
+        };
+        let others = replication.iter().filter(|(member, _)| **member != metrics.id);
+        others
+            .map(|(member, matched)| {
+                let progress = Progress {
+                    matched: matched.map(|id: LogId<_>| id.index),
+                    answered_ago: answered(member),
+                };
+                (*member, progress)
+            })
+            .collect()
+    }
+
+    /// Adds a member that gets everything and does not vote, or gives one a new address. Returns when that
+    /// is decided, not when it has caught up: see [`Replica::progress`].
+    ///
+    /// # Errors
+    /// `NotLeader`, `Membership`, `Timeout`, `Stopped` or `Failed`.
+    pub async fn add_learner(&self, member: u64, address: String) -> Result<(), Error> {
+        let known = self.membership();
+        match known.address(member) {
+            Some(same) if same == address => Ok(()),
+            Some(_) => {
+                let nodes = BTreeMap::from([(member, BasicNode { addr: address })]);
+                self.change(ChangeMembers::SetNodes(nodes), true).await
+            }
+            None => {
+                let nodes = BTreeMap::from([(member, BasicNode { addr: address })]);
+                self.change(ChangeMembers::AddNodes(nodes), true).await
+            }
+        }
+    }
+
+    /// Makes exactly these members voters; those who were and are not any more stay learners. All of them
+    /// must be members already, and should have caught up: until then they count and cannot confirm.
+    ///
+    /// # Errors
+    /// `NotLeader`, `Membership`, `Timeout`, `Stopped` or `Failed`.
+    pub async fn set_voters(&self, voters: BTreeSet<u64>) -> Result<(), Error> {
+        self.change(ChangeMembers::ReplaceAllVoters(voters), true).await
+    }
+
+    /// Removes a member, voter or learner; one that is none already is no error.
+    ///
+    /// # Errors
+    /// `NotLeader`, `Membership` (it is the only voter), `Timeout`, `Stopped` or `Failed`.
+    pub async fn remove_member(&self, member: u64) -> Result<(), Error> {
+        let known = self.membership();
+        let one = BTreeSet::from([member]);
+        if known.learners.contains_key(&member) {
+            return self.change(ChangeMembers::RemoveNodes(one), true).await;
+        }
+        if !known.voters.contains_key(&member) {
+            return Ok(());
+        }
+        if known.voters.len() == 1 {
+            let reason = format!("member {member} is the only voter");
+            return Err(Error::Membership(reason));
+        }
+        self.change(ChangeMembers::RemoveVoters(one), false).await
+    }
+
+    async fn change(&self, change: ChangeMembers<u64, BasicNode>, retain: bool) -> Result<(), Error> {
+        let deadline = Instant::now() + self.0.timeout;
+        let mut backoff = Backoff::new();
+        loop {
+            let (raft, change) = (self.0.raft.clone(), change.clone());
+            let (done, outcome) = oneshot::channel();
+            // A task of its own: a change of voters has two steps, and the second must not be forgotten
+            // when the caller goes away.
+            let run = async move {
+                let _ = done.send(raft.change_membership(change, retain).await);
+            };
+            self.0.seed.scope(async { spawn(run) }).await;
+            let changed = match timeout_at(deadline, outcome).await {
+                Err(_) => return Err(Error::Timeout),
+                Ok(Err(_)) => return Err(Error::Stopped),
+                Ok(Ok(changed)) => changed,
+            };
+            match changed {
+                Ok(_) => return Ok(()),
+                Err(RaftError::Fatal(fatal)) => return Err(self.failed(&fatal)),
+                Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward))) => {
+                    let leader = forward.leader_id;
+                    if leader.is_some_and(|leader| leader != self.member()) {
+                        return Err(Error::NotLeader { leader });
+                    }
+                }
+                Err(RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                    ChangeMembershipError::InProgress(_),
+                ))) => {}
+                Err(RaftError::APIError(other)) => return Err(Error::Membership(other.to_string())),
+            }
+            if !backoff.wait(deadline).await {
+                return Err(Error::Timeout);
+            }
+        }
+    }
+
+    /// Hands the lead to `to`, or to the voter that has come farthest. Returns when another member leads.
+    ///
+    /// # Errors
+    /// `NotLeader`; `Membership` when it is not a voter or does not answer; `Timeout` when it did not take
+    /// over, in which case this member leads on; `Stopped` or `Failed`.
+    pub async fn transfer(&self, to: Option<u64>) -> Result<(), Error> {
+        let lease = self.0.lease;
+        let (own, target) = {
+            let metrics = self.0.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            if metrics.current_leader != Some(metrics.id) {
+                return Err(Error::NotLeader {
+                    leader: metrics.current_leader,
+                });
+            }
+            (metrics.vote, to.map_or_else(|| self.most_advanced(), Ok)?)
+        };
+        if target == self.member() {
+            return Ok(());
+        }
+        let known = self.membership();
+        let answers = self.progress().get(&target).and_then(|it| it.answered_ago);
+        if !known.voters.contains_key(&target) || answers.is_none_or(|ago| ago > lease) {
+            let reason = format!("member {target} is not a voter that answers");
+            return Err(Error::Membership(reason));
+        }
+        // Two tries: after the first no more commands enter the log, so that the target catches up.
+        for _ in 0..2 {
+            let trigger = self.0.raft.trigger();
+            let triggered = self.0.seed.scope(trigger.transfer_leader(target));
+            triggered.await.map_err(|fatal| self.failed(&fatal))?;
+            if self.other_leads(&own, Instant::now() + lease).await? {
+                return Ok(());
+            }
+        }
+        // The library refuses commands for ever after a transfer that failed: stand for election again.
+        let request = TransferLeaderRequest::new(own, self.member(), None);
+        let stood = self.0.seed.scope(self.0.raft.handle_transfer_leader(request));
+        match stood.await {
+            Err(fatal) => Err(self.failed(&fatal)),
+            Ok(_) => Err(Error::Timeout),
+        }
+    }
+
+    fn most_advanced(&self) -> Result<u64, Error> {
+        let known = self.membership();
+        let lease = self.0.lease;
+        let progress = self.progress();
+        let others = progress.iter().filter(|(member, progress)| {
+            known.voters.contains_key(member) && progress.answered_ago.is_some_and(|ago| ago < lease)
+        });
+        let best = others.max_by_key(|(_, progress)| progress.matched);
+        let nobody = || Error::Membership("no other voter answers".to_owned());
+        best.map(|(member, _)| *member).ok_or_else(nobody)
+    }
+
+    /// Waits until another member leads; false at the deadline.
+    async fn other_leads(&self, own: &crate::raft::RaftVote, deadline: Instant) -> Result<bool, Error> {
+        let mut metrics = self.0.raft.metrics();
+        loop {
+            {
+                let now = metrics.borrow_watched();
+                if let Err(fatal) = &now.running_state {
+                    return Err(self.failed(fatal));
+                }
+                let moved = now.vote.leader_id != own.leader_id;
+                if moved && now.current_leader.is_some_and(|leader| leader != now.id) {
+                    return Ok(true);
+                }
+            }
+            match timeout_at(deadline, metrics.changed()).await {
+                Err(_) => return Ok(false),
+                Ok(Err(_)) => return Err(Error::Stopped),
+                Ok(Ok(())) => {}
+            }
+        }
+    }
+
+    /// Before an orderly stop: another member takes over within a fraction of what an election takes.
+    pub(crate) async fn hand_over(&self) {
+        let (leads, alone) = {
+            let metrics = self.0.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            (
+                metrics.current_leader == Some(metrics.id),
+                is_only_voter(&metrics),
+            )
+        };
+        if !leads || alone || self.0.shared.failure().is_some() {
+            return;
+        }
+        if let Err(error) = self.transfer(None).await {
+            tracing::info!(%error, "stops without another member that takes over");
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! Three members over links in memory, on simulated time: election, forwarding, failover, check-quorum,
+//! snapshots to learners, change of members, transfer, restart.
+
+use replica::{Error, ProposeError, Start};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/store.rs"]
+mod store;
+use cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
+use store::position;
+
+const LEASE: Duration = Duration::from_millis(PACE.election_max_ms);
+
+#[tokio::test(start_paused = true)]
+async fn three_members_elect_one_leader_and_all_apply_the_same() {
+    let cluster = Cluster::of(1, 3).await;
+    let leader = cluster.leader().await;
+    assert_eq!(leader, 1, "nobody unseats the founder without need");
+    for number in 0..20u8 {
+        let reply = cluster.up[&leader].propose(vec![number]).await.unwrap();
+        assert_eq!(position(&reply), u64::from(number));
+    }
+    let expected: Vec<_> = (0..20u8).map(|number| vec![number]).collect();
+    for member in 1..=3 {
+        cluster.up[&member].linearizable().await.unwrap();
+        assert_eq!(cluster.commands(member), expected, "member {member}");
+        let known = cluster.up[&member].membership();
+        assert_eq!(known.voters.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(known.address(2), Some("memory:2"));
+        assert!(!known.changing && known.learners.is_empty());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_on_a_follower_is_forwarded_and_its_reply_comes_back() {
+    let cluster = Cluster::of(2, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    let proposals = (0..50u8).map(|number| cluster.up[&(2 + u64::from(number % 2))].propose(vec![number]));
+    let replies = futures_util::future::join_all(proposals).await;
+    let positions: BTreeSet<u64> = replies
+        .into_iter()
+        .map(|reply| position(&reply.unwrap()))
+        .collect();
+    assert_eq!(positions, (0..50).collect(), "each position was given once");
+    cluster.up[&3].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(3).len(), 50);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_killed_leader_loses_nothing_acknowledged_and_writes_go_on() {
+    for seed in 10..14 {
+        let mut cluster = Cluster::of(seed, 3).await;
+        let mut acknowledged = Vec::new();
+        for round in 0..3u8 {
+            let leader = cluster.leader().await;
+            for number in 0..10u8 {
+                let through = &cluster.up[&(1 + u64::from(number) % 3)];
+                propose_surely(through, &[round, number]).await;
+                acknowledged.push(vec![round, number]);
+            }
+            let started = Instant::now();
+            cluster.kill(leader);
+            let survivor = *cluster.up.keys().next().unwrap();
+            propose_surely(&cluster.up[&survivor], &[round, 100]).await;
+            acknowledged.push(vec![round, 100]);
+            assert!(
+                started.elapsed() < Duration::from_secs(3),
+                "the next write took {:?}",
+                started.elapsed()
+            );
+            cluster.restart(leader).await;
+            for member in 1..=3 {
+                cluster.up[&member].linearizable().await.unwrap();
+                let applied = cluster.commands(member);
+                for command in &acknowledged {
+                    assert!(applied.contains(command), "seed {seed}, member {member}: {command:?}");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_is_cut_off_stops_leading_before_another_leads() {
+    let cluster = Cluster::of(20, 3).await;
+    let old = cluster.leader().await;
+    let mut leadership = cluster.up[&old].leadership();
+    let started = Instant::now();
+    cluster.links.cut(old, cluster.others(old), true);
+    leadership.wait_for(|now| !now.leads).await.unwrap();
+    let stopped = started.elapsed();
+    assert!(stopped <= LEASE + Duration::from_millis(50), "after {stopped:?}");
+    assert!(!cluster.up[&old].leads_now());
+    for other in cluster.others(old) {
+        assert!(!cluster.up[&other].leadership().borrow().leads, "too early");
+    }
+    let new = cluster.leader_of(&cluster.others(old)).await;
+    cluster.up[&new].propose(b"new".to_vec()).await.unwrap();
+    // What the old one says now could be stale: it says nothing.
+    let read = cluster.up[&old].linearizable().await;
+    assert!(
+        matches!(read, Err(Error::NotLeader { .. } | Error::Timeout)),
+        "{read:?}"
+    );
+    let written = cluster.up[&old].propose(b"old".to_vec()).await;
+    assert!(written.is_err(), "{written:?}");
+    assert_eq!(cluster.commands(old), Vec::<Vec<u8>>::new());
+    // It comes back as a follower, and nobody's term grows by that.
+    let term = cluster.up[&new].metrics().term;
+    cluster.links.cut(old, cluster.others(old), false);
+    cluster.up[&old].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(old)[0], b"new");
+    assert_eq!(cluster.leader().await, new);
+    assert_eq!(cluster.up[&new].metrics().term, term);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_that_was_cut_off_unseats_nobody() {
+    let cluster = Cluster::of(21, 3).await;
+    let leader = cluster.leader().await;
+    let term = cluster.up[&leader].metrics().term;
+    cluster.links.cut(3, [1, 2], true);
+    for number in 0..100u8 {
+        cluster.up[&leader].propose(vec![number]).await.unwrap();
+        sleep(Duration::from_millis(100)).await;
+    }
+    cluster.links.cut(3, [1, 2], false);
+    cluster.up[&3].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(3).len(), 100);
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(cluster.leader().await, leader);
+    assert_eq!(
+        cluster.up[&leader].metrics().term,
+        term,
+        "pre-vote keeps the term"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_learner_gets_a_snapshot_in_pieces_of_which_one_is_lost() {
+    let mut cluster = Cluster::new(30);
+    cluster.configure = |config| {
+        config.snapshots.every_entries = None;
+        config.snapshots.keep_entries = 0;
+    };
+    let first = cluster.start(1, Start::Found).await;
+    first.linearizable().await.unwrap();
+    for number in 0..40u8 {
+        first.propose(vec![number; 100_000]).await.unwrap();
+    }
+    first.snapshot().await.unwrap();
+    eventually("the log is purged", Duration::from_secs(10), || {
+        first.metrics().purged_index >= Some(40)
+    })
+    .await;
+    cluster.links.lose_large(2);
+    let learner = cluster.start(2, Start::Join).await;
+    first.add_learner(2, "memory:2".to_owned()).await.unwrap();
+    cluster.caught_up(&first, 2).await;
+    learner.linearizable().await.unwrap();
+    assert_eq!(cluster.commands(2), cluster.commands(1));
+    assert_eq!(learner.metrics().snapshots_installed, 1);
+    let sizes: Vec<usize> = cluster.links.large().iter().map(|(_, size)| *size).collect();
+    // 4 MB are four pieces; the one that was lost went twice, and no other.
+    assert_eq!(sizes.len(), 5, "{sizes:?}");
+    // It starts again from what it installed.
+    cluster.kill(2);
+    let learner = cluster.restart(2).await;
+    learner.linearizable().await.unwrap();
+    assert_eq!(cluster.commands(2), cluster.commands(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_are_added_replaced_and_removed() {
+    let mut cluster = Cluster::of(40, 3).await;
+    let leader = cluster.leader().await;
+    let first = cluster.up[&leader].clone();
+    first.propose(b"before".to_vec()).await.unwrap();
+    // One that is no member yet cannot vote.
+    assert!(is_membership_error(first.set_voters(BTreeSet::from([1, 2, 9])).await));
+    assert!(is_membership_error(first.set_voters(BTreeSet::new()).await));
+    cluster.kill(3);
+    cluster.start(4, Start::Join).await;
+    first.add_learner(4, "memory:4".to_owned()).await.unwrap();
+    first.add_learner(4, "memory:4".to_owned()).await.unwrap();
+    assert_eq!(first.membership().learners.keys().copied().collect::<Vec<_>>(), [4]);
+    cluster.caught_up(&first, 4).await;
+    first.set_voters(BTreeSet::from([1, 2, 4])).await.unwrap();
+    let known = first.membership();
+    assert_eq!(known.voters.keys().copied().collect::<Vec<_>>(), [1, 2, 4]);
+    assert_eq!(
+        known.learners.keys().copied().collect::<Vec<_>>(),
+        [3],
+        "it stays a learner"
+    );
+    first.remove_member(3).await.unwrap();
+    first.remove_member(3).await.unwrap();
+    assert!(first.membership().address(3).is_none());
+    // The new one counts: without it there is no majority.
+    cluster.kill(2);
+    cluster.up[&4].propose(b"after".to_vec()).await.unwrap();
+    assert_eq!(cluster.up[&4].membership(), first.membership());
+    assert!(matches!(
+        cluster.up[&4].set_voters(BTreeSet::from([4])).await,
+        Err(Error::NotLeader { leader: Some(1) })
+    ));
+    assert!(cluster.up[&4].progress().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lead_is_handed_over() {
+    let mut cluster = Cluster::of(50, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    let started = Instant::now();
+    cluster.up[&1].transfer(Some(3)).await.unwrap();
+    assert_eq!(cluster.leader().await, 3);
+    assert!(started.elapsed() < LEASE, "{:?}", started.elapsed());
+    cluster.up[&1].propose(b"one".to_vec()).await.unwrap();
+    assert!(matches!(
+        cluster.up[&1].transfer(None).await,
+        Err(Error::NotLeader { leader: Some(3) })
+    ));
+    assert!(is_membership_error(cluster.up[&3].transfer(Some(9)).await));
+    cluster.kill(1);
+    sleep(LEASE).await;
+    assert!(is_membership_error(cluster.up[&3].transfer(Some(1)).await));
+    cluster.restart(1).await;
+    cluster.up[&1].linearizable().await.unwrap();
+    // An orderly stop hands over as well: no election has to time out.
+    let started = Instant::now();
+    cluster.stop(3).await;
+    let new = cluster.leader().await;
+    assert!(new != 3 && started.elapsed() < LEASE, "{:?}", started.elapsed());
+    cluster.up[&new].propose(b"two".to_vec()).await.unwrap();
+    assert_eq!(cluster.commands(new).last().unwrap(), b"two");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_fails_leaves_a_leader_that_works() {
+    let cluster = Cluster::of(51, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    // The target answers the leader but reaches nobody itself.
+    cluster.links.cut_one_way(3, 1, true);
+    cluster.links.cut_one_way(3, 2, true);
+    let transferred = cluster.up[&1].transfer(Some(3)).await;
+    assert!(transferred.is_err(), "{transferred:?}");
+    let leader = cluster.leader_of(&[1, 2]).await;
+    propose_surely(&cluster.up[&leader], b"after").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_joiner_on_an_empty_store_waits_and_founds_nothing() {
+    let mut cluster = Cluster::new(60);
+    let joiner = cluster.start(2, Start::Join).await;
+    sleep(Duration::from_secs(30)).await;
+    let leadership = joiner.leadership().borrow().clone();
+    assert!(!leadership.leads && leadership.leader.is_none());
+    assert_eq!(joiner.metrics().term, 0);
+    assert!(joiner.membership().voters.is_empty());
+    let refused = joiner.propose(b"x".to_vec()).await.unwrap_err();
+    assert_eq!(refused, ProposeError::Timeout);
+    let first = cluster.start(1, Start::Found).await;
+    first.linearizable().await.unwrap();
+    first.add_learner(2, "memory:2".to_owned()).await.unwrap();
+    cluster.caught_up(&first, 2).await;
+    joiner.propose(b"x".to_vec()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_three_start_again_with_everything() {
+    let mut cluster = Cluster::of(70, 3).await;
+    for number in 0..30u8 {
+        propose_surely(&cluster.up[&(1 + u64::from(number) % 3)], &[number]).await;
+    }
+    for member in 1..=3 {
+        cluster.kill(member);
+    }
+    for member in 1..=3 {
+        cluster.restart(member).await;
+    }
+    let leader = cluster.leader().await;
+    propose_surely(&cluster.up[&leader], b"again").await;
+    for member in 1..=3 {
+        cluster.up[&member].linearizable().await.unwrap();
+        assert_eq!(cluster.commands(member).len(), 31, "member {member}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_that_make_no_sense_are_errors() {
+    let cluster = Cluster::of(80, 3).await;
+    let replica = &cluster.up[&2];
+    let mut random = fastrand::Rng::with_seed(80);
+    for _ in 0..2000 {
+        let mut bytes: Vec<u8> = (0..random.usize(0..200)).map(|_| random.u8(..)).collect();
+        if random.bool()
+            && let Some(first) = bytes.first_mut()
+        {
+            *first = 1;
+        }
+        let answered = replica.answer(1, &bytes).await;
+        assert!(matches!(answered, Err(Error::Refused { from: 1, .. })), "{bytes:?}");
+    }
+    cluster.up[&1].propose(b"well".to_vec()).await.unwrap();
+}
