@@ -16,7 +16,7 @@ use coordinator::validator::socket::Dial;
 use coordinator_core::state_machine::command::PayProfile;
 use coordinator_core::state_machine::{Command, Faults};
 use protocol::link::RegistryHeaders;
-use replica::{Config, Health, Replica, Pace, SnapshotPolicy, Timing, Writer};
+use replica::{Config, Health, Pace, Replica, SnapshotPolicy, Timing, Writer};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};

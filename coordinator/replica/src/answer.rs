@@ -64,10 +64,12 @@ impl Replica {
             Request::Snapshot(chunk) => self.take_chunk(from, chunk).await,
             Request::Transfer(transfer) => {
                 let handled = inner.raft.handle_transfer_leader(transfer.into_rpc()).await;
-                Ok(match handled.map_err(|fatal: Fatal<Types>| self.failed(&fatal))? {
-                    Ok(()) => Answer::Transferring,
-                    Err(why) => Answer::NotTransferring(why.to_string()),
-                })
+                Ok(
+                    match handled.map_err(|fatal: Fatal<Types>| self.failed(&fatal))? {
+                        Ok(()) => Answer::Transferring,
+                        Err(why) => Answer::NotTransferring(why.to_string()),
+                    },
+                )
             }
             Request::Propose { within_ms, commands } => {
                 let within = Duration::from_millis(within_ms).min(inner.timeout);

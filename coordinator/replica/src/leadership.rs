@@ -31,7 +31,10 @@ pub struct Leadership {
 
 /// Whether only this member votes.
 pub(crate) fn is_only_voter(metrics: &RaftMetrics<Types>) -> bool {
-    metrics.membership_config.voter_ids().all(|voter| voter == metrics.id)
+    metrics
+        .membership_config
+        .voter_ids()
+        .all(|voter| voter == metrics.id)
 }
 
 /// Until when this member leads, if it does: `None` when it does not, else the end of the lease, which a

@@ -14,7 +14,7 @@ use crate::Replica;
 use crate::error::Error;
 use crate::leadership::is_only_voter;
 use crate::proposer::Backoff;
-use crate::raft::{Types, spawn};
+use crate::raft::{RaftVote, Types, spawn};
 
 /// Members with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -190,8 +190,8 @@ impl Replica {
     /// Hands the lead to `to`, or to the voter that has come farthest. Returns when another member leads.
     ///
     /// # Errors
-    /// `NotLeader`; `Membership` when it is not a voter or does not answer; `Timeout` when it did not take
-    /// over, in which case this member leads on; `Stopped` or `Failed`.
+    /// `NotLeader`, also when a third member took over; `Membership` when it is not a voter or does not answer;
+    /// `Timeout` when nobody took over, in which case this member leads on; `Stopped` or `Failed`.
     pub async fn transfer(&self, to: Option<u64>) -> Result<(), Error> {
         let lease = self.0.lease;
         let (own, target) = {
@@ -209,7 +209,7 @@ impl Replica {
         }
         let known = self.membership();
         let answers = self.progress().get(&target).and_then(|it| it.answered_ago);
-        if !known.voters.contains_key(&target) || answers.is_none_or(|ago| ago > lease) {
+        if !known.voters.contains_key(&target) || answers.is_none_or(|ago| ago >= lease) {
             let reason = format!("member {target} is not a voter that answers");
             return Err(Error::Membership(reason));
         }
@@ -218,8 +218,10 @@ impl Replica {
             let trigger = self.0.raft.trigger();
             let triggered = self.0.seed.scope(trigger.transfer_leader(target));
             triggered.await.map_err(|fatal| self.failed(&fatal))?;
-            if self.other_leads(&own, Instant::now() + lease).await? {
-                return Ok(());
+            match self.other_leader(&own, Instant::now() + lease).await? {
+                Some(leader) if leader == target || to.is_none() => return Ok(()),
+                Some(leader) => return Err(Error::NotLeader { leader: Some(leader) }),
+                None => {}
             }
         }
         // The library refuses commands for ever after a transfer that failed: stand for election again.
@@ -243,8 +245,8 @@ impl Replica {
         best.map(|(member, _)| *member).ok_or_else(nobody)
     }
 
-    /// Waits until another member leads; false at the deadline.
-    async fn other_leads(&self, own: &crate::raft::RaftVote, deadline: Instant) -> Result<bool, Error> {
+    /// Waits until another member leads; none at the deadline.
+    async fn other_leader(&self, own: &RaftVote, deadline: Instant) -> Result<Option<u64>, Error> {
         let mut metrics = self.0.raft.metrics();
         loop {
             {
@@ -252,13 +254,13 @@ impl Replica {
                 if let Err(fatal) = &now.running_state {
                     return Err(self.failed(fatal));
                 }
-                let moved = now.vote.leader_id != own.leader_id;
-                if moved && now.current_leader.is_some_and(|leader| leader != now.id) {
-                    return Ok(true);
+                let other = now.current_leader.filter(|leader| *leader != now.id);
+                if now.vote.leader_id != own.leader_id && other.is_some() {
+                    return Ok(other);
                 }
             }
             match timeout_at(deadline, metrics.changed()).await {
-                Err(_) => return Ok(false),
+                Err(_) => return Ok(None),
                 Ok(Err(_)) => return Err(Error::Stopped),
                 Ok(Ok(())) => {}
             }

@@ -192,9 +192,9 @@ impl RaftNetworkV2<Types> for Peer {
         let within = APPEND_MAX.mul_f64(1.0 + bytes as f64 / wire::APPEND_BYTES as f64);
         match self.ask(&Request::Append(append), within).await? {
             Answer::Appended => Ok(AppendEntriesResponse::Success),
-            Answer::AppendedUpTo(upto) => Ok(AppendEntriesResponse::PartialSuccess(
-                upto.map(RaftLogId::from),
-            )),
+            Answer::AppendedUpTo(upto) => {
+                Ok(AppendEntriesResponse::PartialSuccess(upto.map(RaftLogId::from)))
+            }
             Answer::Conflict => Ok(AppendEntriesResponse::Conflict),
             Answer::HigherBallot(ballot) => Ok(AppendEntriesResponse::HigherVote(ballot.into())),
             _ => Err(self.unexpected().into()),

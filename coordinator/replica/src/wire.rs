@@ -154,13 +154,18 @@ impl Append {
 
     pub(crate) fn into_rpc(self) -> Result<AppendEntriesRequest<Types>, Fault> {
         let mut entries = Vec::new();
-        let mut next = self.previous.map_or(0, |position| position.index + 1);
-        for sealed in &self.entries {
+        let first = match self.previous {
+            None => 0,
+            Some(position) => position
+                .index
+                .checked_add(1)
+                .ok_or(Fault::Damaged("a log without room"))?,
+        };
+        for (index, sealed) in (first..).zip(&self.entries) {
             let entry = decode_entry(&sealed.0)?;
-            if entry.log_id.index != next {
+            if entry.log_id.index != index {
                 return Err(Fault::Damaged("log entries are not consecutive"));
             }
-            next += 1;
             entries.push(entry);
         }
         Ok(AppendEntriesRequest {

@@ -77,7 +77,10 @@ async fn a_killed_leader_loses_nothing_acknowledged_and_writes_go_on() {
                 cluster.up[&member].linearizable().await.unwrap();
                 let applied = cluster.commands(member);
                 for command in &acknowledged {
-                    assert!(applied.contains(command), "seed {seed}, member {member}: {command:?}");
+                    assert!(
+                        applied.contains(command),
+                        "seed {seed}, member {member}: {command:?}"
+                    );
                 }
             }
         }
@@ -181,13 +184,18 @@ async fn members_are_added_replaced_and_removed() {
     let first = cluster.up[&leader].clone();
     first.propose(b"before".to_vec()).await.unwrap();
     // One that is no member yet cannot vote.
-    assert!(is_membership_error(first.set_voters(BTreeSet::from([1, 2, 9])).await));
+    assert!(is_membership_error(
+        first.set_voters(BTreeSet::from([1, 2, 9])).await
+    ));
     assert!(is_membership_error(first.set_voters(BTreeSet::new()).await));
     cluster.kill(3);
     cluster.start(4, Start::Join).await;
     first.add_learner(4, "memory:4".to_owned()).await.unwrap();
     first.add_learner(4, "memory:4".to_owned()).await.unwrap();
-    assert_eq!(first.membership().learners.keys().copied().collect::<Vec<_>>(), [4]);
+    assert_eq!(
+        first.membership().learners.keys().copied().collect::<Vec<_>>(),
+        [4]
+    );
     cluster.caught_up(&first, 4).await;
     first.set_voters(BTreeSet::from([1, 2, 4])).await.unwrap();
     let known = first.membership();
@@ -248,7 +256,8 @@ async fn a_transfer_that_fails_leaves_a_leader_that_works() {
     cluster.links.cut_one_way(3, 2, true);
     let transferred = cluster.up[&1].transfer(Some(3)).await;
     assert!(transferred.is_err(), "{transferred:?}");
-    let leader = cluster.leader_of(&[1, 2]).await;
+    let leader = cluster.leader().await;
+    assert_ne!(leader, 3);
     propose_surely(&cluster.up[&leader], b"after").await;
 }
 
@@ -303,7 +312,10 @@ async fn requests_that_make_no_sense_are_errors() {
             *first = 1;
         }
         let answered = replica.answer(1, &bytes).await;
-        assert!(matches!(answered, Err(Error::Refused { from: 1, .. })), "{bytes:?}");
+        assert!(
+            matches!(answered, Err(Error::Refused { from: 1, .. })),
+            "{bytes:?}"
+        );
     }
     cluster.up[&1].propose(b"well".to_vec()).await.unwrap();
 }

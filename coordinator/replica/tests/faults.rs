@@ -54,7 +54,13 @@ async fn lives_of_a_machine(seed: u64) {
         disks.power.fail_after(Some(random.u64(1..250)));
         let (machine, _) = Journal::new();
         // The power may go while the store is being opened: that is a life as well.
-        if let Ok(replica) = Replica::open(config(&disks, seed), machine, std::sync::Arc::new(replica::Unconnected)).await {
+        if let Ok(replica) = Replica::open(
+            config(&disks, seed),
+            machine,
+            std::sync::Arc::new(replica::Unconnected),
+        )
+        .await
+        {
             load(&replica, &mut next, &mut acknowledged, &mut random).await;
             replica.shutdown().await;
         }

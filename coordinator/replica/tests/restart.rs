@@ -36,7 +36,13 @@ async fn a_replica_dropped_without_shutdown_loses_nothing() {
     // The files are free once the last task of the dropped replica has ended.
     let (replica, published) = loop {
         let (machine, published) = support::Journal::new();
-        match replica::Replica::open(files(directory.path()), machine, std::sync::Arc::new(replica::Unconnected)).await {
+        match replica::Replica::open(
+            files(directory.path()),
+            machine,
+            std::sync::Arc::new(replica::Unconnected),
+        )
+        .await
+        {
             Ok(replica) => break (replica, published),
             Err(replica::Error::AlreadyOpen { .. }) => tokio::task::yield_now().await,
             Err(error) => panic!("{error}"),

@@ -1,5 +1,7 @@
 //! Several members in one process on simulated time, over links in memory that can be cut.
 
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of this")]
+
 use futures_util::future::BoxFuture;
 use replica::{Config, Error, Pace, Progress, Replica, Start, Timing, Transport, Unreachable};
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,7 +106,7 @@ impl Transport for End {
         request: Vec<u8>,
         within: Duration,
     ) -> BoxFuture<'a, Result<Vec<u8>, Unreachable>> {
-        let lost = |what: &str| Unreachable {
+        let lost = move |what: &str| Unreachable {
             reason: format!("{what} {} -> {member}", self.from),
         };
         Box::pin(async move {
@@ -240,10 +242,7 @@ impl Cluster {
                 .copied()
                 .collect()
         };
-        eventually("one member leads", Duration::from_secs(20), || {
-            leads().len() == 1
-        })
-        .await;
+        eventually("one member leads", Duration::from_secs(20), || leads().len() == 1).await;
         leads()[0]
     }
 

@@ -107,7 +107,9 @@ pub fn files(directory: &Path) -> Config {
 
 pub async fn open(config: Config) -> (Replica, Arc<Mutex<Published>>) {
     let (machine, published) = Journal::new();
-    let replica = Replica::open(config, machine, Arc::new(replica::Unconnected)).await.expect("the store is sound");
+    let replica = Replica::open(config, machine, Arc::new(replica::Unconnected))
+        .await
+        .expect("the store is sound");
     (replica, published)
 }
 
