@@ -26,6 +26,8 @@ pub(crate) const CHUNK_BYTES: usize = 1024 * 1024;
 /// Bytes of log entries in one append, unless a single entry is larger.
 pub(crate) const APPEND_BYTES: usize = 1024 * 1024;
 
+/// No log gets this long; keeps nonsense out of arithmetic.
+const INDEX_MAX: u64 = 1 << 62;
 const VERSION: u8 = 1;
 
 /// Bytes that postcard copies as a whole.
@@ -156,10 +158,8 @@ impl Append {
         let mut entries = Vec::new();
         let first = match self.previous {
             None => 0,
-            Some(position) => position
-                .index
-                .checked_add(1)
-                .ok_or(Fault::Damaged("a log without room"))?,
+            Some(position) if position.index < INDEX_MAX => position.index + 1,
+            Some(_) => return Err(Fault::Damaged("a log of that length cannot be")),
         };
         for (index, sealed) in (first..).zip(&self.entries) {
             let entry = decode_entry(&sealed.0)?;
