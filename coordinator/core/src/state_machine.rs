@@ -4,7 +4,7 @@
 //! Proposal { request, at, guard, command } --> apply --> State (tables of rows) + Outbox + desired sets
 //! ```
 //!
-//! Reading order: the nouns ([`server`], [`chute`], [`deployment`], [`job`]), then [`effect`] and
+//! Reading order: the nouns ([`host`], [`server`], [`chute`], [`deployment`], [`job`]), then [`effect`] and
 //! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`] and [`reconcile`],
 //! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
 //! how commands and rows become bytes. A noun's file knows nothing of `State`.
@@ -16,6 +16,7 @@ pub mod command;
 pub mod deployment;
 pub mod desired;
 pub mod effect;
+pub mod host;
 pub mod invariant;
 pub mod job;
 pub mod outbox;
@@ -26,6 +27,7 @@ pub mod state;
 pub mod table;
 
 mod enrolment;
+mod joining;
 mod lifecycle;
 mod observe;
 

@@ -8,6 +8,7 @@ use coordinator_core::state_machine::codec::{
 };
 use coordinator_core::state_machine::command::{Answer, RequestId};
 use coordinator_core::state_machine::effect::EffectOutcome;
+use coordinator_core::state_machine::host::{Invite, InviteId, NewHost, Pin};
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
 use protocol::id::{ConfigId, InstanceId, ServerId};
 use protocol::report::{HostFacts, WorkloadReport};
@@ -42,11 +43,58 @@ fn facts() -> HostFacts {
     }
 }
 
+fn new_host() -> NewHost {
+    NewHost {
+        server: server(),
+        name: "host-1".to_owned(),
+        site: "here".to_owned(),
+        address: "203.0.113.1:4433".to_owned(),
+        key_hash: [9; 32],
+    }
+}
+
 #[test]
 fn proposals_of_form_1_are_read() {
     let config = ConfigId::parse("config-1").unwrap();
     let rows = [
         (proposal(Command::PassTime), PASS_TIME),
+        (
+            proposal(Command::FoundCluster {
+                authority_pem: "pem".to_owned(),
+                sealed_key: vec![1, 2],
+                founder: new_host(),
+            }),
+            FOUND_CLUSTER,
+        ),
+        (
+            proposal(Command::InviteHost {
+                id: InviteId(300),
+                invite: Invite {
+                    secret_hash: [7; 32],
+                    expires_at: UnixMillis(1_800_000_600_000),
+                    eligible: true,
+                    site: Some("here".to_owned()),
+                    used_by: None,
+                },
+            }),
+            INVITE_HOST,
+        ),
+        (
+            proposal(Command::JoinHost {
+                id: InviteId(300),
+                secret_hash: [7; 32],
+                host: new_host(),
+            }),
+            JOIN_HOST,
+        ),
+        (proposal(Command::RemoveHost { server: server() }), REMOVE_HOST),
+        (
+            proposal(Command::PinHost {
+                server: server(),
+                pin: Pin::Never,
+            }),
+            PIN_HOST,
+        ),
         (
             proposal(Command::LockServer {
                 server: server(),
@@ -152,6 +200,11 @@ fn rows_of_form_1_are_written_alike() {
     assert_eq!(hex::encode(hash.finalize()), ROWS_SHA256);
 }
 
+const FOUND_CLUSTER: &str = "000780a0f1c2b134001a0370656d020102087365727665722d3106686f73742d310468657265103230332e302e3131332e313a343433330909090909090909090909090909090909090909090909090909090909090909";
+const INVITE_HOST: &str = "000780a0f1c2b134001bac020707070707070707070707070707070707070707070707070707070707070707c0ef95c3b1340101046865726500";
+const JOIN_HOST: &str = "000780a0f1c2b134001cac020707070707070707070707070707070707070707070707070707070707070707087365727665722d3106686f73742d310468657265103230332e302e3131332e313a343433330909090909090909090909090909090909090909090909090909090909090909";
+const REMOVE_HOST: &str = "000780a0f1c2b134001d087365727665722d31";
+const PIN_HOST: &str = "000780a0f1c2b134001e087365727665722d3102";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

@@ -155,6 +155,20 @@ impl State {
             Command::PlaceDeployment(placement) => self.place(placement),
             Command::FinishEffect { effect, outcome } => self.finish_effect(effect, outcome),
             Command::PassTime => self.pass_time(),
+
+            Command::FoundCluster {
+                authority_pem,
+                sealed_key,
+                founder,
+            } => self.found_cluster(authority_pem, sealed_key, founder),
+            Command::InviteHost { id, invite } => self.invite_host(id, invite),
+            Command::JoinHost {
+                id,
+                secret_hash,
+                host,
+            } => self.join_host(id, &secret_hash, host),
+            Command::RemoveHost { server } => self.remove_host(&server),
+            Command::PinHost { server, pin } => self.pin_host(&server, pin),
         }
     }
 
@@ -272,7 +286,12 @@ impl State {
             .filter(|(place, (gone_at, _))| *place < surplus || now.since(*gone_at) >= AUDIT_MEMORY_MS)
             .map(|(_, (_, id))| id)
             .collect();
-        let count = requests.len() + guards.len() + bounties.len() + jobs.len() + audits.len();
+        let invites = self.old_invites(now);
+        let count =
+            requests.len() + guards.len() + bounties.len() + jobs.len() + audits.len() + invites.len();
+        for invite in invites {
+            self.invites.remove(&invite);
+        }
         for request in requests {
             self.answers.remove(&request);
         }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::chute::{ChuteKey, VersionKey};
 use super::command::{Answer, Proposal, RequestId};
 use super::effect::{Effect, EffectId};
+use super::host::InviteId;
 use super::state::{Faults, State};
 use super::table::Table;
 
@@ -91,6 +92,9 @@ macro_rules! tables {
         $each!(10, strangers, InstanceId);
         $each!(12, answers, RequestId);
         $each!(13, guards, [u8; 32]);
+        $each!(14, hosts, ServerId);
+        $each!(15, invites, InviteId);
+        $each!(16, cluster, u8);
     };
 }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use super::deployment::{Phase, StopReason};
 use super::effect::{EffectId, EffectOutcome};
+use super::host::{Invite, InviteId, KeyHash, NewHost, Pin};
 
 /// Names a write, so that a repeated one is not applied twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -302,6 +303,44 @@ pub enum Command {
     },
     /// Time passed: deadlines are due, old memories go.
     PassTime,
+
+    /// The first host founds the cluster. Only the first one counts.
+    FoundCluster {
+        /// Certificate of its authority, as PEM.
+        authority_pem: String,
+        /// The authority's private key, sealed.
+        sealed_key: Vec<u8>,
+        /// The first host, which becomes the first member.
+        founder: NewHost,
+    },
+    /// A host may come.
+    InviteHost {
+        /// Which invitation.
+        id: InviteId,
+        /// What it is good for.
+        invite: Invite,
+    },
+    /// A host comes.
+    JoinHost {
+        /// With which invitation.
+        id: InviteId,
+        /// SHA-256 of the invitation's secret.
+        secret_hash: KeyHash,
+        /// Who it is.
+        host: NewHost,
+    },
+    /// A host goes, and its certificate is worthless from now on.
+    RemoveHost {
+        /// Which.
+        server: ServerId,
+    },
+    /// Whether a member should vote.
+    PinHost {
+        /// Which.
+        server: ServerId,
+        /// What the operator wants.
+        pin: Pin,
+    },
 }
 
 /// The answer to an accepted command.
@@ -313,6 +352,11 @@ pub enum Reply {
     Unchanged,
     /// These deployments are being stopped.
     Stopping(Vec<DeploymentId>),
+    /// The host belongs to us.
+    Joined {
+        /// Its member id, if it is eligible.
+        member: Option<u64>,
+    },
 }
 
 /// A rule said no; nothing changed. The same on every member.
@@ -374,6 +418,29 @@ pub enum Rejection {
         /// Where it is.
         phase: Phase,
     },
+    /// There is no cluster yet.
+    #[error("the cluster is not founded yet: try again in a moment")]
+    NotFounded,
+    /// An invitation that is not good.
+    #[error("the invitation {0}")]
+    Invitation(String),
+    /// The host belongs to us already.
+    #[error("host {0} has joined already: remove it first with `chutes-miner host remove`")]
+    AlreadyJoined(ServerId),
+    /// The host has work.
+    #[error("host {server} has {deployments} deployments: `chutes-miner delete-node` drains it first")]
+    HostInUse {
+        /// Which.
+        server: ServerId,
+        /// How many.
+        deployments: u64,
+    },
+    /// Nobody would be left to lead.
+    #[error("host {0} is the only member: invite another eligible host first")]
+    LastMember(ServerId),
+    /// Only eligible hosts can vote.
+    #[error("host {0} is not eligible: it has no seed")]
+    NotEligible(ServerId),
 }
 
 /// What a proposal is answered with.

@@ -14,7 +14,31 @@ pub fn violations(state: &State) -> Vec<String> {
     names_are_used_once(state, &mut found);
     phases_fit_their_facts(state, &mut found);
     nothing_dangles(state, &mut found);
+    members_are_told_apart(state, &mut found);
     found
+}
+
+/// No member id and no key is used twice, and none is above the count.
+fn members_are_told_apart(state: &State, found: &mut Vec<String>) {
+    let next = state.cluster().map_or(0, |cluster| cluster.next_member);
+    let (mut members, mut keys) = (BTreeSet::new(), BTreeSet::new());
+    for record in state.hosts().values() {
+        let server = &record.host.server;
+        if record
+            .member
+            .is_some_and(|member| member >= next || !members.insert(member))
+        {
+            found.push(format!(
+                "2: host {server} has the member id of another: {:?}",
+                record.member
+            ));
+        }
+        for key in record.former_keys.iter().chain([&record.host.key_hash]) {
+            if !keys.insert(key) {
+                found.push(format!("2: host {server} has a key that was used before"));
+            }
+        }
+    }
 }
 
 fn gpus_have_one_holder(state: &State, found: &mut Vec<String>) {

@@ -11,6 +11,7 @@ use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
 use super::command::{Answer, PayProfile, RequestId};
 use super::deployment::{Audit, Deployment};
 use super::effect::{Effect, EffectId, EffectKind, Subject};
+use super::host::{Cluster, HostRecord, Invite, InviteId};
 use super::job::Job;
 use super::outbox::Outbox;
 use super::server::{Gpu, Server};
@@ -100,6 +101,10 @@ pub struct State {
     pub(crate) outbox: Outbox,
     pub(crate) answers: Table<RequestId, Answered>,
     pub(crate) guards: Table<[u8; 32], UnixMillis>,
+    pub(crate) hosts: Table<ServerId, HostRecord>,
+    pub(crate) invites: Table<InviteId, Invite>,
+    /// One row, under 0, once it is founded.
+    pub(crate) cluster: Table<u8, Cluster>,
     index: Index,
 }
 

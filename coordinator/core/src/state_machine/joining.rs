@@ -1,0 +1,464 @@
+//! Rules of founding, inviting, joining, removing and pinning.
+
+use protocol::id::ServerId;
+use protocol::time::UnixMillis;
+
+use super::command::{Answer, Rejection, Reply};
+use super::host::{Cluster, FIRST_MEMBER, HostRecord, Invite, InviteId, KeyHash, NewHost, Pin, Standing};
+use super::state::State;
+use super::table::Table;
+
+/// Used and expired invitations are remembered so long, in ms: who comes late is told why.
+const INVITE_MEMORY_MS: u64 = 24 * 60 * 60_000;
+
+impl State {
+    /// The cluster, once it is founded.
+    #[must_use]
+    pub fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.get(&0)
+    }
+
+    /// Hosts that were let in once, also those that were removed.
+    #[must_use]
+    pub fn hosts(&self) -> &Table<ServerId, HostRecord> {
+        &self.hosts
+    }
+
+    /// Invitations that were given out.
+    #[must_use]
+    pub fn invites(&self) -> &Table<InviteId, Invite> {
+        &self.invites
+    }
+
+    /// The member with this id, if it belongs to us.
+    #[must_use]
+    pub fn member(&self, member: u64) -> Option<&HostRecord> {
+        let mut hosts = self.hosts.values();
+        hosts.find(|record| record.is_in() && record.member == Some(member))
+    }
+
+    /// What is known of the owner of a key.
+    #[must_use]
+    pub fn standing(&self, key: &KeyHash) -> Standing<'_> {
+        for record in self.hosts.values() {
+            if record.host.key_hash == *key {
+                return if record.is_in() {
+                    Standing::In(record)
+                } else {
+                    Standing::Removed(record)
+                };
+            }
+            if record.former_keys.contains(key) {
+                return Standing::Removed(record);
+            }
+        }
+        Standing::Unknown
+    }
+
+    pub(crate) fn found_cluster(
+        &mut self,
+        authority_pem: String,
+        sealed_key: Vec<u8>,
+        founder: NewHost,
+    ) -> Answer {
+        if self.cluster().is_some() {
+            return Ok(Reply::Unchanged);
+        }
+        let now = self.settings.now;
+        self.cluster.insert(
+            0,
+            Cluster {
+                authority_pem,
+                sealed_key,
+                next_member: FIRST_MEMBER,
+                founded_at: now,
+            },
+        );
+        self.let_in(founder, true);
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn invite_host(&mut self, id: InviteId, invite: Invite) -> Answer {
+        if self.cluster().is_none() {
+            return Err(Rejection::NotFounded);
+        }
+        if self.invites.contains_key(&id) {
+            return Ok(Reply::Unchanged);
+        }
+        self.invites.insert(id, invite);
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn join_host(&mut self, id: InviteId, secret_hash: &KeyHash, mut host: NewHost) -> Answer {
+        let refused = |why: &str| Err(Rejection::Invitation(why.to_owned()));
+        let now = self.settings.now;
+        let Some(invite) = self
+            .invites
+            .get(&id)
+            .filter(|invite| invite.secret_hash == *secret_hash)
+        else {
+            return refused(
+                "is not known here: it belongs to another cluster, or is a day old; ask for a new one",
+            );
+        };
+        if invite.expires_at <= now {
+            return refused("has expired: ask for a new one with `chutes-miner host invite`");
+        }
+        let eligible = invite.eligible;
+        if let Some(site) = &invite.site {
+            host.site.clone_from(site);
+        }
+        match invite.used_by {
+            Some(key) if key != host.key_hash => {
+                return refused("was used by another host: each is good once, ask for a new one");
+            }
+            // It asks again: the answer was lost.
+            Some(_) => {
+                let record = self.hosts.get(&host.server);
+                if let Some(record) = record.filter(|record| record.is_in() && record.host == host) {
+                    return Ok(Reply::Joined {
+                        member: record.member,
+                    });
+                }
+            }
+            None => {}
+        }
+        if let Some(record) = self.hosts.get(&host.server)
+            && record.is_in()
+        {
+            return Err(Rejection::AlreadyJoined(host.server));
+        }
+        let has_the_name = |record: &HostRecord| record.is_in() && record.host.name == host.name;
+        if self.hosts.values().any(has_the_name) {
+            return Err(Rejection::NameTaken(host.name));
+        }
+        if !matches!(self.standing(&host.key_hash), Standing::Unknown) {
+            return refused("cannot be used with a key that a host had before: make a new one");
+        }
+        if let Some(invite) = self.invites.get_mut(&id) {
+            invite.used_by = Some(host.key_hash);
+        }
+        let member = self.let_in(host, eligible);
+        Ok(Reply::Joined { member })
+    }
+
+    fn let_in(&mut self, host: NewHost, eligible: bool) -> Option<u64> {
+        let member = if eligible { self.next_member() } else { None };
+        let mut former_keys = Vec::new();
+        if let Some(before) = self.hosts.remove(&host.server) {
+            former_keys = before.former_keys;
+            former_keys.push(before.host.key_hash);
+        }
+        let record = HostRecord {
+            member,
+            pin: Pin::Auto,
+            joined_at: self.settings.now,
+            revoked_at: None,
+            former_keys,
+            host,
+        };
+        self.hosts.insert(record.host.server.clone(), record);
+        member
+    }
+
+    fn next_member(&mut self) -> Option<u64> {
+        let cluster = self.cluster.get_mut(&0)?;
+        let member = cluster.next_member;
+        cluster.next_member += 1;
+        Some(member)
+    }
+
+    pub(crate) fn remove_host(&mut self, server: &ServerId) -> Answer {
+        let now = self.settings.now;
+        let record = self.hosts.get(server).ok_or_else(|| unknown(server))?;
+        if !record.is_in() {
+            return Ok(Reply::Unchanged);
+        }
+        let deployments = self.deployments_on(server).count();
+        if deployments > 0 {
+            return Err(Rejection::HostInUse {
+                server: server.clone(),
+                deployments: u64::try_from(deployments).unwrap_or(u64::MAX),
+            });
+        }
+        let is_other_member =
+            |other: &HostRecord| other.is_in() && other.member.is_some() && other.host.server != *server;
+        if record.member.is_some() && !self.hosts.values().any(is_other_member) {
+            return Err(Rejection::LastMember(server.clone()));
+        }
+        if let Some(record) = self.hosts.get_mut(server) {
+            record.revoked_at = Some(now);
+        }
+        Ok(Reply::Done)
+    }
+
+    pub(crate) fn pin_host(&mut self, server: &ServerId, pin: Pin) -> Answer {
+        let record = self.hosts.get(server).filter(|record| record.is_in());
+        let record = record.ok_or_else(|| unknown(server))?;
+        if record.member.is_none() {
+            return Err(Rejection::NotEligible(server.clone()));
+        }
+        if record.pin == pin {
+            return Ok(Reply::Unchanged);
+        }
+        if let Some(record) = self.hosts.get_mut(server) {
+            record.pin = pin;
+        }
+        Ok(Reply::Done)
+    }
+
+    /// Invitations that nobody needs to be told about any more.
+    pub(crate) fn old_invites(&self, now: UnixMillis) -> Vec<InviteId> {
+        let old = |invite: &Invite| now.since(invite.expires_at) >= INVITE_MEMORY_MS;
+        self.invites
+            .iter()
+            .filter(|(_, invite)| old(invite))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+}
+
+fn unknown(server: &ServerId) -> Rejection {
+    Rejection::Unknown {
+        kind: "host".to_owned(),
+        name: server.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state_machine::command::{Command, Proposal, RequestId};
+    use crate::state_machine::{Faults, apply, invariant};
+
+    /// A state with the number of its next request.
+    struct World(State, u128);
+
+    impl World {
+        fn founded() -> Self {
+            let mut world = Self(State::new(Faults::none()), 0);
+            let founded = world.at(1000, found("founder", 1));
+            assert_eq!(founded, Ok(Reply::Done));
+            world
+        }
+
+        fn at(&mut self, at: u64, command: Command) -> Answer {
+            self.1 += 1;
+            let (request, at) = (RequestId(self.1), UnixMillis(at));
+            let answer = apply(
+                &mut self.0,
+                Proposal {
+                    request,
+                    at,
+                    guard: None,
+                    command,
+                },
+            );
+            assert_eq!(invariant::violations(&self.0), Vec::<String>::new());
+            answer
+        }
+
+        fn invite(&mut self, id: u128, eligible: bool) {
+            let invite = Invite {
+                secret_hash: [7; 32],
+                expires_at: UnixMillis(10_000),
+                eligible,
+                site: None,
+                used_by: None,
+            };
+            let id = InviteId(id);
+            assert_eq!(self.at(2000, Command::InviteHost { id, invite }), Ok(Reply::Done));
+        }
+
+        fn record(&self, server: &str) -> &HostRecord {
+            self.0.hosts().get(&id(server)).expect("it has joined")
+        }
+    }
+
+    fn id(server: &str) -> ServerId {
+        ServerId::parse(server).expect("a good id")
+    }
+
+    fn host(server: &str, key: u8) -> NewHost {
+        NewHost {
+            server: id(server),
+            name: format!("name-{server}"),
+            site: String::new(),
+            address: format!("{server}:4433"),
+            key_hash: [key; 32],
+        }
+    }
+
+    fn found(server: &str, key: u8) -> Command {
+        Command::FoundCluster {
+            authority_pem: "certificate".to_owned(),
+            sealed_key: vec![1],
+            founder: host(server, key),
+        }
+    }
+
+    fn join(invite: u128, server: &str, key: u8) -> Command {
+        Command::JoinHost {
+            id: InviteId(invite),
+            secret_hash: [7; 32],
+            host: host(server, key),
+        }
+    }
+
+    fn joined(member: Option<u64>) -> Answer {
+        Ok(Reply::Joined { member })
+    }
+
+    fn is_refused(answer: &Answer, why: &str) -> bool {
+        matches!(answer, Err(rejection) if rejection.to_string().contains(why))
+    }
+
+    #[test]
+    fn the_first_founder_is_the_first_member_and_the_only_founder() {
+        let mut world = World::founded();
+        assert_eq!(world.at(2000, found("other", 2)), Ok(Reply::Unchanged));
+        assert_eq!(world.record("founder").member, Some(FIRST_MEMBER));
+        assert_eq!(world.0.hosts().len(), 1);
+    }
+
+    #[test]
+    fn an_invitation_is_good_once_and_its_answer_may_be_repeated() {
+        let mut world = World::founded();
+        world.invite(1, true);
+        assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
+        assert_eq!(
+            world.at(3000, join(1, "b", 2)),
+            joined(Some(2)),
+            "the answer was lost"
+        );
+        assert!(is_refused(
+            &world.at(3000, join(1, "c", 3)),
+            "was used by another host"
+        ));
+        assert!(is_refused(&world.at(3000, join(9, "c", 3)), "is not known here"));
+        world.invite(2, false);
+        assert_eq!(world.at(3000, join(2, "c", 3)), joined(None), "an observer");
+        world.invite(3, true);
+        assert!(is_refused(&world.at(10_000, join(3, "d", 4)), "has expired"));
+        let wrong = Command::JoinHost {
+            id: InviteId(3),
+            secret_hash: [8; 32],
+            host: host("d", 4),
+        };
+        assert!(is_refused(&world.at(3000, wrong), "is not known here"));
+    }
+
+    #[test]
+    fn names_ids_and_keys_belong_to_one_host() {
+        let mut world = World::founded();
+        for invite in 1..=3 {
+            world.invite(invite, true);
+        }
+        assert!(matches!(
+            world.at(3000, join(1, "founder", 9)),
+            Err(Rejection::AlreadyJoined(_))
+        ));
+        let mut namesake = host("b", 2);
+        namesake.name = "name-founder".to_owned();
+        let command = Command::JoinHost {
+            id: InviteId(1),
+            secret_hash: [7; 32],
+            host: namesake,
+        };
+        assert!(matches!(world.at(3000, command), Err(Rejection::NameTaken(_))));
+        assert!(is_refused(
+            &world.at(3000, join(1, "b", 1)),
+            "a key that a host had before"
+        ));
+        assert_eq!(
+            world.at(3000, join(1, "b", 2)),
+            joined(Some(2)),
+            "nothing was used up by that"
+        );
+    }
+
+    #[test]
+    fn who_was_removed_comes_back_as_somebody_else() {
+        let mut world = World::founded();
+        world.invite(1, true);
+        world.invite(2, true);
+        assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
+        assert_eq!(
+            world.at(4000, Command::RemoveHost { server: id("b") }),
+            Ok(Reply::Done)
+        );
+        assert_eq!(
+            world.at(4000, Command::RemoveHost { server: id("b") }),
+            Ok(Reply::Unchanged)
+        );
+        assert!(matches!(world.0.standing(&[2; 32]), Standing::Removed(_)));
+        assert!(world.0.member(2).is_none());
+        assert!(is_refused(
+            &world.at(5000, join(1, "b", 2)),
+            "a key that a host had before"
+        ));
+        assert_eq!(
+            world.at(5000, join(2, "b", 3)),
+            joined(Some(3)),
+            "an id of its own"
+        );
+        assert!(
+            matches!(world.0.standing(&[2; 32]), Standing::Removed(_)),
+            "the old disk stays out"
+        );
+        assert!(matches!(world.0.standing(&[3; 32]), Standing::In(_)));
+    }
+
+    #[test]
+    fn the_last_member_stays_and_pins_are_for_members() {
+        let mut world = World::founded();
+        let remove = Command::RemoveHost {
+            server: id("founder"),
+        };
+        assert!(matches!(
+            world.at(2000, remove.clone()),
+            Err(Rejection::LastMember(_))
+        ));
+        world.invite(1, false);
+        world.invite(2, true);
+        assert_eq!(world.at(3000, join(1, "b", 2)), joined(None));
+        let pin = |server, pin| Command::PinHost {
+            server: id(server),
+            pin,
+        };
+        assert!(matches!(
+            world.at(3000, pin("b", Pin::Voter)),
+            Err(Rejection::NotEligible(_))
+        ));
+        assert!(
+            matches!(world.at(3000, remove.clone()), Err(Rejection::LastMember(_))),
+            "an observer cannot lead"
+        );
+        assert_eq!(world.at(3000, join(2, "c", 3)), joined(Some(2)));
+        assert_eq!(world.at(3000, pin("c", Pin::Voter)), Ok(Reply::Done));
+        assert_eq!(world.at(3000, pin("c", Pin::Voter)), Ok(Reply::Unchanged));
+        assert_eq!(world.at(3000, remove), Ok(Reply::Done));
+    }
+
+    #[test]
+    fn old_invitations_are_forgotten() {
+        let mut world = World::founded();
+        world.invite(1, true);
+        world
+            .at(10_000 + INVITE_MEMORY_MS - 1, Command::PassTime)
+            .expect("it passes");
+        assert_eq!(world.0.invites().len(), 1);
+        world
+            .at(10_000 + INVITE_MEMORY_MS, Command::PassTime)
+            .expect("it passes");
+        assert_eq!(world.0.invites().len(), 0);
+    }
+
+    #[test]
+    fn words_for_pins_are_read_back() {
+        for pin in [Pin::Auto, Pin::Voter, Pin::Never] {
+            assert_eq!(Pin::parse(pin.as_str()), Some(pin));
+        }
+        assert_eq!(Pin::parse("always"), None);
+    }
+}
