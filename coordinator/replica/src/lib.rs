@@ -10,7 +10,7 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `proposer`, `leadership`, `wire`, `transport`, `answer`, `forward`, `membership`.
+//! `snapshot`, `machine`, `proposer`, `leadership`, `wire`, `transport`, `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{LinearizableReadError, RaftError};
@@ -36,6 +36,7 @@ mod machine;
 mod membership;
 mod open;
 mod proposer;
+pub mod quic;
 mod raft;
 mod snapshot;
 mod state_store;
