@@ -138,8 +138,8 @@ impl Config {
         let limits = [
             ("cluster: must not be empty", !self.cluster.is_empty()),
             (
-                "commands_per_entry_max: at least 1",
-                proposals.commands_per_entry_max > 0,
+                "commands_per_entry_max: 1 to 65536",
+                (1..=1 << 16).contains(&proposals.commands_per_entry_max),
             ),
             (
                 "entry_bytes_max: 1 byte to 4 MiB",

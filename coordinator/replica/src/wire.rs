@@ -65,6 +65,33 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
+/// Elements of a list in one message: each costs memory even when it is empty.
+const LIST_MAX: usize = 1 << 16;
+
+/// Reads a list of bounded length.
+fn bounded<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Bytes>, D::Error> {
+    struct Visitor;
+    impl<'de> serde::de::Visitor<'de> for Visitor {
+        type Value = Vec<Bytes>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "up to {LIST_MAX} elements")
+        }
+
+        fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<Bytes>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(element) = elements.next_element()? {
+                if list.len() == LIST_MAX {
+                    return Err(serde::de::Error::invalid_length(LIST_MAX + 1, &self));
+                }
+                list.push(element);
+            }
+            Ok(list)
+        }
+    }
+    deserializer.deserialize_seq(Visitor)
+}
+
 /// Who stands for, or holds, which term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ballot {
@@ -137,6 +164,7 @@ pub(crate) struct Append {
     pub(crate) ballot: Ballot,
     pub(crate) previous: Option<Position>,
     pub(crate) committed: Option<Position>,
+    #[serde(deserialize_with = "bounded")]
     pub(crate) entries: Vec<Bytes>,
 }
 
@@ -251,6 +279,7 @@ pub(crate) enum Request {
     /// Commands from a member that does not lead, to become one entry.
     Propose {
         within_ms: u64,
+        #[serde(deserialize_with = "bounded")]
         commands: Vec<Bytes>,
     },
     /// Up to where must a read on another member wait?
@@ -332,7 +361,7 @@ pub(crate) enum Answer {
     },
     Transferring,
     NotTransferring(String),
-    Proposed(Vec<Bytes>),
+    Proposed(#[serde(deserialize_with = "bounded")] Vec<Bytes>),
     NotProposed(Refusal),
     ReadAt {
         index: u64,
@@ -421,3 +450,6 @@ pub(crate) fn encode_answer(answer: &Answer) -> Vec<u8> {
 pub(crate) fn decode_answer(bytes: &[u8]) -> Result<Answer, Garbage> {
     decode(bytes)
 }
+
+#[cfg(test)]
+mod tests;

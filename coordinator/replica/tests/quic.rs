@@ -1,5 +1,7 @@
 //! Members over QUIC on loopback, with certificates of their own authority.
 
+#![allow(clippy::unwrap_used, reason = "a panic in a helper is how its test fails")]
+
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, Connection, Endpoint, ServerConfig};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
