@@ -8,6 +8,7 @@ pub mod host_link;
 pub mod identity;
 pub mod leader;
 pub mod member;
+pub mod membership;
 pub mod signer;
 pub mod store;
 pub mod validator;

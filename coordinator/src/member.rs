@@ -17,6 +17,7 @@ use crate::executor::Validators;
 use crate::host_link::{Hub, headers, quic, session};
 use crate::identity::{Authority, IdentityError};
 use crate::leader::{Leader, Listings, Scheduling};
+use crate::membership;
 use crate::signer::Sign;
 use crate::store::{BoxFuture, Log, Machine, Store};
 use crate::validator::http::Limits;
@@ -93,7 +94,12 @@ pub async fn run(
         directory: config.data.join("raft"),
     };
     let replica_config = replica::Config::new(&config.cluster, FIRST_MEMBER, storage);
-    let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(replica::Unconnected)).await?;
+    let replica = Replica::open(
+        replica_config,
+        Box::new(machine.clone()),
+        Arc::new(replica::Unconnected),
+    )
+    .await?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 
@@ -167,7 +173,16 @@ pub async fn run(
         scheduling,
         seed: random.u64(..),
     };
-    services.spawn(lead(leader, config, replica.leadership(), stop.clone()));
+    let configure = Command::Configure {
+        miner: config.miner.clone(),
+        validators: config
+            .validators
+            .iter()
+            .map(|validator| validator.hotkey.clone())
+            .collect(),
+        pay_profile: config.pay_profile,
+    };
+    services.spawn(lead(leader, configure, replica.clone(), stop.clone()));
     services.close();
 
     let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;
@@ -196,13 +211,10 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
     }
 }
 
-/// Leads whenever this member is the leader.
-async fn lead(
-    leader: Leader,
-    config: Config,
-    mut leadership: watch::Receiver<replica::Leadership>,
-    stop: CancellationToken,
-) {
+/// Leads whenever this member is the leader, until `stop`. `configure` is what the configuration says, written
+/// into the state first.
+pub async fn lead(leader: Leader, configure: Command, replica: Replica, stop: CancellationToken) {
+    let mut leadership = replica.leadership();
     loop {
         let waited = stop
             .run_until_cancelled(leadership.wait_for(|now| now.leads))
@@ -213,8 +225,9 @@ async fn lead(
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
         let leading = async {
-            if configure(&leader, &config, &ended).await {
-                leader.clone().run(ended.clone()).await;
+            if write_configuration(&leader, &configure, &ended).await {
+                let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
+                tokio::join!(leader.clone().run(ended.clone()), members);
             }
         };
         let mut lost = leadership.clone();
@@ -223,8 +236,8 @@ async fn lead(
         };
         tokio::select! {
             biased;
-            () = leading => {}
             () = lost => tracing::warn!(term, "this member leads no more"),
+            () = leading => {}
         }
         ended.cancel();
         if stop.is_cancelled() {
@@ -234,18 +247,9 @@ async fn lead(
 }
 
 /// Writes the configuration into the state, if it differs; false if that was cancelled.
-async fn configure(leader: &Leader, config: &Config, cancel: &CancellationToken) -> bool {
-    let command = Command::Configure {
-        miner: config.miner.clone(),
-        validators: config
-            .validators
-            .iter()
-            .map(|validator| validator.hotkey.clone())
-            .collect(),
-        pay_profile: config.pay_profile,
-    };
+async fn write_configuration(leader: &Leader, configure: &Command, cancel: &CancellationToken) -> bool {
     loop {
-        match leader.store.propose(command.clone()).await {
+        match leader.store.propose(configure.clone()).await {
             Ok(_) => return true,
             Err(error) => {
                 tracing::warn!(%error, "the configuration is not recorded yet");

@@ -114,6 +114,6 @@ async fn stop(
     };
     Ok(match api.propose(&caller, command).await? {
         Reply::Stopping(stopping) => stopping,
-        Reply::Done | Reply::Unchanged => Vec::new(),
+        Reply::Done | Reply::Unchanged | Reply::Joined { .. } => Vec::new(),
     })
 }

@@ -53,7 +53,13 @@ impl From<Rejection> for ApiError {
             Rejection::Replayed => StatusCode::UNAUTHORIZED,
             Rejection::Unknown { .. } => StatusCode::NOT_FOUND,
             Rejection::UnknownValidator(_) | Rejection::NoGpus(_) => StatusCode::BAD_REQUEST,
+            Rejection::NotFounded => StatusCode::SERVICE_UNAVAILABLE,
+            Rejection::Invitation(_) => StatusCode::FORBIDDEN,
             Rejection::NameTaken(_)
+            | Rejection::AlreadyJoined(_)
+            | Rejection::HostInUse { .. }
+            | Rejection::LastMember(_)
+            | Rejection::NotEligible(_)
             | Rejection::AlreadyEnrolled(_)
             | Rejection::GpuElsewhere(_)
             | Rejection::Protected { .. }

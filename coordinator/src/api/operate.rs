@@ -94,7 +94,7 @@ pub(super) async fn stop(
     };
     let stopping = match api.propose(&caller, command).await? {
         Reply::Stopping(stopping) => stopping,
-        Reply::Done | Reply::Unchanged => Vec::new(),
+        Reply::Done | Reply::Unchanged | Reply::Joined { .. } => Vec::new(),
     };
     let left: Vec<DeploymentId> = api.store.read(|record| {
         let live = |id: &DeploymentId| record.deployments().get(id).is_some_and(|d| d.phase.is_live());
