@@ -113,7 +113,7 @@ mod tests {
 
     #[test]
     fn levels_and_directives_are_read_and_chatter_is_not() {
-        assert_eq!(filter("info").expect("valid").to_string(), "openraft=warn,info");
+        assert_eq!(filter("info").expect("valid").to_string(), "openraft=error,info");
         assert!(filter("info,coordinator=debug").is_ok());
         let error = filter("loud=shouting").expect_err("no level").to_string();
         assert!(!error.is_empty());

@@ -29,6 +29,15 @@ pub struct Leadership {
     pub applied_index: u64,
 }
 
+/// For how long, and in which term not, a leader leads.
+#[derive(Debug, Clone)]
+pub(crate) struct Lease {
+    /// How long the confirmation of a majority holds.
+    pub(crate) length: Duration,
+    /// Term in which this member handed the lead over: others may win that at once, whatever the lease.
+    pub(crate) given_up: watch::Receiver<u64>,
+}
+
 /// Whether only this member votes.
 pub(crate) fn is_only_voter(metrics: &RaftMetrics<Types>) -> bool {
     metrics
@@ -39,29 +48,30 @@ pub(crate) fn is_only_voter(metrics: &RaftMetrics<Types>) -> bool {
 
 /// Until when this member leads, if it does: `None` when it does not, else the end of the lease, which a
 /// cluster of one does not need.
-fn leads_until(metrics: &RaftMetrics<Types>, lease: Duration) -> Option<Option<Instant>> {
+fn leads_until(metrics: &RaftMetrics<Types>, lease: &Lease) -> Option<Option<Instant>> {
     // A new leader has caught up once an entry of its own term is applied.
     let caught_up = metrics
         .last_applied
         .is_some_and(|id| id.leader_id.term == metrics.current_term);
-    if metrics.state != ServerState::Leader || !caught_up || metrics.running_state.is_err() {
+    let given_up = *lease.given_up.borrow() == metrics.current_term;
+    if metrics.state != ServerState::Leader || !caught_up || given_up || metrics.running_state.is_err() {
         return None;
     }
     if is_only_voter(metrics) {
         return Some(None);
     }
-    let left = lease.saturating_sub(metrics.last_quorum_acked?.elapsed());
+    let left = lease.length.saturating_sub(metrics.last_quorum_acked?.elapsed());
     (!left.is_zero()).then(|| Some(Instant::now() + left))
 }
 
 /// Whether this member leads at this very moment.
-pub(crate) fn leads(metrics: &RaftMetrics<Types>, lease: Duration) -> bool {
+pub(crate) fn leads(metrics: &RaftMetrics<Types>, lease: &Lease) -> bool {
     leads_until(metrics, lease).is_some()
 }
 
 pub(crate) fn leadership_of(
     metrics: &RaftMetrics<Types>,
-    lease: Duration,
+    lease: &Lease,
     before: Option<&Leadership>,
 ) -> Leadership {
     let leads = leads(metrics, lease);
@@ -83,13 +93,13 @@ pub(crate) async fn follow(
     mut metrics: impl WatchReceiver<<SeededRuntime as openraft::AsyncRuntime>::Watch, RaftMetrics<Types>>,
     leadership: watch::Sender<Leadership>,
     shared: Shared,
-    lease: Duration,
+    mut lease: Lease,
 ) {
     loop {
         let lease_end = {
             let now = metrics.borrow_watched();
             leadership.send_if_modified(|known| {
-                let new = leadership_of(&now, lease, Some(known));
+                let new = leadership_of(&now, &lease, Some(known));
                 let changed = new != *known;
                 *known = new;
                 changed
@@ -99,17 +109,22 @@ pub(crate) async fn follow(
             {
                 shared.fail(&fatal.to_string());
             }
-            leads_until(&now, lease).flatten()
+            leads_until(&now, &lease).flatten()
         };
-        let changed = match lease_end {
-            None => metrics.changed().await,
-            Some(end) => tokio::select! {
-                biased;
-                changed = metrics.changed() => changed,
-                () = sleep_until(end) => Ok(()),
-            },
+        let runs_out = async {
+            match lease_end {
+                Some(end) => sleep_until(end).await,
+                None => std::future::pending().await,
+            }
         };
-        if changed.is_err() {
+        let changed = tokio::select! {
+            biased;
+            changed = metrics.changed() => changed.is_ok(),
+            // The sender lives as long as the replica.
+            given_up = lease.given_up.changed() => given_up.is_ok(),
+            () = runs_out => true,
+        };
+        if !changed {
             break;
         }
     }

@@ -59,7 +59,7 @@ pub use transport::{Transport, Unconnected, Unreachable};
 pub use wire::MESSAGE_BYTES_MAX;
 
 use health::Shared;
-use leadership::{follow, leadership_of};
+use leadership::{Lease, follow, leadership_of};
 use log_store::LogStore;
 use machine::SnapshotLock;
 use proposer::{Backoff, Proposer, Queue};
@@ -68,8 +68,9 @@ use snapshot::receiving::Receiver;
 use state_store::StateLane;
 use transport::Network;
 
-/// Directive for a log filter: the Raft library reports every step at `info`.
-pub const QUIET_LOG_DIRECTIVE: &str = "openraft=warn";
+/// Directive for a log filter: the Raft library reports every step at `info`, and every heartbeat to a member
+/// that is away at `warn`; this crate says once that it is.
+pub const QUIET_LOG_DIRECTIVE: &str = "openraft=error";
 
 /// One member's replica. Clones are handles to the same one.
 #[derive(Clone)]
@@ -82,8 +83,9 @@ struct Inner {
     cluster: u32,
     network: Network,
     receiver: Receiver,
-    /// How long a majority's confirmation of a leader holds.
-    lease: Duration,
+    lease: Lease,
+    /// Where [`Lease::given_up`] comes from.
+    given_up: watch::Sender<u64>,
     /// Limits the batches of other members.
     forwarded: Semaphore,
     queue: Queue,
@@ -121,7 +123,11 @@ impl Replica {
     ) -> Result<Self, Error> {
         config.check()?;
         let raft_config = Arc::new(config.raft()?);
-        let lease = Duration::from_millis(raft_config.election_timeout_max);
+        let (given_up, followed) = watch::channel(0);
+        let lease = Lease {
+            length: Duration::from_millis(raft_config.election_timeout_max),
+            given_up: followed,
+        };
         let limits = config.proposals.clone();
         let (node_id, address, start) = (config.node_id, config.address.clone(), config.start);
         let (cluster, writer) = (config.cluster.clone(), config.writer);
@@ -156,7 +162,7 @@ impl Replica {
             }
         };
         let (leadership_out, leadership) =
-            watch::channel(leadership_of(&raft.metrics().borrow_watched(), lease, None));
+            watch::channel(leadership_of(&raft.metrics().borrow_watched(), &lease, None));
         let (queue, proposals) = Queue::new(limits.clone());
         let (stop, stopped) = oneshot::channel();
         let (proposer_end, proposer_ended) = watch::channel(());
@@ -168,13 +174,14 @@ impl Replica {
             shared.clone(),
             stopped,
         );
-        let follow = follow(raft.metrics(), leadership_out, shared.clone(), lease);
+        let follow = follow(raft.metrics(), leadership_out, shared.clone(), lease.clone());
         seed.scope(async {
             raft::spawn(async move {
                 proposer.run().await;
                 drop(proposer_end);
             });
             raft::spawn(follow);
+            raft::spawn(membership::finish_changes(raft.clone(), leadership.clone()));
         })
         .await;
 
@@ -185,6 +192,7 @@ impl Replica {
             network,
             receiver: Receiver::new(cluster, place, writer),
             lease,
+            given_up,
             forwarded: Semaphore::new(answer::FORWARDED_MAX),
             queue,
             shared,
@@ -293,7 +301,7 @@ impl Replica {
     /// does: after a pause of the process, [`Replica::leadership`] tells it a moment late.
     #[must_use]
     pub fn leads_now(&self) -> bool {
-        leadership::leads(&self.0.raft.metrics().borrow_watched(), self.0.lease)
+        leadership::leads(&self.0.raft.metrics().borrow_watched(), &self.0.lease)
     }
 
     /// Follows who leads, and how far the state has come.

@@ -7,14 +7,14 @@ use openraft::raft::TransferLeaderRequest;
 use openraft::{BasicNode, ChangeMembers, Instant as _, LogId, RaftMetrics};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
-use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::Replica;
 use crate::error::Error;
-use crate::leadership::is_only_voter;
+use crate::leadership::{Leadership, is_only_voter};
 use crate::proposer::Backoff;
-use crate::raft::{RaftVote, Types, spawn};
+use crate::raft::{Raft, RaftVote, Types, spawn};
 
 /// Members with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -23,8 +23,7 @@ pub struct Membership {
     pub voters: BTreeMap<u64, String>,
     /// Those who get everything and do not vote.
     pub learners: BTreeMap<u64, String>,
-    /// A change of voters has begun and not ended. A leader that finds this at its start ends it with
-    /// [`Replica::set_voters`].
+    /// A change of voters has begun and not ended. It ends by itself, also under another leader.
     pub changing: bool,
 }
 
@@ -187,13 +186,14 @@ impl Replica {
         }
     }
 
-    /// Hands the lead to `to`, or to the voter that has come farthest. Returns when another member leads.
+    /// Hands the lead to `to`, or to the voter that has come farthest. This member stops leading before the
+    /// other can begin. Returns when another member leads.
     ///
     /// # Errors
     /// `NotLeader`, also when a third member took over; `Membership` when it is not a voter or does not answer;
     /// `Timeout` when nobody took over, in which case this member leads on; `Stopped` or `Failed`.
     pub async fn transfer(&self, to: Option<u64>) -> Result<(), Error> {
-        let lease = self.0.lease;
+        let lease = self.0.lease.length;
         let (own, target) = {
             let metrics = self.0.raft.metrics();
             let metrics = metrics.borrow_watched();
@@ -212,6 +212,12 @@ impl Replica {
         if !known.voters.contains_key(&target) || answers.is_none_or(|ago| ago >= lease) {
             let reason = format!("member {target} is not a voter that answers");
             return Err(Error::Membership(reason));
+        }
+        // From here on others may win, whatever the lease: stop leading first.
+        self.0.given_up.send_replace(own.leader_id.term);
+        let mut leadership = self.leadership();
+        if leadership.wait_for(|now| !now.leads).await.is_err() {
+            return Err(Error::Stopped);
         }
         // Two tries: after the first no more commands enter the log, so that the target catches up.
         for _ in 0..2 {
@@ -235,7 +241,7 @@ impl Replica {
 
     fn most_advanced(&self) -> Result<u64, Error> {
         let known = self.membership();
-        let lease = self.0.lease;
+        let lease = self.0.lease.length;
         let progress = self.progress();
         let others = progress.iter().filter(|(member, progress)| {
             known.voters.contains_key(member) && progress.answered_ago.is_some_and(|ago| ago < lease)
@@ -282,6 +288,37 @@ impl Replica {
         }
         if let Err(error) = self.transfer(None).await {
             tracing::info!(%error, "stops without another member that takes over");
+        }
+    }
+}
+
+/// How long a change of voters may have stood half done before a leader takes it for abandoned.
+const ABANDONED_AFTER: Duration = Duration::from_secs(1);
+
+/// Ends changes of voters whose leader went away after the first of the two steps.
+pub(crate) async fn finish_changes(raft: Raft, mut leadership: watch::Receiver<Leadership>) {
+    let half_done = |raft: &Raft| {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let configs = metrics.membership_config.membership().get_joint_config();
+        let goal = configs.last().filter(|_| configs.len() > 1).cloned();
+        goal.map(|goal| (goal, *metrics.membership_config.log_id()))
+    };
+    loop {
+        if leadership.wait_for(|now| now.leads).await.is_err() {
+            return;
+        }
+        if let Some((goal, at)) = half_done(&raft) {
+            sleep(ABANDONED_AFTER).await;
+            if half_done(&raft).is_some_and(|(_, still)| still == at) {
+                tracing::info!(voters = ?goal, "ends a change of voters that was left half done");
+                if let Err(error) = raft.change_membership(goal, true).await {
+                    tracing::info!(%error, "a change of voters is still half done");
+                }
+            }
+        }
+        if leadership.changed().await.is_err() {
+            return;
         }
     }
 }

@@ -16,8 +16,9 @@ use openraft::raft::{
 };
 use openraft::type_config::alias::SnapshotOf;
 use openraft::{BasicNode, RaftNetworkFactory, RaftNetworkV2};
+use std::collections::BTreeSet;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::raft::{RaftLogId, RaftVote, Types};
@@ -97,6 +98,8 @@ pub(crate) struct Network {
     cluster: u32,
     /// Reads snapshots that are sent.
     writer: Writer,
+    /// Members that did not answer last time, to say it once.
+    silent: Arc<Mutex<BTreeSet<u64>>>,
 }
 
 impl Network {
@@ -105,6 +108,16 @@ impl Network {
             transport,
             cluster: wire::cluster_mark(cluster),
             writer,
+            silent: Arc::default(),
+        }
+    }
+
+    fn note(&self, member: u64, error: Option<&CallError>) {
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        match error {
+            None if silent.remove(&member) => tracing::info!(member, "the member answers again"),
+            Some(error) if silent.insert(member) => tracing::warn!(member, %error, "a member is silent"),
+            _ => {}
         }
     }
 
@@ -134,6 +147,12 @@ pub(crate) struct Peer {
 
 impl Peer {
     pub(crate) async fn ask(&self, request: &Request, within: Duration) -> Result<Answer, CallError> {
+        let answer = self.ask_once(request, within).await;
+        self.network.note(self.member, answer.as_ref().err());
+        answer
+    }
+
+    async fn ask_once(&self, request: &Request, within: Duration) -> Result<Answer, CallError> {
         let member = self.member;
         let bytes = wire::encode_request(self.network.cluster, member, request);
         let answer = self

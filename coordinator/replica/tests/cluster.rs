@@ -319,3 +319,156 @@ async fn requests_that_make_no_sense_are_errors() {
     }
     cluster.up[&1].propose(b"well".to_vec()).await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_cluster_writes_nothing() {
+    let cluster = Cluster::of(90, 3).await;
+    cluster.up[&1].propose(b"last".to_vec()).await.unwrap();
+    sleep(Duration::from_secs(5)).await;
+    let fsyncs = |member: u64| {
+        let metrics = cluster.up[&member].metrics();
+        metrics.log_fsyncs + metrics.state_fsyncs
+    };
+    let before: Vec<u64> = (1..=3).map(fsyncs).collect();
+    sleep(Duration::from_secs(120)).await;
+    let after: Vec<u64> = (1..=3).map(fsyncs).collect();
+    assert_eq!(before, after);
+    assert_eq!(cluster.leader().await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_change_of_voters_ends_although_its_leader_dies() {
+    let mut half_done = 0;
+    for seed in 0..12 {
+        let mut cluster = Cluster::of(100 + seed, 3).await;
+        cluster.start(4, Start::Join).await;
+        let first = cluster.up[&1].clone();
+        first.add_learner(4, "memory:4".to_owned()).await.unwrap();
+        cluster.caught_up(&first, 4).await;
+        cluster.links.slow(Duration::from_millis(5));
+        let change = tokio::spawn(async move { first.set_voters(BTreeSet::from([1, 2, 4])).await });
+        sleep(Duration::from_millis(4 * seed)).await;
+        cluster.kill(1);
+        let leader = cluster.leader().await;
+        let leader = cluster.up[&leader].clone();
+        half_done += u32::from(leader.membership().changing);
+        eventually("the change ends", Duration::from_secs(20), || {
+            !leader.membership().changing
+        })
+        .await;
+        propose_surely(&leader, b"after").await;
+        let voters: Vec<u64> = leader.membership().voters.into_keys().collect();
+        assert!(voters == [1, 2, 3] || voters == [1, 2, 4], "{voters:?}");
+        change.abort();
+    }
+    assert!(half_done > 0, "no leader died between the two steps");
+}
+
+/// Random cuts, kills and transfers: never two that lead at the same moment, nothing acknowledged is lost,
+/// every reader after an acknowledgement sees it.
+#[tokio::test(start_paused = true)]
+async fn whatever_happens_one_leads_and_nothing_is_lost() {
+    for seed in 200..203 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut cluster = Cluster::of(seed, 3).await;
+        cluster.links.slow(Duration::from_millis(random.u64(0..20)));
+        let mut acknowledged: Vec<Vec<u8>> = Vec::new();
+        let mut down: Option<u64> = None;
+        let (mut leads, mut writes) = (0u32, 0u32);
+        for step in 0..40u32 {
+            let member = random.u64(1..=3);
+            match random.u8(0..8) {
+                0 if down.is_none() => {
+                    cluster.kill(member);
+                    down = Some(member);
+                }
+                1 => cluster.links.cut(member, 1..=3, true),
+                2 => cluster.links.cut_one_way(member, random.u64(1..=3), true),
+                3 if cluster.up.contains_key(&member) => {
+                    let replica = cluster.up[&member].clone();
+                    tokio::spawn(async move { replica.transfer(None).await });
+                }
+                4 | 5 => (1..=3).for_each(|one| cluster.links.cut(one, 1..=3, down == Some(one))),
+                6 if down.is_some() => {
+                    cluster.restart(down.take().expect("it is down")).await;
+                }
+                _ => {}
+            }
+            for _ in 0..random.u8(1..30) {
+                sleep(Duration::from_millis(random.u64(1..60))).await;
+                let leaders: Vec<u64> = cluster
+                    .up
+                    .iter()
+                    .filter(|(_, replica)| replica.leads_now())
+                    .map(|(member, _)| *member)
+                    .collect();
+                assert!(leaders.len() <= 1, "seed {seed}: {leaders:?} lead");
+                leads += u32::from(!leaders.is_empty());
+            }
+            let up: Vec<u64> = cluster.up.keys().copied().collect();
+            let through = up[random.usize(0..up.len())];
+            let command = step.to_be_bytes().to_vec();
+            if cluster.up[&through].propose(command.clone()).await.is_ok() {
+                acknowledged.push(command);
+                writes += 1;
+                let reader = up[random.usize(0..up.len())];
+                if cluster.up[&reader].linearizable().await.is_ok() {
+                    let applied = cluster.commands(reader);
+                    let missing: Vec<_> = acknowledged
+                        .iter()
+                        .filter(|command| !applied.contains(command))
+                        .collect();
+                    assert!(
+                        missing.is_empty(),
+                        "seed {seed}, step {step}: {missing:?} unseen on {reader}"
+                    );
+                }
+            }
+        }
+        (1..=3).for_each(|one| cluster.links.cut(one, 1..=3, false));
+        if let Some(member) = down {
+            cluster.restart(member).await;
+        }
+        for member in 1..=3 {
+            let began = Instant::now();
+            while cluster.up[&member].linearizable().await.is_err() {
+                assert!(
+                    began.elapsed() < Duration::from_secs(30),
+                    "seed {seed}: no recovery"
+                );
+            }
+            let applied = cluster.commands(member);
+            assert!(acknowledged.iter().all(|command| applied.contains(command)));
+        }
+        println!("seed {seed}: {writes} of 40 writes, {leads} looks found a leader");
+        assert!(
+            writes > 10 && leads > 50,
+            "seed {seed}: {writes} writes, {leads} leads"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_hands_over_stops_before_the_other_begins() {
+    for seed in 300..310 {
+        let cluster = Cluster::of(seed, 3).await;
+        // The old leader hears late of the election: two of three win without it.
+        cluster.links.slow(Duration::from_millis(seed % 20));
+        let from = cluster.leader().await;
+        let replica = cluster.up[&from].clone();
+        let handed_over = tokio::spawn(async move { replica.transfer(None).await });
+        cluster.links.cut_one_way(2, from, true);
+        cluster.links.cut_one_way(3, from, true);
+        let began = Instant::now();
+        let mut seen = BTreeSet::new();
+        while began.elapsed() < LEASE / 2 {
+            let leaders: Vec<u64> = (1..=3).filter(|member| cluster.up[member].leads_now()).collect();
+            assert!(leaders.len() <= 1, "seed {seed}: {leaders:?} lead");
+            seen.extend(leaders);
+            sleep(Duration::from_micros(500)).await;
+        }
+        assert!(seen.iter().any(|member| *member != from), "seed {seed}: {seen:?}");
+        cluster.links.cut(from, cluster.others(from), false);
+        handed_over.await.expect("no panic").unwrap();
+    }
+}
