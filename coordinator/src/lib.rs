@@ -6,6 +6,7 @@ pub mod config;
 pub mod executor;
 pub mod host_link;
 pub mod identity;
+pub mod join;
 pub mod leader;
 pub mod member;
 pub mod membership;
