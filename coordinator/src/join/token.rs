@@ -73,7 +73,12 @@ impl fmt::Debug for Token {
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let body = postcard::to_stdvec(self).map_err(|_| fmt::Error)?;
-        write!(f, "{PREFIX}{}{}", hex::encode(checksum(&body)), hex::encode(&body))
+        write!(
+            f,
+            "{PREFIX}{}{}",
+            hex::encode(checksum(&body)),
+            hex::encode(&body)
+        )
     }
 }
 
@@ -146,7 +151,11 @@ mod tests {
     fn every_cut_and_every_mistyped_character_is_noticed() {
         let text = token().to_string();
         for length in 1..text.len() {
-            assert_eq!(text[..length].parse::<Token>(), Err(TokenError::Damaged), "{length}");
+            assert_eq!(
+                text[..length].parse::<Token>(),
+                Err(TokenError::Damaged),
+                "{length}"
+            );
         }
         for at in PREFIX.len()..text.len() {
             let mut bytes = text.clone().into_bytes();
