@@ -36,7 +36,7 @@ impl Replica {
     }
 
     async fn answer_to(&self, from: u64, request: Request) -> Result<Answer, Error> {
-        let inner = &*self.0;
+        let (inner, raft) = (&*self.0, self.0.raft());
         let fatal = |error: RaftError<Types>| match error {
             RaftError::Fatal(fatal) => self.failed(&fatal),
         };
@@ -46,24 +46,19 @@ impl Replica {
                     from,
                     reason: fault.to_string(),
                 })?;
-                inner
-                    .raft
-                    .append_entries(rpc)
-                    .await
-                    .map(Answer::from)
-                    .map_err(fatal)
+                raft.append_entries(rpc).await.map(Answer::from).map_err(fatal)
             }
             Request::Vote(candidacy) => {
-                let voted = inner.raft.vote(candidacy.into_rpc()).await;
+                let voted = raft.vote(candidacy.into_rpc()).await;
                 voted.map(Answer::from).map_err(fatal)
             }
             Request::PreVote(candidacy) => {
-                let voted = inner.raft.pre_vote(candidacy.into_rpc()).await;
+                let voted = raft.pre_vote(candidacy.into_rpc()).await;
                 voted.map(Answer::from).map_err(fatal)
             }
             Request::Snapshot(chunk) => self.take_chunk(from, chunk).await,
             Request::Transfer(transfer) => {
-                let handled = inner.raft.handle_transfer_leader(transfer.into_rpc()).await;
+                let handled = raft.handle_transfer_leader(transfer.into_rpc()).await;
                 Ok(
                     match handled.map_err(|fatal: Fatal<Types>| self.failed(&fatal))? {
                         Ok(()) => Answer::Transferring,
@@ -79,17 +74,19 @@ impl Replica {
                 })
             }
             Request::ReadIndex { within_ms } => self.read_index(Duration::from_millis(within_ms)).await,
-            Request::Echo => Ok(Answer::Echo),
+            Request::Echo => Ok(Answer::Echo {
+                lease_ms: inner.own_lease_ms(),
+            }),
         }
     }
 
     async fn take_chunk(&self, from: u64, chunk: Chunk) -> Result<Answer, Error> {
-        let inner = &*self.0;
-        let own = inner.raft.metrics().borrow_watched().vote;
+        let (inner, raft) = (&*self.0, self.0.raft());
+        let own = raft.metrics().borrow_watched().vote;
         if own > RaftVote::from(chunk.ballot) {
             return Ok(Answer::HigherBallot(Ballot::from(&own)));
         }
-        let taken = inner.receiver.take(&inner.raft, &inner.seed, chunk).await;
+        let taken = inner.receiver.take(&raft, &inner.seed, chunk).await;
         taken.map_err(|error| Error::Refused {
             from,
             reason: error.to_string(),
@@ -97,7 +94,8 @@ impl Replica {
     }
 
     async fn read_index(&self, within: Duration) -> Result<Answer, Error> {
-        let barrier = self.0.raft.get_read_log_id(ReadPolicy::ReadIndex);
+        let raft = self.0.raft();
+        let barrier = raft.get_read_log_id(ReadPolicy::ReadIndex);
         let leader = match timeout(within, barrier).await {
             Ok(Ok((id, _))) => return Ok(Answer::ReadAt { index: id.index() }),
             Ok(Err(RaftError::Fatal(fatal))) => return Err(self.failed(&fatal)),
@@ -144,7 +142,7 @@ async fn propose(
     };
     let count = commands.len();
     let commands = Commands::new(commands.into_iter().map(|command| command.0).collect());
-    let replies = proposer::write(&inner.raft, None, commands, Instant::now() + within).await?;
+    let replies = proposer::write(&inner.raft(), None, commands, Instant::now() + within).await?;
     if replies.len() == count {
         Ok(replies)
     } else {

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use crate::health::Shared;
-use crate::raft::{SeededRuntime, Types};
+use crate::raft::{CurrentRaft, Types};
 
 /// Who leads, as far as this replica knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Leadership {
 #[derive(Debug, Clone)]
 pub(crate) struct Lease {
     /// How long the confirmation of a majority holds.
-    pub(crate) length: Duration,
+    pub(crate) length: watch::Receiver<Duration>,
     /// Term in which this member handed the lead over: others may win that at once, whatever the lease.
     pub(crate) given_up: watch::Receiver<u64>,
 }
@@ -60,7 +60,10 @@ fn leads_until(metrics: &RaftMetrics<Types>, lease: &Lease) -> Option<Option<Ins
     if is_only_voter(metrics) {
         return Some(None);
     }
-    let left = lease.length.saturating_sub(metrics.last_quorum_acked?.elapsed());
+    let left = lease
+        .length
+        .borrow()
+        .saturating_sub(metrics.last_quorum_acked?.elapsed());
     (!left.is_zero()).then(|| Some(Instant::now() + left))
 }
 
@@ -87,14 +90,15 @@ pub(crate) fn leadership_of(
     }
 }
 
-/// Publishes the library's metrics as leadership and health until the library ends; wakes up by itself when
+/// Publishes the library's metrics as leadership and health until the replica ends; wakes up by itself when
 /// the lease runs out.
 pub(crate) async fn follow(
-    mut metrics: impl WatchReceiver<<SeededRuntime as openraft::AsyncRuntime>::Watch, RaftMetrics<Types>>,
+    mut current: CurrentRaft,
     leadership: watch::Sender<Leadership>,
     shared: Shared,
     mut lease: Lease,
 ) {
+    let mut metrics = current.borrow_and_update().metrics();
     loop {
         let lease_end = {
             let now = metrics.borrow_watched();
@@ -117,19 +121,39 @@ pub(crate) async fn follow(
                 None => std::future::pending().await,
             }
         };
-        let changed = tokio::select! {
+        let replaced = tokio::select! {
             biased;
-            changed = metrics.changed() => changed.is_ok(),
-            // The sender lives as long as the replica.
-            given_up = lease.given_up.changed() => given_up.is_ok(),
-            () = runs_out => true,
+            changed = metrics.changed() => match changed {
+                Ok(()) => false,
+                // It has ended: for good, or until there is another one.
+                Err(_) => {
+                    leadership.send_modify(nobody_leads);
+                    if current.changed().await.is_err() {
+                        break;
+                    }
+                    true
+                }
+            },
+            changed = current.changed() => match changed {
+                Ok(()) => true,
+                Err(_) => break,
+            },
+            // Their senders live as long as that of the above.
+            _ = lease.given_up.changed() => false,
+            _ = lease.length.changed() => false,
+            () = runs_out => false,
         };
-        if !changed {
-            break;
+        if replaced {
+            metrics = current.borrow_and_update().metrics();
         }
     }
-    leadership.send_modify(|known| {
-        known.leads = false;
-        known.leader = None;
-    });
+    leadership.send_modify(nobody_leads);
+}
+
+fn nobody_leads(known: &mut Leadership) {
+    if known.leads {
+        known.since = Instant::now();
+    }
+    known.leads = false;
+    known.leader = None;
 }

@@ -41,6 +41,7 @@ mod raft;
 mod snapshot;
 mod state_store;
 mod storage;
+mod timing;
 mod transport;
 mod wire;
 
@@ -61,11 +62,12 @@ pub use wire::MESSAGE_BYTES_MAX;
 use health::Shared;
 use leadership::{Lease, follow, leadership_of};
 use log_store::LogStore;
-use machine::SnapshotLock;
+use machine::{Machine, SnapshotLock};
 use proposer::{Backoff, Proposer, Queue};
 use raft::{Raft, Seed};
 use snapshot::receiving::Receiver;
 use state_store::StateLane;
+use timing::Ways;
 use transport::Network;
 
 /// Directive for a log filter: the Raft library reports every step at `info`, and every heartbeat to a member
@@ -77,7 +79,13 @@ pub const QUIET_LOG_DIRECTIVE: &str = "openraft=error";
 pub struct Replica(Arc<Inner>);
 
 struct Inner {
-    raft: Raft,
+    member: u64,
+    raft: watch::Sender<Raft>,
+    /// None once the replica is shut down.
+    running: tokio::sync::Mutex<Option<Running>>,
+    ways: Ways,
+    /// Where [`Lease::length`] comes from.
+    lease_length: watch::Sender<Duration>,
     seed: Seed,
     /// Marks requests of this cluster.
     cluster: u32,
@@ -98,6 +106,18 @@ struct Inner {
     /// Closes when the proposer has ended.
     proposer_ended: watch::Receiver<()>,
     timeout: Duration,
+}
+
+/// What it takes to start the Raft library anew.
+struct Running {
+    config: openraft::Config,
+    machine: Machine,
+}
+
+impl Inner {
+    fn raft(&self) -> Raft {
+        self.raft.borrow().clone()
+    }
 }
 
 impl std::fmt::Debug for Replica {
@@ -121,16 +141,20 @@ impl Replica {
         machine: Box<dyn StateMachine>,
         transport: Arc<dyn Transport>,
     ) -> Result<Self, Error> {
+        // On the heap: what it awaits is large.
+        Box::pin(Self::open_all(config, machine, transport)).await
+    }
+
+    async fn open_all(
+        config: Config,
+        machine: Box<dyn StateMachine>,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Self, Error> {
         config.check()?;
-        let raft_config = Arc::new(config.raft()?);
-        let (given_up, followed) = watch::channel(0);
-        let lease = Lease {
-            length: Duration::from_millis(raft_config.election_timeout_max),
-            given_up: followed,
-        };
+        let mut raft_config = config.raft()?;
         let limits = config.proposals.clone();
         let (node_id, address, start) = (config.node_id, config.address.clone(), config.start);
-        let (cluster, writer) = (config.cluster.clone(), config.writer);
+        let (cluster, writer, timing) = (config.cluster.clone(), config.writer, config.timing);
         let seed = Seed::new(config.seed.unwrap_or_else(|| fastrand::u64(..)));
         let shared = Shared::new();
         let open::Opened {
@@ -138,14 +162,31 @@ impl Replica {
             state,
             machine,
             place,
+            members,
             snapshot_lock,
         } = open::open(config, machine, &shared).await?;
 
         let network = Network::new(transport, &cluster, writer);
+        let ways = Ways::default();
+        if timing == Timing::Auto {
+            // Whoever starts with the pace of the others disturbs nobody.
+            ways.measure_all(&network, &members, node_id).await;
+            timing::set(
+                &mut raft_config,
+                timing::wanted(timing.pace(), ways.worst(&members)),
+            );
+        }
+        let (length_out, length) = watch::channel(timing::lease(&raft_config));
+        let (given_up, followed) = watch::channel(0);
+        let lease = Lease {
+            length,
+            given_up: followed,
+        };
+        let kept = machine.keep();
         let started = seed
             .scope(Raft::new(
                 node_id,
-                raft_config,
+                Arc::new(raft_config.clone()),
                 network.clone(),
                 log.clone(),
                 machine,
@@ -163,6 +204,7 @@ impl Replica {
         };
         let (leadership_out, leadership) =
             watch::channel(leadership_of(&raft.metrics().borrow_watched(), &lease, None));
+        let (current, raft) = watch::channel(raft);
         let (queue, proposals) = Queue::new(limits.clone());
         let (stop, stopped) = oneshot::channel();
         let (proposer_end, proposer_ended) = watch::channel(());
@@ -174,7 +216,7 @@ impl Replica {
             shared.clone(),
             stopped,
         );
-        let follow = follow(raft.metrics(), leadership_out, shared.clone(), lease.clone());
+        let follow = follow(raft.clone(), leadership_out, shared.clone(), lease.clone());
         seed.scope(async {
             raft::spawn(async move {
                 proposer.run().await;
@@ -186,7 +228,14 @@ impl Replica {
         .await;
 
         let replica = Self(Arc::new(Inner {
-            raft,
+            member: node_id,
+            raft: current,
+            running: tokio::sync::Mutex::new(Some(Running {
+                config: raft_config,
+                machine: kept,
+            })),
+            ways,
+            lease_length: length_out,
             seed,
             cluster: wire::cluster_mark(&cluster),
             network,
@@ -208,11 +257,13 @@ impl Replica {
             replica.shutdown().await;
             return Err(error);
         }
+        let watched = timing::watch_ways(Arc::downgrade(&replica.0), timing);
+        replica.0.seed.scope(async { raft::spawn(watched) }).await;
         Ok(replica)
     }
 
     async fn begin(&self, start: Start, address: String) -> Result<(), Error> {
-        let raft = &self.0.raft;
+        let raft = self.0.raft();
         let member = self.member();
         let initialized = self.0.seed.scope(raft.is_initialized()).await;
         if !initialized.map_err(|fatal| self.failed(&fatal))? {
@@ -250,10 +301,8 @@ impl Replica {
         let deadline = Instant::now() + self.0.timeout;
         let mut backoff = Backoff::new();
         loop {
-            let barrier = self
-                .0
-                .seed
-                .scope(self.0.raft.ensure_linearizable(ReadPolicy::ReadIndex));
+            let raft = self.0.raft();
+            let barrier = self.0.seed.scope(raft.ensure_linearizable(ReadPolicy::ReadIndex));
             let leader = match timeout_at(deadline, barrier).await {
                 Err(_) => return Err(Error::Timeout),
                 Ok(Ok(_)) => return Ok(()),
@@ -264,7 +313,7 @@ impl Replica {
                 Ok(Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)))) => None,
             };
             let other = leader.filter(|leader| *leader != self.member());
-            let peer = other.and_then(|leader| forward::leader(&self.0.raft, &self.0.network, leader));
+            let peer = other.and_then(|leader| forward::leader(&raft, &self.0.network, leader));
             if let Some(peer) = peer
                 && let Ok(Some(index)) = forward::read_index(&peer, deadline).await
             {
@@ -278,7 +327,7 @@ impl Replica {
 
     /// Waits until the machine has applied the entry at `index`.
     async fn applied(&self, index: u64, deadline: Instant) -> Result<(), Error> {
-        let mut metrics = self.0.raft.metrics();
+        let mut metrics = self.0.raft().metrics();
         loop {
             {
                 let now = metrics.borrow_watched();
@@ -301,7 +350,7 @@ impl Replica {
     /// does: after a pause of the process, [`Replica::leadership`] tells it a moment late.
     #[must_use]
     pub fn leads_now(&self) -> bool {
-        leadership::leads(&self.0.raft.metrics().borrow_watched(), &self.0.lease)
+        leadership::leads(&self.0.raft().metrics().borrow_watched(), &self.0.lease)
     }
 
     /// Follows who leads, and how far the state has come.
@@ -319,7 +368,7 @@ impl Replica {
     /// Counters and positions now.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
-        let metrics = self.0.raft.metrics();
+        let metrics = self.0.raft().metrics();
         let raft = metrics.borrow_watched();
         Metrics {
             term: raft.current_term,
@@ -338,7 +387,7 @@ impl Replica {
     /// # Errors
     /// `Timeout` after a minute; `Stopped` or `Failed`.
     pub async fn snapshot(&self) -> Result<(), Error> {
-        let raft = &self.0.raft;
+        let raft = self.0.raft();
         let target = raft.metrics().borrow_watched().last_applied;
         let triggered = self.0.seed.scope(raft.trigger().snapshot()).await;
         triggered.map_err(|fatal| self.failed(&fatal))?;
@@ -377,7 +426,10 @@ impl Replica {
         }
         let mut ended = inner.proposer_ended.clone();
         while ended.changed().await.is_ok() {}
-        if let Err(error) = inner.seed.scope(inner.raft.shutdown()).await {
+        // From here on nothing starts the library anew.
+        let _ended = inner.running.lock().await.take();
+        let raft = inner.raft();
+        if let Err(error) = inner.seed.scope(raft.shutdown()).await {
             tracing::warn!(%error, "the raft task did not end in order");
         }
         let _no_snapshot_is_being_written = inner.snapshot_lock.lock().await;

@@ -3,6 +3,7 @@
 //! An append is readable from memory at once and acknowledged when [`log_file`] has forced it to the disk.
 //! The newest entries stay in memory within a limit of bytes; older ones are read from the file.
 
+use openraft::EntryPayload;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -13,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::format::encode_entry;
 use crate::health::{Shared, count};
-use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
+use crate::raft::{RaftEntry, RaftLogId, RaftMembership, RaftVote, Types};
 use crate::state_store::StateLane;
 use crate::storage::{Closed, Lane};
 use crate::wire::APPEND_BYTES;
@@ -137,6 +138,28 @@ impl LogStore {
         tail.report(&tail.lock());
         let lane = start(tail.clone())?;
         Ok(Self { tail, lane, state })
+    }
+
+    /// Members as of the newest entry in memory that says so.
+    pub(crate) fn newest_members(&self) -> Option<RaftMembership> {
+        let tail = self.tail.lock();
+        let mut newest = tail.entries.values().rev();
+        newest.find_map(|(entry, _)| match &entry.payload {
+            EntryPayload::Membership(members) => {
+                Some(RaftMembership::new(Some(entry.log_id), members.clone()))
+            }
+            _ => None,
+        })
+    }
+
+    /// Returns when everything that was given to the store is on the disk.
+    pub(crate) async fn settle(&mut self) -> io::Result<()> {
+        let vote = self.tail.lock().vote;
+        match vote {
+            // Writes are done in order: the same vote once more comes after all of them.
+            Some(vote) => self.save_vote(&vote).await,
+            None => Ok(()),
+        }
     }
 
     /// Writes what is queued and closes the file.

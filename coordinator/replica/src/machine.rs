@@ -12,7 +12,7 @@ use redb::ReadTransaction;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{OwnedMutexGuard, oneshot};
+use tokio::sync::{MutexGuard, OwnedMutexGuard, oneshot};
 
 use crate::health::{Shared, count};
 use crate::raft::{RaftLogId, RaftMembership, RaftSnapshotMeta, Replies, Types};
@@ -41,10 +41,15 @@ pub trait StateMachine: Send + 'static {
 /// Held while a snapshot is being written, so that a shutdown can wait for it.
 pub(crate) type SnapshotLock = Arc<tokio::sync::Mutex<()>>;
 
-/// The adapter between the Raft library, the application and the stores.
+/// The adapter between the Raft library, the application and the stores. When the library is started anew
+/// in the same process, a successor takes over and this one does nothing any more.
 pub(crate) struct Machine {
-    /// The mutex is never contended: it makes the application's machine shareable for the compiler.
-    machine: Mutex<Box<dyn StateMachine>>,
+    body: Arc<tokio::sync::Mutex<Body>>,
+    generation: u64,
+}
+
+struct Body {
+    machine: Box<dyn StateMachine>,
     applied: Applied,
     cluster: String,
     state: StateLane,
@@ -52,12 +57,14 @@ pub(crate) struct Machine {
     writer: Writer,
     shared: Shared,
     snapshot_lock: SnapshotLock,
+    /// Generation of the adapter that may use this.
+    generation: u64,
 }
 
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Machine")
-            .field("applied", &self.applied)
+            .field("generation", &self.generation)
             .finish_non_exhaustive()
     }
 }
@@ -86,8 +93,8 @@ impl Machine {
             shared,
             snapshot_lock,
         } = parts;
-        Self {
-            machine: Mutex::new(machine),
+        let body = Body {
+            machine,
             applied,
             cluster,
             state,
@@ -95,20 +102,47 @@ impl Machine {
             writer,
             shared,
             snapshot_lock,
+            generation: 0,
+        };
+        Self {
+            body: Arc::new(tokio::sync::Mutex::new(body)),
+            generation: 0,
         }
     }
 
-    fn machine(&mut self) -> &mut dyn StateMachine {
-        self.machine
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .as_mut()
+    /// A way to the application that outlives the library's.
+    pub(crate) fn keep(&self) -> Self {
+        Self {
+            body: self.body.clone(),
+            generation: self.generation,
+        }
     }
 
+    /// Takes over from every earlier adapter of the same application.
+    pub(crate) async fn succeed(&self) -> Self {
+        let mut body = self.body.lock().await;
+        body.generation += 1;
+        Self {
+            body: self.body.clone(),
+            generation: body.generation,
+        }
+    }
+
+    async fn body(&self) -> io::Result<MutexGuard<'_, Body>> {
+        let body = self.body.lock().await;
+        if body.generation == self.generation {
+            Ok(body)
+        } else {
+            Err(io::Error::other("another one has taken over"))
+        }
+    }
+}
+
+impl Body {
     /// Runs the application's code; a panic there stops this replica rather than letting it diverge.
     fn guarded<T>(&mut self, run: impl FnOnce(&mut dyn StateMachine) -> T) -> io::Result<T> {
         let shared = self.shared.clone();
-        let machine = self.machine();
+        let machine = self.machine.as_mut();
         catch_unwind(AssertUnwindSafe(|| run(machine))).map_err(|_| {
             let reason = "the state machine panicked";
             shared.fail(reason);
@@ -122,13 +156,15 @@ impl RaftStateMachine<Types> for Machine {
     type SnapshotBuilder = SnapshotBuilder;
 
     async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, RaftMembership)> {
-        Ok((self.applied.last, self.applied.membership.clone()))
+        let body = self.body().await?;
+        Ok((body.applied.last, body.applied.membership.clone()))
     }
 
     async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
     where
         Strm: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + Send,
     {
+        let mut body = self.body().await?;
         let mut rows = Vec::new();
         let mut answers = Vec::new();
         let mut applied = 0;
@@ -138,31 +174,31 @@ impl RaftStateMachine<Types> for Machine {
                 EntryPayload::Blank => {}
                 EntryPayload::Normal(commands) => {
                     let changed = &mut rows;
-                    replies.0 = self.guarded(|machine| {
+                    replies.0 = body.guarded(|machine| {
                         commands
                             .list()
                             .iter()
                             .map(|command| machine.apply(command, changed))
                             .collect()
                     })?;
-                    count(&self.shared.counters.commands_applied, commands.list().len());
+                    count(&body.shared.counters.commands_applied, commands.list().len());
                 }
                 EntryPayload::Membership(membership) => {
-                    self.applied.membership = StoredMembership::new(Some(entry.log_id), membership);
+                    body.applied.membership = StoredMembership::new(Some(entry.log_id), membership);
                 }
             }
-            self.applied.last = Some(entry.log_id);
+            body.applied.last = Some(entry.log_id);
             applied += 1;
             if let Some(responder) = responder {
                 answers.push((responder, replies));
             }
         }
-        let Some(last) = self.applied.last else {
+        let Some(last) = body.applied.last else {
             return Ok(());
         };
-        count(&self.shared.counters.entries_applied, applied);
-        self.guarded(|machine| machine.applied(last.index))?;
-        self.state.write(rows, self.applied.clone()).await?;
+        count(&body.shared.counters.entries_applied, applied);
+        body.guarded(|machine| machine.applied(last.index))?;
+        body.state.write(rows, body.applied.clone()).await?;
         for (responder, replies) in answers {
             responder.send(replies);
         }
@@ -170,7 +206,7 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn try_create_snapshot_builder(&mut self, force: bool) -> Option<SnapshotBuilder> {
-        if !force && self.snapshot_lock.try_lock().is_err() {
+        if !force && self.body.lock().await.snapshot_lock.try_lock().is_err() {
             // The previous one is still being written: the library asks again later.
             return None;
         }
@@ -178,24 +214,26 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        let body = self.body.lock().await;
         SnapshotBuilder {
             header: Header {
-                cluster: self.cluster.clone(),
-                applied: self.applied.clone(),
+                cluster: body.cluster.clone(),
+                applied: body.applied.clone(),
             },
-            view: Mutex::new(Some(self.state.view().await)),
-            state: self.state.clone(),
-            place: self.place.clone(),
-            writer: self.writer,
-            shared: self.shared.clone(),
-            lock: self.snapshot_lock.clone(),
+            view: Mutex::new(Some(body.state.view().await)),
+            state: body.state.clone(),
+            place: body.place.clone(),
+            writer: body.writer,
+            shared: body.shared.clone(),
+            lock: body.snapshot_lock.clone(),
         }
     }
 
     async fn install_snapshot(&mut self, meta: &RaftSnapshotMeta, data: SnapshotData) -> io::Result<()> {
-        let (place, cluster, received) = (self.place.clone(), self.cluster.clone(), data.clone());
-        let lock = self.snapshot_lock.clone().lock_owned().await;
-        let stored = self.writer.blocking(move || {
+        let mut body = self.body().await?;
+        let (place, cluster, received) = (body.place.clone(), body.cluster.clone(), data.clone());
+        let lock = body.snapshot_lock.clone().lock_owned().await;
+        let stored = body.writer.blocking(move || {
             let _lock = lock;
             keep_received(&place, &cluster, &received)
         });
@@ -206,26 +244,29 @@ impl RaftStateMachine<Types> for Machine {
                 "the snapshot is not the one announced",
             ));
         }
-        self.state.replace(data.clone(), header.applied.clone()).await?;
+        body.state.replace(data.clone(), header.applied.clone()).await?;
         let mut rows = SnapshotRows {
             reader: data.rows()?,
             fault: None,
         };
-        self.guarded(|machine| machine.load(&mut rows))?
+        body.guarded(|machine| machine.load(&mut rows))?
             .map_err(io::Error::other)?;
         if let Some(fault) = rows.fault {
             return Err(fault);
         }
-        self.applied = header.applied;
-        let index = self.applied.last.map_or(0, |id| id.index);
-        self.guarded(|machine| machine.applied(index))?;
-        count(&self.shared.counters.snapshots_installed, 1);
+        body.applied = header.applied;
+        let index = body.applied.last.map_or(0, |id| id.index);
+        body.guarded(|machine| machine.applied(index))?;
+        count(&body.shared.counters.snapshots_installed, 1);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<SnapshotOf<Types, SnapshotData>>> {
-        let place = self.place.clone();
-        let current = self.writer.blocking(move || -> io::Result<_> {
+        let (place, writer) = {
+            let body = self.body.lock().await;
+            (body.place.clone(), body.writer)
+        };
+        let current = writer.blocking(move || -> io::Result<_> {
             let Some(data) = place.current()? else {
                 return Ok(None);
             };

@@ -14,7 +14,7 @@ use crate::Replica;
 use crate::error::Error;
 use crate::leadership::{Leadership, is_only_voter};
 use crate::proposer::Backoff;
-use crate::raft::{Raft, RaftVote, Types, spawn};
+use crate::raft::{CurrentRaft, Raft, RaftVote, Types, spawn};
 
 /// Members with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -67,19 +67,19 @@ impl Replica {
     /// Own member id.
     #[must_use]
     pub fn member(&self) -> u64 {
-        *self.0.raft.node_id()
+        self.0.member
     }
 
     /// Members as this replica knows them; a change counts from the moment it is in the log.
     #[must_use]
     pub fn membership(&self) -> Membership {
-        Membership::of(&self.0.raft.metrics().borrow_watched())
+        Membership::of(&self.0.raft().metrics().borrow_watched())
     }
 
     /// How far the others have come; empty when this member does not lead.
     #[must_use]
     pub fn progress(&self) -> BTreeMap<u64, Progress> {
-        let metrics = self.0.raft.metrics();
+        let metrics = self.0.raft().metrics();
         let metrics = metrics.borrow_watched();
         let Some(replication) = &metrics.replication else {
             return BTreeMap::new();
@@ -153,7 +153,7 @@ impl Replica {
         let deadline = Instant::now() + self.0.timeout;
         let mut backoff = Backoff::new();
         loop {
-            let (raft, change) = (self.0.raft.clone(), change.clone());
+            let (raft, change) = (self.0.raft(), change.clone());
             let (done, outcome) = oneshot::channel();
             // A task of its own: a change of voters has two steps, and the second must not be forgotten
             // when the caller goes away.
@@ -193,9 +193,9 @@ impl Replica {
     /// `NotLeader`, also when a third member took over; `Membership` when it is not a voter or does not answer;
     /// `Timeout` when nobody took over, in which case this member leads on; `Stopped` or `Failed`.
     pub async fn transfer(&self, to: Option<u64>) -> Result<(), Error> {
-        let lease = self.0.lease.length;
+        let lease = *self.0.lease.length.borrow();
         let (own, target) = {
-            let metrics = self.0.raft.metrics();
+            let metrics = self.0.raft().metrics();
             let metrics = metrics.borrow_watched();
             if metrics.current_leader != Some(metrics.id) {
                 return Err(Error::NotLeader {
@@ -221,7 +221,8 @@ impl Replica {
         }
         // Two tries: after the first no more commands enter the log, so that the target catches up.
         for _ in 0..2 {
-            let trigger = self.0.raft.trigger();
+            let raft = self.0.raft();
+            let trigger = raft.trigger();
             let triggered = self.0.seed.scope(trigger.transfer_leader(target));
             triggered.await.map_err(|fatal| self.failed(&fatal))?;
             match self.other_leader(&own, Instant::now() + lease).await? {
@@ -232,7 +233,8 @@ impl Replica {
         }
         // The library refuses commands for ever after a transfer that failed: stand for election again.
         let request = TransferLeaderRequest::new(own, self.member(), None);
-        let stood = self.0.seed.scope(self.0.raft.handle_transfer_leader(request));
+        let raft = self.0.raft();
+        let stood = self.0.seed.scope(raft.handle_transfer_leader(request));
         match stood.await {
             Err(fatal) => Err(self.failed(&fatal)),
             Ok(_) => Err(Error::Timeout),
@@ -241,7 +243,7 @@ impl Replica {
 
     fn most_advanced(&self) -> Result<u64, Error> {
         let known = self.membership();
-        let lease = self.0.lease.length;
+        let lease = *self.0.lease.length.borrow();
         let progress = self.progress();
         let others = progress.iter().filter(|(member, progress)| {
             known.voters.contains_key(member) && progress.answered_ago.is_some_and(|ago| ago < lease)
@@ -253,7 +255,7 @@ impl Replica {
 
     /// Waits until another member leads; none at the deadline.
     async fn other_leader(&self, own: &RaftVote, deadline: Instant) -> Result<Option<u64>, Error> {
-        let mut metrics = self.0.raft.metrics();
+        let mut metrics = self.0.raft().metrics();
         loop {
             {
                 let now = metrics.borrow_watched();
@@ -276,7 +278,7 @@ impl Replica {
     /// Before an orderly stop: another member takes over within a fraction of what an election takes.
     pub(crate) async fn hand_over(&self) {
         let (leads, alone) = {
-            let metrics = self.0.raft.metrics();
+            let metrics = self.0.raft().metrics();
             let metrics = metrics.borrow_watched();
             (
                 metrics.current_leader == Some(metrics.id),
@@ -296,7 +298,7 @@ impl Replica {
 const ABANDONED_AFTER: Duration = Duration::from_secs(1);
 
 /// Ends changes of voters whose leader went away after the first of the two steps.
-pub(crate) async fn finish_changes(raft: Raft, mut leadership: watch::Receiver<Leadership>) {
+pub(crate) async fn finish_changes(current: CurrentRaft, mut leadership: watch::Receiver<Leadership>) {
     let half_done = |raft: &Raft| {
         let metrics = raft.metrics();
         let metrics = metrics.borrow_watched();
@@ -308,6 +310,7 @@ pub(crate) async fn finish_changes(raft: Raft, mut leadership: watch::Receiver<L
         if leadership.wait_for(|now| now.leads).await.is_err() {
             return;
         }
+        let raft = current.borrow().clone();
         if let Some((goal, at)) = half_done(&raft) {
             sleep(ABANDONED_AFTER).await;
             if half_done(&raft).is_some_and(|(_, still)| still == at) {
@@ -317,6 +320,7 @@ pub(crate) async fn finish_changes(raft: Raft, mut leadership: watch::Receiver<L
                 }
             }
         }
+        drop(raft);
         if leadership.changed().await.is_err() {
             return;
         }

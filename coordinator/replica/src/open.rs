@@ -10,6 +10,7 @@ use crate::health::Shared;
 use crate::log_store::LogStore;
 use crate::log_store::log_file::{self, LogFile, Stored};
 use crate::machine::{Machine, Parts, SnapshotLock, StateMachine};
+use crate::raft::RaftMembership;
 use crate::snapshot::{Header, Place};
 use crate::state_store::{self, Applied, Rows, StateFile, StateLane};
 use crate::storage::{Directory, Lane, Storage, StoreFile};
@@ -25,6 +26,8 @@ pub(crate) struct Opened {
     pub(crate) state: StateLane,
     pub(crate) machine: Machine,
     pub(crate) place: Place,
+    /// Members as far as they are known before the library starts.
+    pub(crate) members: RaftMembership,
     pub(crate) snapshot_lock: SnapshotLock,
 }
 
@@ -68,6 +71,7 @@ pub(crate) async fn open(
     });
     let log = log.map_err(thread(log_name))?;
     let snapshot_lock = SnapshotLock::default();
+    let members = log.newest_members().unwrap_or_else(|| applied.membership.clone());
     let parts = Parts {
         cluster,
         applied,
@@ -82,6 +86,7 @@ pub(crate) async fn open(
         state,
         machine: Machine::new(machine, parts),
         place,
+        members,
         snapshot_lock,
     })
 }

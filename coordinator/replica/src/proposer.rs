@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::error::ProposeError;
 use crate::forward;
 use crate::health::{Shared, count};
-use crate::raft::{Commands, Raft};
+use crate::raft::{Commands, CurrentRaft, Raft};
 use crate::transport::Network;
 
 /// Limits of the proposer.
@@ -102,7 +102,7 @@ impl Queue {
 
 /// The task that turns waiting commands into log entries.
 pub(crate) struct Proposer {
-    raft: Raft,
+    current: CurrentRaft,
     network: Network,
     queue: mpsc::Receiver<Proposal>,
     /// A command that did not fit into the last entry.
@@ -114,7 +114,7 @@ pub(crate) struct Proposer {
 
 impl Proposer {
     pub(crate) fn new(
-        raft: Raft,
+        current: CurrentRaft,
         network: Network,
         queue: mpsc::Receiver<Proposal>,
         limits: Proposals,
@@ -122,7 +122,7 @@ impl Proposer {
         stop: oneshot::Receiver<()>,
     ) -> Self {
         Self {
-            raft,
+            current,
             network,
             queue,
             held: None,
@@ -146,7 +146,7 @@ impl Proposer {
                     let Some(first) = first else { break };
                     let gathered = self.gather(first);
                     if !gathered.is_empty() {
-                        let (raft, network) = (self.raft.clone(), self.network.clone());
+                        let (raft, network) = (self.current.borrow().clone(), self.network.clone());
                         in_flight.push(send(raft, network, self.shared.clone(), gathered));
                     }
                 }

@@ -26,6 +26,8 @@ openraft::declare_raft_types!(
 
 pub(crate) type SeededRuntime = DeterministicRng<TokioRuntime>;
 pub(crate) type Raft = openraft::Raft<Types, Machine>;
+/// The library's handle, which is another one after a change of timing. Does not keep the replica open.
+pub(crate) type CurrentRaft = tokio::sync::watch::Receiver<Raft>;
 pub(crate) type LeaderId = alias::LeaderIdOf<Types>;
 pub(crate) type RaftLogId = alias::LogIdOf<Types>;
 pub(crate) type RaftEntry = alias::EntryOf<Types>;

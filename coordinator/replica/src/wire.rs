@@ -286,7 +286,7 @@ pub(crate) enum Request {
     ReadIndex {
         within_ms: u64,
     },
-    /// Nothing: how long is the way?
+    /// How long is the way, and the lease at its end?
     Echo,
 }
 
@@ -369,7 +369,10 @@ pub(crate) enum Answer {
     NotReadable {
         leader: Option<u64>,
     },
-    Echo,
+    /// How long after a leader's last message this member votes for nobody else.
+    Echo {
+        lease_ms: u64,
+    },
 }
 
 impl From<AppendEntriesResponse<Types>> for Answer {

@@ -1,7 +1,7 @@
 //! Three members over links in memory, on simulated time: election, forwarding, failover, check-quorum,
 //! snapshots to learners, change of members, transfer, restart.
 
-use replica::{Error, ProposeError, Start};
+use replica::{Error, ProposeError, Start, Timing};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -471,4 +471,85 @@ async fn whoever_hands_over_stops_before_the_other_begins() {
         cluster.links.cut(from, cluster.others(from), false);
         handed_over.await.expect("no panic").unwrap();
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_timing_follows_the_way_between_the_members() {
+    let mut cluster = Cluster::new(400);
+    cluster.configure = |config| config.timing = Timing::Auto;
+    cluster.links.slow(Duration::from_millis(100));
+    cluster.found(3).await;
+    let paces =
+        |cluster: &Cluster| -> Vec<u64> { cluster.up.values().map(|it| it.pace().heartbeat_ms).collect() };
+    eventually("everybody slows down", Duration::from_secs(60), || {
+        paces(&cluster).iter().all(|pace| (600..1000).contains(pace))
+    })
+    .await;
+    let leader = cluster.leader().await;
+    let before = cluster.up[&leader].leadership().borrow().since;
+    for number in 0..30u8 {
+        let through = &cluster.up[&(1 + u64::from(number) % 3)];
+        through.propose(vec![number]).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+    }
+    let now = cluster.up[&leader].leadership().borrow().clone();
+    assert!(now.leads && now.since == before, "it led all the time");
+    // One that starts again has the pace of the others at once.
+    cluster.kill(3);
+    let third = cluster.restart(3).await;
+    assert_eq!(third.pace(), cluster.up[&1].pace());
+    cluster.kill(leader);
+    let survivor = *cluster.up.keys().next().unwrap();
+    let began = Instant::now();
+    propose_surely(&cluster.up[&survivor], b"after").await;
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    cluster.restart(leader).await;
+    // The way gets shorter: a long time later so do the heartbeats, and nothing is lost on the way.
+    cluster.links.slow(Duration::from_millis(1));
+    eventually("everybody speeds up", Duration::from_secs(1000), || {
+        paces(&cluster).iter().all(|pace| *pace == 100)
+    })
+    .await;
+    propose_surely(&cluster.up[&survivor], b"last").await;
+    for member in 1..=3 {
+        cluster.up[&member].linearizable().await.unwrap();
+        assert_eq!(cluster.commands(member), cluster.commands(survivor));
+        assert!(cluster.commands(member).len() >= 32);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_counts_on_the_shortest_lease_among_the_voters() {
+    let mut cluster = Cluster::new(401);
+    cluster.configure = |config| {
+        let slow = Timing::Exact(replica::Pace::of_heartbeat(1000));
+        config.timing = if config.node_id == 1 { slow } else { Timing::Lan };
+    };
+    cluster.found(3).await;
+    sleep(Duration::from_secs(3)).await;
+    let leader = cluster.up[&1].clone();
+    let mut leadership = leader.leadership();
+    leader.propose(b"x".to_vec()).await.unwrap();
+    leadership.wait_for(|now| now.leads).await.unwrap();
+    let began = Instant::now();
+    cluster.links.cut(1, [2, 3], true);
+    leadership.wait_for(|now| !now.leads).await.unwrap();
+    assert!(began.elapsed() <= LEASE, "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn wide_area_timing_holds_over_a_long_way() {
+    let mut cluster = Cluster::new(402);
+    cluster.configure = |config| config.timing = Timing::Wan;
+    cluster.links.slow(Duration::from_millis(75));
+    cluster.found(3).await;
+    let leader = cluster.leader().await;
+    let since = cluster.up[&leader].leadership().borrow().since;
+    for number in 0..20u8 {
+        let through = &cluster.up[&(1 + u64::from(number) % 3)];
+        through.propose(vec![number]).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+    }
+    let now = cluster.up[&leader].leadership().borrow().clone();
+    assert!(now.leads && now.since == since, "it led all the time");
 }

@@ -256,7 +256,9 @@ async fn the_coordinators_questions_have_answers_reasons_and_limits() {
     assert_eq!(reason, "not open yet");
     // The largest there is, many at once.
     let large = vec![7; MESSAGE_BYTES_MAX - 100];
-    for answer in futures_util::future::join_all((0..6).map(|_| ask(large.clone()))).await {
+    for answer in
+        futures_util::future::join_all((0..6).map(|_| peers.ask(2, &address, large.clone(), 20 * SOON))).await
+    {
         assert_eq!(answer.unwrap().len(), large.len() + " of 1".len());
     }
     // Whoever has another member's certificate does not answer under this one's name.

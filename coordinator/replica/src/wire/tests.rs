@@ -104,7 +104,7 @@ fn answers() -> Vec<(Answer, &'static str)> {
         (Answer::NotProposed(Refusal::Stopped), "010a05"),
         (Answer::ReadAt { index: 1000 }, "010be807"),
         (Answer::NotReadable { leader: Some(3) }, "010c0103"),
-        (Answer::Echo, "010d"),
+        (Answer::Echo { lease_ms: 600 }, "010dd804"),
     ]
 }
 
