@@ -5,7 +5,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
+//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -17,7 +17,7 @@ use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
 use futures_util::StreamExt;
 use hyper::server::conn::http1;
@@ -40,9 +40,11 @@ mod diff;
 mod enrolment;
 mod error;
 mod explain;
+mod hosts;
 mod metrics;
 mod objects;
 mod operate;
+mod raft;
 mod servers;
 mod state;
 mod status;
@@ -51,6 +53,7 @@ mod timeline;
 pub use connection::Connection;
 pub use diff::{HostReports, ValidatorListing};
 pub use enrolment::SupportedGpus;
+pub use raft::{ClusterView, Progress, ReplicatedCluster, Roles};
 
 /// What is under way at a stop may take this long.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
@@ -103,6 +106,8 @@ pub struct Deps {
     pub host_reports: Arc<dyn HostReports>,
     /// What validators listed last.
     pub validator_listing: Arc<dyn ValidatorListing>,
+    /// The members of the replicated log.
+    pub cluster: Arc<dyn ClusterView>,
 }
 
 /// Where a connection comes from. Requests without it count as foreign.
@@ -160,6 +165,8 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
             "/servers/{server}/delete_preflight",
             get(servers::delete_preflight),
         )
+        .route("/hosts", get(hosts::list))
+        .route("/v1/raft", get(raft::raft))
         .route("/v1/status", get(status::status))
         .route("/v1/state", get(state::state))
         .route("/v1/deployments", get(timeline::deployments))
@@ -179,6 +186,10 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/deployments/purge", delete(deployments::purge))
         .route("/deployments/{deployment}", delete(deployments::stop_one));
     let bound_writes = Router::new()
+        .route("/hosts/invites", post(hosts::invite))
+        .route("/hosts/{host}", delete(hosts::remove))
+        .route("/hosts/{host}/pin", put(hosts::pin))
+        .route("/v1/raft/transfer", post(raft::transfer))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));

@@ -25,14 +25,15 @@ const STOP_MAX: usize = 1000;
 /// Characters of a reason.
 const REASON_CHARS_MAX: usize = 500;
 
-fn invalid(message: &str) -> ApiError {
+/// 422 with one text.
+pub(super) fn invalid(message: &str) -> ApiError {
     ApiError::invalid(vec![
         json!({ "type": "invalid", "loc": ["body"], "msg": message, "input": null }),
     ])
 }
 
 /// Our own routes refuse what they do not know: a mistyped allowance must not be lost.
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
     serde_json::from_slice(body).map_err(|error| invalid(&error.to_string()))
 }
 

@@ -11,7 +11,7 @@ use coordinator_core::state_machine::server::{EnrolmentPhase, Server};
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 
-use super::Api;
+use super::{Api, hosts};
 use super::objects::dollars;
 
 /// An effect that waits for longer is worth a look.
@@ -19,11 +19,18 @@ const EFFECT_LATE_MS: u64 = 5 * 60_000;
 
 pub(super) async fn status(State(api): State<Arc<Api>>) -> Json<Value> {
     let now = api.store.clock().now();
-    let mut status = api.store.read(|record| of_state(record, now));
-    // One voter so far; a member that answers here holds the seed and leads.
-    let member = &api.config.member;
-    status["cluster"]["members"] = json!([{ "name": member, "role": "voter", "leads": true }]);
-    status["cluster"]["hosts_with_seed"] = json!([member]);
+    let roles = api.deps.cluster.roles();
+    let (mut status, (mut members, mut names)) = api
+        .store
+        .read(|record| (of_state(record, now), hosts::members(record, &roles)));
+    if members.is_empty() {
+        // Not founded yet: this member is the only voter.
+        let member = &api.config.member;
+        members.push(json!({ "host": member, "role": "voter", "leads": true }));
+        names.push(member.clone());
+    }
+    status["cluster"]["members"] = json!(members);
+    status["cluster"]["hosts_with_seed"] = json!(names);
     Json(status)
 }
 
