@@ -153,7 +153,10 @@ pub async fn run(
         supported_gpus: Arc::new(validators.as_ref().clone()),
         host_reports: Arc::new(hub.clone()),
         validator_listing: Arc::new(listings.clone()),
-        cluster: Arc::new(api::ReplicatedCluster::new(config.cluster.clone(), replica.clone())),
+        cluster: Arc::new(api::ReplicatedCluster::new(
+            config.cluster.clone(),
+            replica.clone(),
+        )),
     };
     services.spawn(api::serve(
         api_config,

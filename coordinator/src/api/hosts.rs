@@ -77,7 +77,9 @@ fn row(host: &HostRecord, roles: &Roles, connected: Option<bool>) -> Value {
 pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<Value>> {
     let roles = api.deps.cluster.roles();
     let leads = roles.leader == Some(roles.own);
-    let hosts: Vec<HostRecord> = api.store.read(|record| record.hosts().values().cloned().collect());
+    let hosts: Vec<HostRecord> = api
+        .store
+        .read(|record| record.hosts().values().cloned().collect());
     let row = |host: &HostRecord| {
         let report = || api.deps.host_reports.last_report(&host.host.server);
         row(host, &roles, leads.then(|| report().is_some()))
@@ -147,9 +149,8 @@ fn seconds_of(text: &str) -> Option<u64> {
 
 fn checked_site(site: String) -> Result<String> {
     let site = site.trim().to_owned();
-    let is_good = !site.is_empty()
-        && site.chars().count() <= SITE_CHARS_MAX
-        && !site.chars().any(char::is_control);
+    let is_good =
+        !site.is_empty() && site.chars().count() <= SITE_CHARS_MAX && !site.chars().any(char::is_control);
     if is_good {
         Ok(site)
     } else {

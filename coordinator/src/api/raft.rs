@@ -193,9 +193,12 @@ fn sites(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> 
 
 pub(super) async fn raft(State(api): State<Arc<Api>>) -> Json<Value> {
     let (roles, progress) = (api.deps.cluster.roles(), api.deps.cluster.progress());
-    let (members, sites) = api
-        .store
-        .read(|record| (members(record, &roles, &progress), sites(record, &roles, &progress)));
+    let (members, sites) = api.store.read(|record| {
+        (
+            members(record, &roles, &progress),
+            sites(record, &roles, &progress),
+        )
+    });
     Json(json!({
         "term": roles.term,
         "leader": roles.leader,
@@ -231,7 +234,9 @@ pub(super) async fn transfer(
             let member = host.member.filter(|_| host.is_in());
             let member = member.ok_or_else(|| ApiError::from(Rejection::NotEligible(id)))?;
             if !roles.voters.contains(&member) {
-                return Err(conflict(format!("host {name} does not vote at present: only voters can lead")));
+                return Err(conflict(format!(
+                    "host {name} does not vote at present: only voters can lead"
+                )));
             }
             Ok(member)
         })?),

@@ -11,8 +11,8 @@ use coordinator_core::state_machine::server::{EnrolmentPhase, Server};
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 
-use super::{Api, hosts};
 use super::objects::dollars;
+use super::{Api, hosts};
 
 /// An effect that waits for longer is worth a look.
 const EFFECT_LATE_MS: u64 = 5 * 60_000;

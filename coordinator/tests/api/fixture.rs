@@ -8,7 +8,8 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
-    Config, Connection, Deps, HostReports, Limits, Peer, SupportedGpus, ValidatorListing, router,
+    ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
+    ValidatorListing, router,
 };
 use coordinator::clock::Clock;
 use coordinator::store::{BoxFuture, Store};
@@ -67,6 +68,42 @@ impl HostReports for Reports {
     }
 }
 
+/// The members of the log as a table. A lead goes to whom it is handed to, if that one votes.
+#[derive(Debug, Default)]
+pub(crate) struct Members {
+    pub(crate) roles: Mutex<Roles>,
+    pub(crate) progress: Mutex<BTreeMap<u64, Progress>>,
+}
+
+impl ClusterView for Members {
+    fn name(&self) -> String {
+        "cluster-1".to_owned()
+    }
+
+    fn roles(&self) -> Roles {
+        self.roles.lock().unwrap().clone()
+    }
+
+    fn progress(&self) -> BTreeMap<u64, Progress> {
+        self.progress.lock().unwrap().clone()
+    }
+
+    fn transfer(&self, to: Option<u64>) -> BoxFuture<'_, Result<(), String>> {
+        let mut roles = self.roles.lock().unwrap();
+        let own = roles.own;
+        let to = to.or_else(|| roles.voters.iter().copied().find(|voter| *voter != own));
+        let transferred = match to {
+            Some(to) if roles.voters.contains(&to) => {
+                roles.leader = Some(to);
+                roles.term += 1;
+                Ok(())
+            }
+            _ => Err("no other voter answers".to_owned()),
+        };
+        Box::pin(std::future::ready(transferred))
+    }
+}
+
 pub(crate) struct Fixture {
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) store: Store,
@@ -74,6 +111,7 @@ pub(crate) struct Fixture {
     pub(crate) validator: Hotkey,
     pub(crate) reports: Arc<Reports>,
     pub(crate) listings: LastListings,
+    pub(crate) members: Arc<Members>,
     pub(crate) routes: Router,
     random: Mutex<u128>,
 }
@@ -124,11 +162,13 @@ impl Fixture {
             Signer::from_seed(&[2; 32]).hotkey().clone(),
         );
         let (reports, listings) = (Arc::new(Reports::default()), LastListings::default());
+        let members = Arc::new(Members::default());
         let types = BTreeSet::from(["h100_sxm".to_owned(), "4090".to_owned()]);
         let deps = Deps {
             supported_gpus: Arc::new(Types(BTreeMap::from([(validator.clone(), types)]))),
             host_reports: Arc::clone(&reports) as Arc<dyn HostReports>,
             validator_listing: Arc::new(listings.clone()),
+            cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
         };
         let config = Config {
             miner: miner.hotkey().clone(),
@@ -144,6 +184,7 @@ impl Fixture {
             validator,
             reports,
             listings,
+            members,
             routes,
             random: Mutex::new(0),
         };

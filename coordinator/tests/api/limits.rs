@@ -44,6 +44,7 @@ async fn served(
         supported_gpus: Arc::new(Types::default()),
         host_reports: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
+        cluster: Arc::new(Members::default()),
     };
     let task = tokio::spawn(serve(config, fixture.store.clone(), deps, listener, stop.clone()));
     (address, stop, task)

@@ -7,6 +7,7 @@ mod connection;
 mod diff;
 mod enrolment;
 mod fixture;
+mod hosts;
 mod limits;
 mod original;
 mod own;

@@ -11,7 +11,7 @@ async fn the_status_counts_what_there_is() {
     fixture.join("gpu-b", &['d']).await;
     let status = fixture.ask("GET", "/v1/status", "").await.json();
     assert_eq!(status["cluster"]["miner"], fixture.miner.hotkey().as_str());
-    assert_eq!(status["cluster"]["members"][0]["name"], "host-1");
+    assert_eq!(status["cluster"]["members"][0]["host"], "host-1");
     assert_eq!(status["cluster"]["hosts_with_seed"], json!(["host-1"]));
     assert_eq!(
         status["gpus"],
