@@ -151,7 +151,7 @@ async fn hosts_are_listed_with_their_roles() {
     let fixture = of_three().await;
     fixture.members.roles.lock().unwrap().voters = BTreeSet::from([1]);
     let report = WorkloadReport {
-        fence: 0,
+        fence: Default::default(),
         workloads: vec![],
     };
     let reports = || fixture.reports.0.lock().unwrap();

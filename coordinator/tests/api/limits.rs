@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::fixture::{Fixture, LOOPBACK, Reports, Types};
+use super::fixture::{Fixture, LOOPBACK, Members, Reports, Types};
 
 /// Sends bytes, reads until the other side closes.
 async fn exchange(address: std::net::SocketAddr, request: &[u8]) -> String {
