@@ -39,7 +39,7 @@ pub(crate) struct Key {
 pub(crate) struct Miner {
     #[command(flatten)]
     pub(crate) key: Key,
-    /// Base URL of the miner's management API
+    /// Base URL of the miner's management API; of several, joined by commas, the first that is there
     #[arg(
         long,
         env = "MINER_API",
@@ -245,6 +245,16 @@ pub(crate) enum Command {
         #[arg(long)]
         reason: String,
     },
+    /// Invites hosts, lists them, removes them, says which of them should vote
+    Host {
+        #[command(subcommand)]
+        command: HostCommand,
+    },
+    /// Shows who votes and who leads, hands the lead over
+    Raft {
+        #[command(subcommand)]
+        command: RaftCommand,
+    },
     /// Lifts a ban
     Unban {
         #[command(flatten)]
@@ -255,6 +265,75 @@ pub(crate) enum Command {
         /// Its validator, where two use the same id
         #[arg(long)]
         validator: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HostCommand {
+    /// Makes a join token, good once
+    Invite {
+        #[command(flatten)]
+        miner: Miner,
+        /// The host has the miner's seed and becomes a member of the coordinator
+        #[arg(long)]
+        eligible: bool,
+        /// How long it is good: 90s, 10m, 2h; 24h at most [default: 1h]
+        #[arg(long)]
+        ttl: Option<String>,
+        /// The host's site, whatever it says itself
+        #[arg(long)]
+        site: Option<String>,
+    },
+    /// Shows the hosts and their roles
+    List {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Takes a host out of the cluster; delete-node comes first
+    Remove {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        name: String,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Says whether a host should vote
+    Pin {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host
+        name: String,
+        #[arg(value_enum)]
+        pin: PinWord,
+    },
+}
+
+/// Whether a host should vote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PinWord {
+    /// As the leader decides
+    Auto,
+    /// Before others
+    Voter,
+    /// Never
+    Never,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum RaftCommand {
+    /// Shows the members, how far each has come, and what the loss of each site would do
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Hands the lead to a host
+    Transfer {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the host; left out: whoever has come farthest
+        host: Option<String>,
     },
 }
 

@@ -46,10 +46,23 @@ pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result
         )
     };
     let budget = &status["deletion_budget"];
+    let members = cluster["members"].as_array().into_iter().flatten();
+    let members: Vec<String> = members
+        .map(|member| {
+            let leads = member["leads"] == json!(true);
+            let leads = if leads { ", leads" } else { "" };
+            format!(
+                "{} ({}{leads})",
+                text_of(&member["host"]),
+                text_of(&member["role"])
+            )
+        })
+        .collect();
     for (property, value) in [
         ("Hotkey", text_of(&cluster["miner"])),
         ("Validators", words(&cluster["validators"])),
         ("Rules of pay", text_of(&cluster["pay_profile"])),
+        ("Members", members.join(", ")),
         ("Hosts with the seed", words(&cluster["hosts_with_seed"])),
         ("GPUs", counts(&status["gpus"])),
         ("Deployments", counts(&status["deployments"])),

@@ -10,6 +10,7 @@ use clap::Parser;
 mod args;
 mod cluster;
 mod deployments;
+mod hosts;
 mod inventory;
 mod miner;
 mod nodes;
@@ -99,6 +100,8 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
             }
         }
         Command::Explain { miner, subject } => cluster::explain(printer, &miner, &subject).await,
+        Command::Host { command } => hosts::host(printer, command).await,
+        Command::Raft { command } => hosts::raft(printer, command).await,
         Command::Ban {
             miner,
             chute,

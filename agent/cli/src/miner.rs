@@ -2,30 +2,34 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use protocol::hotkey::Signer;
 use protocol::signing::BoundRequest;
 use reqwest::{Method, Response};
 use serde_json::Value;
 
 use crate::args;
+use crate::output::warn;
 use crate::request::{self, escape};
 
 /// The API and the key for it.
 #[derive(Debug)]
 pub(crate) struct Miner {
-    base: String,
+    /// Members' addresses, in the order in which they are tried.
+    bases: Vec<String>,
     signer: Signer,
 }
 
 impl Miner {
     pub(crate) fn new(arguments: &args::Miner) -> Result<Self> {
         let signer = request::signer(&arguments.key.hotkey)?;
-        let base = arguments.miner_api.clone();
-        Ok(Self { base, signer })
+        let bases = arguments.miner_api.split(',').map(str::trim);
+        let bases = bases.map(str::to_owned).collect();
+        Ok(Self { bases, signer })
     }
 
-    /// Sends a request; the answer is open.
+    /// Sends a request; the answer is open. Only where no connection comes about is the next address tried:
+    /// what was sent may have been done.
     pub(crate) async fn open(
         &self,
         method: Method,
@@ -33,26 +37,50 @@ impl Miner {
         body: Option<&Value>,
         answer_max: Option<Duration>,
     ) -> Result<Response> {
-        let url = request::url(&self.base, path)?;
+        let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
+        let mut bases = self.bases.iter().peekable();
+        loop {
+            let Some(base) = bases.next() else {
+                bail!("--miner-api names no address");
+            };
+            match self.open_at(base, &method, path, &body, answer_max).await {
+                Err(error) if bases.peek().is_some() && request::is_unconnected(&error) => {
+                    warn(&format!("Warning: {error}; the next address is tried"));
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    async fn open_at(
+        &self,
+        base: &str,
+        method: &Method,
+        path: &str,
+        body: &[u8],
+        answer_max: Option<Duration>,
+    ) -> Result<Response> {
+        let url = request::url(base, path)?;
         let sent_path = match url.query() {
             Some(query) => format!("{}?{query}", url.path()),
             None => url.path().to_owned(),
         };
-        let body = body.map(|body| body.to_string().into_bytes()).unwrap_or_default();
         let bound = BoundRequest {
             method: method.as_str(),
             path_and_query: &sent_path,
-            body: &body,
+            body,
         };
         let headers = bound.sign(&self.signer, request::now(), fastrand::u128(..));
-        let mut builder = request::client(answer_max)?.request(method, url);
+        let mut builder = request::client(answer_max)?.request(method.clone(), url);
         for (name, value) in headers {
             builder = builder.header(name, value);
         }
         if !body.is_empty() {
-            builder = builder.header("Content-Type", "application/json").body(body);
+            builder = builder
+                .header("Content-Type", "application/json")
+                .body(body.to_vec());
         }
-        let whom = format!("the miner's API at {}", self.base);
+        let whom = format!("the miner's API at {base}");
         request::send(builder, &whom, "does its agent run, and is --miner-api right?").await
     }
 

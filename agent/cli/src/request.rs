@@ -82,6 +82,12 @@ pub(crate) async fn send(request: reqwest::RequestBuilder, whom: &str, way_out: 
         .with_context(|| format!("cannot reach {whom}; {way_out}"))
 }
 
+/// True if nothing was sent, since no connection came about.
+pub(crate) fn is_unconnected(error: &anyhow::Error) -> bool {
+    let sent = error.downcast_ref::<reqwest::Error>();
+    sent.is_some_and(reqwest::Error::is_connect)
+}
+
 /// The whole body of an answer.
 pub(crate) async fn body(response: Response) -> Result<Vec<u8>> {
     let mut stream = response.bytes_stream();

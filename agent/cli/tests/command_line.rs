@@ -491,6 +491,166 @@ async fn the_validators_view_is_joined_and_scorched() {
 }
 
 #[tokio::test]
+async fn hosts_are_invited_listed_pinned_and_removed() {
+    let hosts = json!([
+        {
+            "server_id": "a-uid", "name": "gpu-a", "site": "east", "address": "a:4433", "member": 1,
+            "eligible": true, "role": "voter", "leads": true, "pin": "auto", "connected": true,
+            "joined_at": "2025-01-01T10:20:30.000000+00:00", "revoked_at": null,
+        },
+        {
+            "server_id": "b-uid", "name": "gpu-b", "site": "", "address": "b:4433", "member": null,
+            "eligible": false, "role": "removed", "leads": false, "pin": "auto", "connected": false,
+            "joined_at": "2025-01-01T10:20:30.000000+00:00",
+            "revoked_at": "2025-01-02T10:20:30.000000+00:00",
+        },
+    ]);
+    let invited = json!({
+        "invite": "0a", "token": "chutes-join-1.00ff", "eligible": true,
+        "expires_at": "2025-01-01T00:10:00.000000+00:00",
+    });
+    let answers = [
+        ("POST /hosts/invites", 200, invited.clone()),
+        ("GET /hosts", 200, hosts.clone()),
+        ("DELETE /hosts/gpu%20b", 200, json!({ "role": "removed" })),
+        (
+            "DELETE /hosts/gpu-a",
+            409,
+            json!({ "detail": "host a-uid is the only member" }),
+        ),
+        ("PUT /hosts/gpu-a/pin", 200, json!({ "pin": "voter" })),
+    ];
+    let world = World::new("hosts", &answers).await;
+    let run = world
+        .run(&["host", "invite", "--eligible", "--ttl", "10m", "--site", "east"])
+        .await;
+    run.ends(
+        0,
+        "",
+        "until 2025-01-01 00:10 UTC, for a host that has the miner's seed",
+    );
+    assert_eq!(run.stdout, "chutes-join-1.00ff\n", "the word alone can be piped");
+    let run = world.run(&["host", "invite", "--output", "json"]).await;
+    let printed: Value = serde_json::from_str(&run.stdout).expect("JSON");
+    assert_eq!((printed, run.stderr.as_str()), (invited, ""));
+    let bodies = || -> Vec<Value> {
+        let asked = world.fake.asked.lock().expect("no panic");
+        asked.iter().map(|(_, body)| body.clone()).collect()
+    };
+    assert_eq!(
+        bodies(),
+        [
+            json!({ "eligible": true, "ttl": "10m", "site": "east" }),
+            json!({ "eligible": false }),
+        ]
+    );
+    let run = world.run(&["host", "list"]).await;
+    run.ends(
+        0,
+        "│ gpu-a │ a-uid │ east │ a:4433  │ voter, leads │ auto │ yes",
+        "",
+    );
+    run.ends(
+        0,
+        "│ removed      │ auto │ no        │ 2025-01-01 10:20 │ 2025-01-02 10:20 │",
+        "",
+    );
+    let run = world.run(&["host", "list", "--output", "json"]).await;
+    assert_eq!(serde_json::from_str::<Value>(&run.stdout).expect("JSON"), hosts);
+    let run = world.run(&["host", "pin", "gpu-a", "voter"]).await;
+    run.ends(0, "\"pin\": \"voter\"", "");
+    assert_eq!(bodies().last(), Some(&json!({ "pin": "voter" })));
+    let run = world.run(&["host", "pin", "gpu-a", "maybe"]).await;
+    run.ends(2, "", "possible values: auto, voter, never");
+    let remove = ["host", "remove", "gpu b"];
+    world
+        .run_with_input(&remove, "n\n")
+        .await
+        .ends(0, "", "gpu b leaves the cluster");
+    assert!(!world.was_asked("DELETE /hosts/gpu%20b"));
+    world.run_with_input(&remove, "y\n").await.ends(0, "removed", "");
+    let run = world.run(&["host", "remove", "gpu-a", "--yes"]).await;
+    run.ends(1, "", "409 Conflict: host a-uid is the only member");
+}
+
+#[tokio::test]
+async fn the_members_are_shown_and_the_lead_is_handed_over() {
+    let member = |member: u64, leads: bool, ago: Value| {
+        json!({
+            "member": member, "host": format!("gpu-{member}"), "site": "east", "role": "voter",
+            "leads": leads, "matched": ago.as_u64().map(|_| 90), "answered_ago_ms": ago,
+        })
+    };
+    let raft = json!({
+        "term": 4, "leader": 1, "answered_by": 1,
+        "members": [member(1, true, Value::Null), member(2, false, json!(40))],
+        "sites": [
+            { "site": "east", "voters": 2, "survives": false },
+            { "site": "", "voters": 1, "survives": true },
+        ],
+    });
+    let answers = [
+        ("GET /v1/raft", 200, raft.clone()),
+        (
+            "POST /v1/raft/transfer",
+            200,
+            json!({ "leader": 2, "host": "gpu-2" }),
+        ),
+    ];
+    let world = World::new("raft", &answers).await;
+    let run = world.run(&["raft", "status"]).await;
+    run.ends(
+        0,
+        "│ 1      │ gpu-1 │ east │ voter, leads │ -         │ -         │",
+        "",
+    );
+    run.ends(
+        0,
+        "│ 2      │ gpu-2 │ east │ voter        │ 90        │ 40 ms ago │",
+        "",
+    );
+    run.ends(
+        0,
+        "Without site east: no change is possible until it is back.",
+        "",
+    );
+    run.ends(0, "Without the hosts without a site: the cluster goes on.", "");
+    let yaml = world.run(&["raft", "status", "--output", "yaml"]).await;
+    yaml.ends(0, "leader: 1", "");
+    for (arguments, body) in [
+        (&["raft", "transfer", "gpu-2"][..], json!({ "to": "gpu-2" })),
+        (&["raft", "transfer"], json!({})),
+    ] {
+        world.run(arguments).await.ends(0, "gpu-2 leads now", "");
+        let asked = world.fake.asked.lock().expect("no panic");
+        assert_eq!(asked.last().expect("asked").1, body);
+    }
+}
+
+#[tokio::test]
+async fn of_several_addresses_the_first_that_is_there_is_asked() {
+    let world = World::new("several", &[("GET /hosts", 200, json!([]))]).await;
+    let there = &world.base;
+    let several = format!("http://127.0.0.1:1, {there}");
+    let run = world.run(&["host", "list", "--miner-api", &several]).await;
+    run.ends(0, "Hosts", "127.0.0.1:1; does its agent run");
+    // An answer is an answer, also a refusal: nobody else is asked.
+    let several = format!("{there},http://127.0.0.1:1");
+    let run = world.run(&["raft", "status", "--miner-api", &several]).await;
+    run.ends(1, "", "404 Not Found");
+    assert!(!run.stderr.contains("next address"), "{run:?}");
+    let run = world
+        .run(&[
+            "raft",
+            "status",
+            "--miner-api",
+            "http://127.0.0.1:1,http://127.0.0.1:2",
+        ])
+        .await;
+    run.ends(1, "", "cannot reach the miner's API at http://127.0.0.1:2");
+}
+
+#[tokio::test]
 async fn errors_name_the_thing_and_the_way_out() {
     let world = World::new("errors", &[]).await;
     world.run(&[]).await.ends(2, "", "Usage");
