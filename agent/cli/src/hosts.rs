@@ -174,7 +174,7 @@ async fn raft_status(printer: &Printer, arguments: &args::Miner) -> Result<()> {
     };
     for loss in sites {
         let site = match loss["site"].as_str().unwrap_or_default() {
-            "" => "the hosts without a site".to_owned(),
+            "" => "the hosts that name no site".to_owned(),
             site => format!("site {site}"),
         };
         let what = if loss["survives"] == json!(true) {

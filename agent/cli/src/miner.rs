@@ -45,7 +45,9 @@ impl Miner {
             };
             match self.open_at(base, &method, path, &body, answer_max).await {
                 Err(error) if bases.peek().is_some() && request::is_unconnected(&error) => {
-                    warn(&format!("Warning: {error}; the next address is tried"));
+                    warn(&format!(
+                        "Warning: cannot reach {base}: the next address is tried"
+                    ));
                 }
                 opened => return opened,
             }

@@ -592,6 +592,11 @@ async fn the_members_are_shown_and_the_lead_is_handed_over() {
     let answers = [
         ("GET /v1/raft", 200, raft.clone()),
         (
+            "GET /v1/status",
+            200,
+            json!({ "cluster": { "members": raft["members"] } }),
+        ),
+        (
             "POST /v1/raft/transfer",
             200,
             json!({ "leader": 2, "host": "gpu-2" }),
@@ -614,9 +619,11 @@ async fn the_members_are_shown_and_the_lead_is_handed_over() {
         "Without site east: no change is possible until it is back.",
         "",
     );
-    run.ends(0, "Without the hosts without a site: the cluster goes on.", "");
+    run.ends(0, "Without the hosts that name no site: the cluster goes on.", "");
     let yaml = world.run(&["raft", "status", "--output", "yaml"]).await;
     yaml.ends(0, "leader: 1", "");
+    let run = world.run(&["status"]).await;
+    run.ends(0, "gpu-1 (voter, leads), gpu-2 (voter)", "");
     for (arguments, body) in [
         (&["raft", "transfer", "gpu-2"][..], json!({ "to": "gpu-2" })),
         (&["raft", "transfer"], json!({})),
@@ -633,7 +640,11 @@ async fn of_several_addresses_the_first_that_is_there_is_asked() {
     let there = &world.base;
     let several = format!("http://127.0.0.1:1, {there}");
     let run = world.run(&["host", "list", "--miner-api", &several]).await;
-    run.ends(0, "Hosts", "127.0.0.1:1; does its agent run");
+    run.ends(
+        0,
+        "Hosts",
+        "cannot reach http://127.0.0.1:1: the next address is tried",
+    );
     // An answer is an answer, also a refusal: nobody else is asked.
     let several = format!("{there},http://127.0.0.1:1");
     let run = world.run(&["raft", "status", "--miner-api", &several]).await;
