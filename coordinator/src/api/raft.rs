@@ -252,7 +252,15 @@ pub(super) async fn transfer(
     api.propose(&caller, Command::PassTime).await?;
     let transferred = api.deps.cluster.transfer(to).await;
     transferred.map_err(|why| conflict(format!("the lead stays where it is: {why}")))?;
-    let leader = api.deps.cluster.roles().leader;
+    // Who is not named is known a moment later at times.
+    let other = || {
+        api.deps
+            .cluster
+            .roles()
+            .leader
+            .filter(|leader| *leader != roles.own)
+    };
+    let leader = to.or_else(other);
     let name = leader.and_then(|leader| name_of(&api, leader));
     Ok(Json(json!({ "leader": leader, "host": name })))
 }

@@ -11,3 +11,4 @@ mod hosts;
 mod limits;
 mod original;
 mod own;
+mod raft;
