@@ -93,6 +93,23 @@ fn host(member: u64) -> NewHost {
     }
 }
 
+/// The view of a leader that has heard both others.
+async fn raft_of_leader(fixture: &Fixture) -> Value {
+    let asked = async {
+        loop {
+            let raft = raft_of(fixture).await;
+            let members = raft["members"].as_array().unwrap();
+            let heard = |row: &&Value| row["matched"].is_u64() && row["answered_ago_ms"].is_u64();
+            if members.iter().filter(heard).count() == 2 {
+                return raft;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let asked = tokio::time::timeout(Duration::from_secs(20), asked).await;
+    asked.expect("both others are heard")
+}
+
 async fn raft_of(fixture: &Fixture) -> Value {
     let answer = fixture.ask("GET", "/v1/raft", "").await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
@@ -140,7 +157,7 @@ async fn three_members_tell_who_they_are_and_hand_the_lead_over() {
         .await
         .expect("all of them follow");
 
-    let raft = raft_of(&first).await;
+    let raft = raft_of_leader(&first).await;
     let members = raft["members"].as_array().unwrap();
     assert_eq!((&raft["leader"], members.len()), (&json!(1), 3));
     for (index, row) in members.iter().enumerate() {
