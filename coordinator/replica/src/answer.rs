@@ -66,6 +66,12 @@ impl Replica {
                     },
                 )
             }
+            Request::Propose { .. } | Request::ReadIndex { .. } if !self.is_member(from) => {
+                Err(Error::Refused {
+                    from,
+                    reason: "it is no member, or not any more".to_owned(),
+                })
+            }
             Request::Propose { within_ms, commands } => {
                 let within = Duration::from_millis(within_ms).min(inner.timeout);
                 Ok(match propose(inner, commands, within).await {
@@ -78,6 +84,16 @@ impl Replica {
                 lease_ms: inner.own_lease_ms(),
             }),
         }
+    }
+
+    fn is_member(&self, member: u64) -> bool {
+        let raft = self.0.raft();
+        let metrics = raft.metrics();
+        metrics
+            .borrow_watched()
+            .membership_config
+            .get_node(&member)
+            .is_some()
     }
 
     async fn take_chunk(&self, from: u64, chunk: Chunk) -> Result<Answer, Error> {

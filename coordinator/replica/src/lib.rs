@@ -38,6 +38,7 @@ mod open;
 mod proposer;
 pub mod quic;
 mod raft;
+pub mod recovery;
 mod snapshot;
 mod state_store;
 mod storage;

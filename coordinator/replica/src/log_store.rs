@@ -3,6 +3,7 @@
 //! An append is readable from memory at once and acknowledged when [`log_file`] has forced it to the disk.
 //! The newest entries stay in memory within a limit of bytes; older ones are read from the file.
 
+use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
 use openraft::EntryPayload;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use std::collections::BTreeMap;
@@ -174,21 +175,27 @@ impl LogStore {
     }
 }
 
+/// First index, and the one after the last.
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(index) => *index,
+        Bound::Excluded(index) => index.saturating_add(1),
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(index) => index.saturating_add(1),
+        Bound::Excluded(index) => *index,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
 impl RaftLogReader<Types> for LogStore {
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + Send>(
         &mut self,
         range: RB,
     ) -> io::Result<Vec<RaftEntry>> {
-        let start = match range.start_bound() {
-            Bound::Included(index) => *index,
-            Bound::Excluded(index) => index.saturating_add(1),
-            Bound::Unbounded => 0,
-        };
-        let end = match range.end_bound() {
-            Bound::Included(index) => index.saturating_add(1),
-            Bound::Excluded(index) => *index,
-            Bound::Unbounded => u64::MAX,
-        };
+        let (start, end) = bounds(&range);
         let (start, missing_end, in_memory) = {
             let tail = self.tail.lock();
             let first = tail.purged.map_or(start, |id| start.max(id.index + 1));
@@ -238,6 +245,28 @@ impl RaftLogReader<Types> for LogStore {
             next = upto;
         }
         Ok(entries)
+    }
+
+    /// Entries to apply, a few at a time: after a crash there may be more than fit into memory.
+    async fn entries_stream<RB: RangeBounds<u64> + Clone + Debug + Send>(
+        &mut self,
+        range: RB,
+    ) -> impl Stream<Item = io::Result<RaftEntry>> + Send {
+        let (start, end) = bounds(&range);
+        let end = end.min(self.tail.lock().last.map_or(0, |id| id.index + 1));
+        let pieces = stream::try_unfold((self.clone(), start), move |(mut log, next)| async move {
+            if next >= end {
+                return Ok(None);
+            }
+            let entries = log.limited_get_log_entries(next, end).await?;
+            let reached = entries.last().map_or(end, |entry| entry.log_id.index + 1);
+            Ok::<_, io::Error>(Some((entries, (log, reached))))
+        });
+        Box::pin(
+            pieces
+                .map_ok(|entries| stream::iter(entries).map(Ok))
+                .try_flatten(),
+        )
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<RaftVote>> {

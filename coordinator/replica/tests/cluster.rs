@@ -1,7 +1,7 @@
 //! Three members over links in memory, on simulated time: election, forwarding, failover, check-quorum,
 //! snapshots to learners, change of members, transfer, restart.
 
-use replica::{Error, ProposeError, Start, Timing};
+use replica::{Error, ProposeError, Start, Timing, recovery};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
@@ -552,4 +552,47 @@ async fn wide_area_timing_holds_over_a_long_way() {
     }
     let now = cluster.up[&leader].leadership().borrow().clone();
     assert!(now.leads && now.since == since, "it led all the time");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_one_left_goes_on_alone_when_it_is_told_to() {
+    let mut cluster = Cluster::of(500, 3).await;
+    for number in 0..20u8 {
+        cluster.up[&1].propose(vec![number]).await.unwrap();
+    }
+    cluster.kill(1);
+    cluster.kill(2);
+    let written = cluster.up[&3].propose(b"nobody".to_vec()).await;
+    assert!(written.is_err());
+    cluster.stop(3).await;
+
+    let inspected = recovery::inspect(cluster.config(3, Start::Join)).await.unwrap();
+    assert_eq!(inspected.voters, BTreeSet::from([1, 2, 3]));
+    let recovered = recovery::recover(cluster.config(3, Start::Join)).await.unwrap();
+    assert_eq!(recovered, inspected);
+    let last = cluster.start(3, Start::Join).await;
+    last.linearizable().await.unwrap();
+    let voters: Vec<u64> = last.membership().voters.into_keys().collect();
+    assert_eq!(voters, [3]);
+    assert!(last.membership().learners.is_empty());
+    for number in 0..20u8 {
+        assert!(cluster.commands(3).contains(&vec![number]));
+    }
+    propose_surely(&last, b"alone").await;
+    cluster.start(4, Start::Join).await;
+    last.add_learner(4, "memory:4".to_owned()).await.unwrap();
+    cluster.caught_up(&last, 4).await;
+    last.set_voters(BTreeSet::from([3, 4])).await.unwrap();
+    propose_surely(&cluster.up[&4], b"together").await;
+    // One of those that were given up comes back: it disturbs nobody and nobody hears it.
+    let returned = cluster.restart(1).await;
+    sleep(Duration::from_secs(5)).await;
+    assert!(!returned.leadership().borrow().leads);
+    assert!(returned.propose(b"stray".to_vec()).await.is_err());
+    propose_surely(&last, b"still").await;
+    assert!(!cluster.commands(3).contains(&b"stray".to_vec()));
+
+    let mut empty = Cluster::new(501);
+    let nothing = recovery::recover(empty.config(1, Start::Join)).await;
+    assert!(matches!(nothing, Err(Error::Membership(_))), "{nothing:?}");
 }

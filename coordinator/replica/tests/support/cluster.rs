@@ -157,8 +157,8 @@ impl Cluster {
         }
     }
 
-    /// Opens a member on its disks, which are empty the first time.
-    pub async fn start(&mut self, member: u64, start: Start) -> Replica {
+    /// Settings of a member over its disks.
+    pub fn config(&mut self, member: u64, start: Start) -> Config {
         let seed = self.seed ^ member.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let disks = self.disks.entry(member).or_insert_with(|| Disks::new(seed));
         let mut config = disks.config(seed);
@@ -167,6 +167,12 @@ impl Cluster {
         config.start = start;
         config.timing = Timing::Exact(PACE);
         (self.configure)(&mut config);
+        config
+    }
+
+    /// Opens a member on its disks, which are empty the first time.
+    pub async fn start(&mut self, member: u64, start: Start) -> Replica {
+        let config = self.config(member, start);
         let (machine, published) = Journal::new();
         let end = End {
             from: member,
