@@ -11,7 +11,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
 use crate::health::Shared;
+use crate::membership::Membership;
 use crate::raft::{CurrentRaft, Types};
+use crate::transport::Network;
 
 /// Who leads, as far as this replica knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,18 +92,24 @@ pub(crate) fn leadership_of(
     }
 }
 
-/// Publishes the library's metrics as leadership and health until the replica ends; wakes up by itself when
+/// Publishes the library's metrics as leadership, addresses and health until the replica ends; wakes up by itself when
 /// the lease runs out.
 pub(crate) async fn follow(
     mut current: CurrentRaft,
     leadership: watch::Sender<Leadership>,
     shared: Shared,
     mut lease: Lease,
+    network: Network,
 ) {
     let mut metrics = current.borrow_and_update().metrics();
+    let mut members_at = None;
     loop {
         let lease_end = {
             let now = metrics.borrow_watched();
+            if members_at != Some(*now.membership_config.log_id()) {
+                members_at = Some(*now.membership_config.log_id());
+                network.set_members(Membership::of(&now));
+            }
             leadership.send_if_modified(|known| {
                 let new = leadership_of(&now, &lease, Some(known));
                 let changed = new != *known;

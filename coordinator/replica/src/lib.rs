@@ -13,7 +13,7 @@
 //! `snapshot`, `machine`, `proposer`, `leadership`, `wire`, `transport`, `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
-use openraft::error::{LinearizableReadError, RaftError};
+use openraft::error::{Fatal, LinearizableReadError, RaftError};
 use openraft::{BasicNode, ReadPolicy};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -217,7 +217,13 @@ impl Replica {
             shared.clone(),
             stopped,
         );
-        let follow = follow(raft.clone(), leadership_out, shared.clone(), lease.clone());
+        let follow = follow(
+            raft.clone(),
+            leadership_out,
+            shared.clone(),
+            lease.clone(),
+            network.clone(),
+        );
         seed.scope(async {
             raft::spawn(async move {
                 proposer.run().await;
@@ -307,6 +313,8 @@ impl Replica {
             let leader = match timeout_at(deadline, barrier).await {
                 Err(_) => return Err(Error::Timeout),
                 Ok(Ok(_)) => return Ok(()),
+                // The library is being started anew, with other timing.
+                Ok(Err(RaftError::Fatal(Fatal::Stopped))) if !self.has_ended() => None,
                 Ok(Err(RaftError::Fatal(fatal))) => return Err(self.failed(&fatal)),
                 Ok(Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)))) => {
                     forward.leader_id
@@ -436,6 +444,10 @@ impl Replica {
         let _no_snapshot_is_being_written = inner.snapshot_lock.lock().await;
         inner.log.stop().await;
         inner.state.stop().await;
+    }
+
+    fn has_ended(&self) -> bool {
+        self.0.shared.failure().is_some() || self.0.queue.is_closed()
     }
 
     fn failed(&self, error: &dyn std::fmt::Display) -> Error {

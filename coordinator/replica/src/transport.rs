@@ -21,6 +21,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::membership::Membership;
 use crate::raft::{RaftLogId, RaftVote, Types};
 use crate::snapshot::SnapshotData;
 use crate::snapshot::sending;
@@ -98,6 +99,9 @@ pub(crate) struct Network {
     cluster: u32,
     /// Reads snapshots that are sent.
     writer: Writer,
+    /// Addresses as of the newest membership: the library keeps the one that a member had when it began to
+    /// replicate to it.
+    addresses: Arc<Mutex<Membership>>,
     /// Members that did not answer last time, to say it once.
     silent: Arc<Mutex<BTreeSet<u64>>>,
 }
@@ -108,8 +112,19 @@ impl Network {
             transport,
             cluster: wire::cluster_mark(cluster),
             writer,
+            addresses: Arc::default(),
             silent: Arc::default(),
         }
+    }
+
+    /// From now on members are called where this says that they are.
+    pub(crate) fn set_members(&self, members: Membership) {
+        *self.addresses.lock().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+
+    fn address(&self, member: u64) -> Option<String> {
+        let members = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        members.address(member).map(str::to_owned)
     }
 
     fn note(&self, member: u64, error: Option<&CallError>) {
@@ -142,6 +157,7 @@ impl RaftNetworkFactory<Types> for Network {
 pub(crate) struct Peer {
     network: Network,
     pub(crate) member: u64,
+    /// Where it was when this was made.
     address: String,
 }
 
@@ -155,14 +171,12 @@ impl Peer {
     async fn ask_once(&self, request: &Request, within: Duration) -> Result<Answer, CallError> {
         let member = self.member;
         let bytes = wire::encode_request(self.network.cluster, member, request);
-        let answer = self
-            .network
-            .transport
-            .call(member, &self.address, bytes, within)
-            .await;
+        let address = self.network.address(member);
+        let address = address.unwrap_or_else(|| self.address.clone());
+        let answer = self.network.transport.call(member, &address, bytes, within).await;
         let answer = answer.map_err(|reason| CallError::Unreachable {
             member,
-            address: self.address.clone(),
+            address,
             reason,
         })?;
         wire::decode_answer(&answer).map_err(|reason| CallError::Garbage { member, reason })

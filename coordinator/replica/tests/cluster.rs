@@ -596,3 +596,21 @@ async fn the_last_one_left_goes_on_alone_when_it_is_told_to() {
     let nothing = recovery::recover(empty.config(1, Start::Join)).await;
     assert!(matches!(nothing, Err(Error::Membership(_))), "{nothing:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_moves_is_found_at_its_new_address() {
+    let cluster = Cluster::of(600, 3).await;
+    let leader = cluster.leader().await;
+    let first = cluster.up[&leader].clone();
+    cluster.links.move_away(3);
+    first.propose(b"unseen".to_vec()).await.unwrap();
+    sleep(Duration::from_secs(3)).await;
+    assert!(!cluster.commands(3).contains(&b"unseen".to_vec()));
+    first.add_learner(3, "moved:3".to_owned()).await.unwrap();
+    cluster.caught_up(&first, 3).await;
+    cluster.up[&3].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(3), [b"unseen".to_vec()]);
+    let known = cluster.up[&3].membership();
+    assert_eq!(known.voters.get(&3).map(String::as_str), Some("moved:3"));
+    assert_eq!(cluster.leader().await, leader);
+}

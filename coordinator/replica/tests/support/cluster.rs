@@ -27,6 +27,8 @@ struct LinksState {
     /// The so many-th large request from now on is lost.
     lose_large: Option<usize>,
     one_way: Duration,
+    /// Members that nobody finds at their first address any more.
+    moved: BTreeSet<u64>,
 }
 
 impl Links {
@@ -50,6 +52,16 @@ impl Links {
                 links.cut.remove(&(from, to));
             }
         });
+    }
+
+    /// The member is at `moved:N` from now on.
+    pub fn move_away(&self, member: u64) {
+        self.with(|links| links.moved.insert(member));
+    }
+
+    fn address(&self, member: u64) -> String {
+        let moved = self.with(|links| links.moved.contains(&member));
+        format!("{}:{member}", if moved { "moved" } else { "memory" })
     }
 
     pub fn slow(&self, one_way: Duration) {
@@ -110,11 +122,16 @@ impl Transport for End {
             reason: format!("{what} {} -> {member}", self.from),
         };
         Box::pin(async move {
-            assert_eq!(address, format!("memory:{member}"), "the address of that member");
+            let is_there = address == self.links.address(member);
+            assert!(
+                address.ends_with(&format!(":{member}")),
+                "{address} of member {member}"
+            );
             let ask = async {
                 let started = Instant::now();
                 sleep(self.links.one_way()).await;
-                let Some(replica) = self.links.target(self.from, member, request.len()) else {
+                let target = self.links.target(self.from, member, request.len());
+                let Some(replica) = target.filter(|_| is_there) else {
                     tokio::time::sleep_until(started + within).await;
                     return Err(lost("lost"));
                 };
