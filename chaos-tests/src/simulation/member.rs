@@ -163,6 +163,7 @@ impl Member {
         config.snapshots = SnapshotPolicy {
             every_entries: Some(200),
             keep_entries: 20,
+            ..SnapshotPolicy::default()
         };
         let replica = Replica::open(config, Box::new(watched), Arc::new(replica::Unconnected))
             .await

@@ -73,6 +73,9 @@ pub struct SnapshotPolicy {
     /// Log entries after the last snapshot that cause the next one; `None` leaves it to
     /// [`crate::Replica::snapshot`].
     pub every_entries: Option<u64>,
+    /// Bytes of log after the last snapshot that cause the next one, unless the snapshot itself is larger:
+    /// then as many as that. Bounds the time that a restart takes. `None`: no limit. Default 64 MiB.
+    pub every_bytes: Option<u64>,
     /// Entries before a snapshot that stay in the log, so that a member that was away for a moment needs no
     /// snapshot.
     pub keep_entries: u64,
@@ -82,6 +85,7 @@ impl Default for SnapshotPolicy {
     fn default() -> Self {
         Self {
             every_entries: Some(10_000),
+            every_bytes: Some(64 * 1024 * 1024),
             keep_entries: 1_000,
         }
     }

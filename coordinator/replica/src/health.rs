@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::watch;
 
+use crate::snapshot::SnapshotData;
+
 /// Whether the replica can do its work.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Health {
@@ -36,6 +38,9 @@ pub(crate) struct Counters {
     pub(crate) commands_applied: AtomicU64,
     pub(crate) snapshots_built: AtomicU64,
     pub(crate) snapshots_installed: AtomicU64,
+    /// Bytes of log entries found at start and written since.
+    pub(crate) log_bytes: AtomicU64,
+    pub(crate) snapshot_bytes: AtomicU64,
     pub(crate) log_tail_bytes: AtomicU64,
     pub(crate) log_reads_from_disk: AtomicU64,
 }
@@ -73,6 +78,13 @@ impl Shared {
         });
         if first {
             tracing::error!(reason, "replica failed");
+        }
+    }
+
+    /// Remembers how large the current snapshot is.
+    pub(crate) fn note_snapshot(&self, data: &SnapshotData) {
+        if let Ok((size_bytes, _)) = data.size_and_crc() {
+            self.counters.snapshot_bytes.store(size_bytes, Ordering::Relaxed);
         }
     }
 

@@ -25,6 +25,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 mod conformance;
 
 mod answer;
+mod compaction;
 mod config;
 mod error;
 mod format;
@@ -156,6 +157,7 @@ impl Replica {
         let limits = config.proposals.clone();
         let (node_id, address, start) = (config.node_id, config.address.clone(), config.start);
         let (cluster, writer, timing) = (config.cluster.clone(), config.writer, config.timing);
+        let every_bytes = config.snapshots.every_bytes;
         let seed = Seed::new(config.seed.unwrap_or_else(|| fastrand::u64(..)));
         let shared = Shared::new();
         let open::Opened {
@@ -264,8 +266,14 @@ impl Replica {
             replica.shutdown().await;
             return Err(error);
         }
-        let watched = timing::watch_ways(Arc::downgrade(&replica.0), timing);
-        replica.0.seed.scope(async { raft::spawn(watched) }).await;
+        let watched = Box::pin(timing::watch_ways(Arc::downgrade(&replica.0), timing));
+        let shortened = compaction::keep_log_short(Arc::downgrade(&replica.0), every_bytes);
+        let shortened = Box::pin(shortened);
+        let both = async {
+            raft::spawn(watched);
+            raft::spawn(shortened);
+        };
+        replica.0.seed.scope(both).await;
         Ok(replica)
     }
 

@@ -135,6 +135,7 @@ impl LogStore {
             tail.push(entry, size);
         }
         tail.last = stored.last.max(stored.purged);
+        count(&shared.counters.log_bytes, stored.bytes);
         let tail = SharedTail(Arc::new(Mutex::new(tail)), shared);
         tail.report(&tail.lock());
         let lane = start(tail.clone())?;
@@ -151,6 +152,11 @@ impl LogStore {
             }
             _ => None,
         })
+    }
+
+    /// Index of the first entry in memory.
+    pub(crate) fn first_in_memory(&self) -> Option<u64> {
+        self.tail.lock().entries.keys().next().copied()
     }
 
     /// Returns when everything that was given to the store is on the disk.
@@ -316,6 +322,7 @@ impl RaftLogStorage<Types> for LogStore {
             let mut tail = self.tail.lock();
             for entry in entries {
                 let size = log_file::size_in_memory(&entry);
+                count(&self.tail.1.counters.log_bytes, size);
                 encoded.push((entry.log_id.index, encode_entry(&entry)));
                 tail.push(entry, size);
             }

@@ -258,6 +258,7 @@ impl RaftStateMachine<Types> for Machine {
         let index = body.applied.last.map_or(0, |id| id.index);
         body.guarded(|machine| machine.applied(index))?;
         count(&body.shared.counters.snapshots_installed, 1);
+        body.shared.note_snapshot(&data);
         Ok(())
     }
 
@@ -349,6 +350,7 @@ impl SnapshotBuilder {
             .writer
             .blocking(move || write_view(&place, header, &view, lock))
             .await??;
+        self.shared.note_snapshot(&snapshot.snapshot);
         // The snapshot lets the library purge the log: first put the state itself on the disk.
         self.state.force().await?;
         count(&self.shared.counters.snapshots_built, 1);

@@ -134,6 +134,9 @@ fn check(config: Config, mut machine: Box<dyn StateMachine>, shared: &Shared) ->
     let stored = log_file::load(&log, config.log_tail_bytes_max)?;
     let applied = state_store::load(&state)?;
     let snapshot = place.check(&identity.cluster)?;
+    if let Ok(Some(data)) = place.current() {
+        shared.note_snapshot(&data);
+    }
     check_together(&stored, &applied, snapshot.as_ref(), &state)?;
     load_rows(&state, machine.as_mut())?;
     if let Some(last) = applied.last {

@@ -76,6 +76,8 @@ pub(crate) struct Stored {
     pub(crate) purged: Option<RaftLogId>,
     pub(crate) committed: Option<RaftLogId>,
     pub(crate) last: Option<RaftLogId>,
+    /// Size of all entries.
+    pub(crate) bytes: usize,
     /// The newest entries with their sizes, within the limit of the tail.
     pub(crate) newest: Vec<(RaftEntry, usize)>,
 }
@@ -275,7 +277,7 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
         let table = transaction.open_table(LOG)?;
         let mut rows = std::collections::VecDeque::new();
         let mut first_fault = None;
-        let mut bytes = 0;
+        let (mut bytes, mut all_bytes) = (0, 0);
         let mut previous: Option<RaftLogId> = None;
         for row in table.iter()? {
             let (index, value) = row?;
@@ -294,19 +296,21 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
             previous = Some(entry.log_id);
             let size = size_in_memory(&entry);
             bytes += size;
+            all_bytes += size;
             rows.push_back((entry, size));
             while bytes > tail_bytes_max {
                 let Some((_, size)) = rows.pop_front() else { break };
                 bytes -= size;
             }
         }
-        Ok((rows, previous, first_fault))
+        Ok((rows, previous, all_bytes, first_fault))
     })?;
-    let (rows, last, fault) = rows;
+    let (rows, last, bytes, fault) = rows;
     if let Some(fault) = fault {
         return Err(fault);
     }
     stored.last = last;
+    stored.bytes = bytes;
     stored.newest = rows.into();
     Ok(stored)
 }

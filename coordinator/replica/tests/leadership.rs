@@ -1,0 +1,234 @@
+//! Who leads, and for how long: check-quorum, pre-vote, transfer, timing.
+
+use replica::{Error, Timing};
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
+
+#[path = "support/cluster.rs"]
+mod cluster;
+#[path = "support/store.rs"]
+mod store;
+use cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
+
+const LEASE: Duration = Duration::from_millis(PACE.election_max_ms);
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_is_cut_off_stops_leading_before_another_leads() {
+    let cluster = Cluster::of(20, 3).await;
+    let old = cluster.leader().await;
+    let mut leadership = cluster.up[&old].leadership();
+    let started = Instant::now();
+    cluster.links.cut(old, cluster.others(old), true);
+    leadership.wait_for(|now| !now.leads).await.unwrap();
+    let stopped = started.elapsed();
+    assert!(stopped <= LEASE + Duration::from_millis(50), "after {stopped:?}");
+    assert!(!cluster.up[&old].leads_now());
+    for other in cluster.others(old) {
+        assert!(!cluster.up[&other].leadership().borrow().leads, "too early");
+    }
+    let new = cluster.leader_of(&cluster.others(old)).await;
+    cluster.up[&new].propose(b"new".to_vec()).await.unwrap();
+    // What the old one says now could be stale: it says nothing.
+    let read = cluster.up[&old].linearizable().await;
+    assert!(
+        matches!(read, Err(Error::NotLeader { .. } | Error::Timeout)),
+        "{read:?}"
+    );
+    let written = cluster.up[&old].propose(b"old".to_vec()).await;
+    assert!(written.is_err(), "{written:?}");
+    assert_eq!(cluster.commands(old), Vec::<Vec<u8>>::new());
+    // It comes back as a follower, and nobody's term grows by that.
+    let term = cluster.up[&new].metrics().term;
+    cluster.links.cut(old, cluster.others(old), false);
+    cluster.up[&old].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(old)[0], b"new");
+    assert_eq!(cluster.leader().await, new);
+    assert_eq!(cluster.up[&new].metrics().term, term);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_follower_that_was_cut_off_unseats_nobody() {
+    let cluster = Cluster::of(21, 3).await;
+    let leader = cluster.leader().await;
+    let term = cluster.up[&leader].metrics().term;
+    cluster.links.cut(3, [1, 2], true);
+    for number in 0..100u8 {
+        cluster.up[&leader].propose(vec![number]).await.unwrap();
+        sleep(Duration::from_millis(100)).await;
+    }
+    cluster.links.cut(3, [1, 2], false);
+    cluster.up[&3].linearizable().await.unwrap();
+    assert_eq!(cluster.commands(3).len(), 100);
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(cluster.leader().await, leader);
+    assert_eq!(
+        cluster.up[&leader].metrics().term,
+        term,
+        "pre-vote keeps the term"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_lead_is_handed_over() {
+    let mut cluster = Cluster::of(50, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    let started = Instant::now();
+    cluster.up[&1].transfer(Some(3)).await.unwrap();
+    assert_eq!(cluster.leader().await, 3);
+    assert!(started.elapsed() < LEASE, "{:?}", started.elapsed());
+    cluster.up[&1].propose(b"one".to_vec()).await.unwrap();
+    assert!(matches!(
+        cluster.up[&1].transfer(None).await,
+        Err(Error::NotLeader { leader: Some(3) })
+    ));
+    assert!(is_membership_error(cluster.up[&3].transfer(Some(9)).await));
+    cluster.kill(1);
+    sleep(LEASE).await;
+    assert!(is_membership_error(cluster.up[&3].transfer(Some(1)).await));
+    cluster.restart(1).await;
+    cluster.up[&1].linearizable().await.unwrap();
+    // An orderly stop hands over as well: no election has to time out.
+    let started = Instant::now();
+    cluster.stop(3).await;
+    let new = cluster.leader().await;
+    assert!(new != 3 && started.elapsed() < LEASE, "{:?}", started.elapsed());
+    cluster.up[&new].propose(b"two".to_vec()).await.unwrap();
+    assert_eq!(cluster.commands(new).last().unwrap(), b"two");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_transfer_that_fails_leaves_a_leader_that_works() {
+    let cluster = Cluster::of(51, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    // The target answers the leader but reaches nobody itself.
+    cluster.links.cut_one_way(3, 1, true);
+    cluster.links.cut_one_way(3, 2, true);
+    let transferred = cluster.up[&1].transfer(Some(3)).await;
+    assert!(transferred.is_err(), "{transferred:?}");
+    let leader = cluster.leader().await;
+    assert_ne!(leader, 3);
+    propose_surely(&cluster.up[&leader], b"after").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_cluster_writes_nothing() {
+    let cluster = Cluster::of(90, 3).await;
+    cluster.up[&1].propose(b"last".to_vec()).await.unwrap();
+    sleep(Duration::from_secs(5)).await;
+    let fsyncs = |member: u64| {
+        let metrics = cluster.up[&member].metrics();
+        metrics.log_fsyncs + metrics.state_fsyncs
+    };
+    let before: Vec<u64> = (1..=3).map(fsyncs).collect();
+    sleep(Duration::from_secs(120)).await;
+    let after: Vec<u64> = (1..=3).map(fsyncs).collect();
+    assert_eq!(before, after);
+    assert_eq!(cluster.leader().await, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_hands_over_stops_before_the_other_begins() {
+    for seed in 300..310 {
+        let cluster = Cluster::of(seed, 3).await;
+        // The old leader hears late of the election: two of three win without it.
+        cluster.links.slow(Duration::from_millis(seed % 20));
+        let from = cluster.leader().await;
+        let replica = cluster.up[&from].clone();
+        let handed_over = tokio::spawn(async move { replica.transfer(None).await });
+        cluster.links.cut_one_way(2, from, true);
+        cluster.links.cut_one_way(3, from, true);
+        let began = Instant::now();
+        let mut seen = BTreeSet::new();
+        while began.elapsed() < LEASE / 2 {
+            let leaders: Vec<u64> = (1..=3).filter(|member| cluster.up[member].leads_now()).collect();
+            assert!(leaders.len() <= 1, "seed {seed}: {leaders:?} lead");
+            seen.extend(leaders);
+            sleep(Duration::from_micros(500)).await;
+        }
+        assert!(seen.iter().any(|member| *member != from), "seed {seed}: {seen:?}");
+        cluster.links.cut(from, cluster.others(from), false);
+        handed_over.await.expect("no panic").unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_timing_follows_the_way_between_the_members() {
+    let mut cluster = Cluster::new(400);
+    cluster.configure = |config| config.timing = Timing::Auto;
+    cluster.links.slow(Duration::from_millis(100));
+    cluster.found(3).await;
+    let paces =
+        |cluster: &Cluster| -> Vec<u64> { cluster.up.values().map(|it| it.pace().heartbeat_ms).collect() };
+    eventually("everybody slows down", Duration::from_secs(60), || {
+        paces(&cluster).iter().all(|pace| (600..1000).contains(pace))
+    })
+    .await;
+    let leader = cluster.leader().await;
+    let before = cluster.up[&leader].leadership().borrow().since;
+    for number in 0..30u8 {
+        let through = &cluster.up[&(1 + u64::from(number) % 3)];
+        through.propose(vec![number]).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+    }
+    let now = cluster.up[&leader].leadership().borrow().clone();
+    assert!(now.leads && now.since == before, "it led all the time");
+    // One that starts again has the pace of the others at once.
+    cluster.kill(3);
+    let third = cluster.restart(3).await;
+    assert_eq!(third.pace(), cluster.up[&1].pace());
+    cluster.kill(leader);
+    let survivor = *cluster.up.keys().next().unwrap();
+    let began = Instant::now();
+    propose_surely(&cluster.up[&survivor], b"after").await;
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    cluster.restart(leader).await;
+    // The way gets shorter: a long time later so do the heartbeats, and nothing is lost on the way.
+    cluster.links.slow(Duration::from_millis(1));
+    eventually("everybody speeds up", Duration::from_secs(1000), || {
+        paces(&cluster).iter().all(|pace| *pace == 100)
+    })
+    .await;
+    propose_surely(&cluster.up[&survivor], b"last").await;
+    for member in 1..=3 {
+        cluster.up[&member].linearizable().await.unwrap();
+        assert_eq!(cluster.commands(member), cluster.commands(survivor));
+        assert!(cluster.commands(member).len() >= 32);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_counts_on_the_shortest_lease_among_the_voters() {
+    let mut cluster = Cluster::new(401);
+    cluster.configure = |config| {
+        let slow = Timing::Exact(replica::Pace::of_heartbeat(1000));
+        config.timing = if config.node_id == 1 { slow } else { Timing::Lan };
+    };
+    cluster.found(3).await;
+    sleep(Duration::from_secs(3)).await;
+    let leader = cluster.up[&1].clone();
+    let mut leadership = leader.leadership();
+    leader.propose(b"x".to_vec()).await.unwrap();
+    leadership.wait_for(|now| now.leads).await.unwrap();
+    let began = Instant::now();
+    cluster.links.cut(1, [2, 3], true);
+    leadership.wait_for(|now| !now.leads).await.unwrap();
+    assert!(began.elapsed() <= LEASE, "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn wide_area_timing_holds_over_a_long_way() {
+    let mut cluster = Cluster::new(402);
+    cluster.configure = |config| config.timing = Timing::Wan;
+    cluster.links.slow(Duration::from_millis(75));
+    cluster.found(3).await;
+    let leader = cluster.leader().await;
+    let since = cluster.up[&leader].leadership().borrow().since;
+    for number in 0..20u8 {
+        let through = &cluster.up[&(1 + u64::from(number) % 3)];
+        through.propose(vec![number]).await.unwrap();
+        sleep(Duration::from_secs(1)).await;
+    }
+    let now = cluster.up[&leader].leadership().borrow().clone();
+    assert!(now.leads && now.since == since, "it led all the time");
+}
