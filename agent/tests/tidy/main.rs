@@ -77,6 +77,7 @@ const DOORS: &[&str] = &[
     "agent/src/registry.rs",
     "agent/src/registry/redirect.rs",
     "agent/src/signer.rs",
+    "coordinator/replica/src/quic.rs",
     "coordinator/src/api.rs",
     "coordinator/src/host_link/quic.rs",
     "coordinator/src/identity.rs",
