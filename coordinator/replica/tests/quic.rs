@@ -60,6 +60,10 @@ impl Authority {
 
     /// A UDP port that accepts holders of a certificate, and the settings to dial with.
     fn endpoint(&self, member: u64) -> (Endpoint, ClientConfig) {
+        self.endpoint_at(member, LOCALHOST).unwrap()
+    }
+
+    fn endpoint_at(&self, member: u64, at: SocketAddr) -> std::io::Result<(Endpoint, ClientConfig)> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let (certificate, key) = self.issue(member);
         let verifier =
@@ -80,9 +84,9 @@ impl Authority {
         client.alpn_protocols = vec![ALPN.to_vec()];
         let mut server = ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server).unwrap()));
         server.transport_config(Arc::new(transport_config()));
-        let endpoint = Endpoint::server(server, LOCALHOST).unwrap();
+        let endpoint = Endpoint::server(server, at)?;
         let client = ClientConfig::new(Arc::new(QuicClientConfig::try_from(client).unwrap()));
-        (endpoint, client)
+        Ok((endpoint, client))
     }
 }
 
@@ -386,4 +390,20 @@ async fn nobody_there_is_an_answer_in_time() {
         .unwrap_err()
         .reason;
     assert!(reason.contains("nowhere.invalid"), "{reason}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_find_each_other_over_ipv6_too() {
+    let authority = Authority::new();
+    let at = SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 0));
+    let Ok((two, _)) = authority.endpoint_at(2, at) else {
+        println!("not tested: this machine has no IPv6 loopback");
+        return;
+    };
+    let address = two.local_addr().unwrap().to_string();
+    accept(two, Arc::new(watch::Sender::new(None)));
+    let (one, client) = authority.endpoint_at(1, at).unwrap();
+    let peers = Peers::new(one, move |_| Ok(client.clone()));
+    let answer = peers.ask(2, &address, b"who".to_vec(), SOON).await.unwrap();
+    assert_eq!(answer, b"who of 1");
 }
