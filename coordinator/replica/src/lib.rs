@@ -25,6 +25,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 mod conformance;
 
 mod answer;
+pub mod backup;
 mod compaction;
 mod config;
 mod error;

@@ -75,19 +75,19 @@ pub async fn recover(config: Config) -> Result<Condition, Error> {
     result.and(before)
 }
 
-async fn open_store(config: Config) -> Result<(Opened, Shared), Error> {
+pub(crate) async fn open_store(config: Config) -> Result<(Opened, Shared), Error> {
     config.check()?;
     let shared = Shared::new();
     let opened = Box::pin(open::open(config, Box::new(NoMachine), &shared)).await?;
     Ok((opened, shared))
 }
 
-async fn close(opened: Opened) {
+pub(crate) async fn close(opened: Opened) {
     opened.log.stop().await;
     opened.state.stop().await;
 }
 
-fn failed(error: impl std::fmt::Display) -> Error {
+pub(crate) fn failed(error: impl std::fmt::Display) -> Error {
     Error::Failed(error.to_string())
 }
 

@@ -164,7 +164,7 @@ impl SnapshotReader {
         Ok(self.read_row()?)
     }
 
-    fn read_row(&mut self) -> Result<Option<Row>, ReadError> {
+    pub(crate) fn read_row(&mut self) -> Result<Option<Row>, ReadError> {
         if self.ended {
             return Ok(None);
         }

@@ -136,6 +136,10 @@ impl Network {
         }
     }
 
+    pub(crate) fn writer(&self) -> Writer {
+        self.writer
+    }
+
     pub(crate) fn peer(&self, member: u64, address: &str) -> Peer {
         Peer {
             network: self.clone(),

@@ -64,6 +64,10 @@ impl Receiver {
         }
     }
 
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
     /// Takes a piece. The caller has made sure that it comes from the current leader.
     pub(crate) async fn take(&self, raft: &Raft, seed: &Seed, chunk: Chunk) -> io::Result<Answer> {
         let name = chunk.name;
