@@ -54,9 +54,12 @@ async fn a_lost_cluster_begins_again_with_a_snapshot_file() {
 /// A snapshot file of a small store.
 async fn saved(folder: &Path) -> std::path::PathBuf {
     let (replica, _) = open(files(&folder.join("store"))).await;
-    replica.propose(b"x".to_vec()).await.unwrap();
+    replica.propose(b"x".to_vec()).await.expect("it leads");
     let file = folder.join("saved");
-    replica.save_snapshot(file.clone()).await.unwrap();
+    replica
+        .save_snapshot(file.clone())
+        .await
+        .expect("it can be written");
     replica.shutdown().await;
     file
 }
