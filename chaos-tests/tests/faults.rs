@@ -29,23 +29,25 @@ fn works(tool: &str) -> bool {
 
 /// A socket that answers everything with the same, and a client that speaks to it through a relay.
 async fn through_a_relay(seed: u64) -> (Relay, UdpSocket) {
-    let echo = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let relay = Relay::start(echo.local_addr().unwrap(), seed).await.unwrap();
+    let echo = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let to = echo.local_addr().expect("bound");
+    let relay = Relay::start(to, seed).await.expect("a free port");
     tokio::spawn(async move {
         let mut buffer = [0; 2048];
         while let Ok((bytes, from)) = echo.recv_from(&mut buffer).await {
             let _ = echo.send_to(&buffer[..bytes], from).await;
         }
     });
-    let client = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    client.connect(relay.address()).await.unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    client.connect(relay.address()).await.expect("an address");
     (relay, client)
 }
 
 async fn answer(client: &UdpSocket, question: &[u8], within: Duration) -> Option<Vec<u8>> {
-    client.send(question).await.unwrap();
+    client.send(question).await.expect("sent");
     let mut buffer = [0; 2048];
-    let bytes = timeout(within, client.recv(&mut buffer)).await.ok()?.unwrap();
+    let bytes = timeout(within, client.recv(&mut buffer)).await.ok()?;
+    let bytes = bytes.expect("received");
     Some(buffer[..bytes].to_vec())
 }
 
@@ -147,7 +149,7 @@ fn fsync_is_counted_slowed_and_failed() {
     assert!(sync());
     assert_eq!(fsync.calls().unwrap(), 1);
     fsync.delay(Duration::from_millis(100)).unwrap();
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     assert!(sync());
     assert!(began.elapsed() >= Duration::from_millis(100));
     fsync.delay(Duration::ZERO).unwrap();

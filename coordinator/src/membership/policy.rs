@@ -118,7 +118,7 @@ fn wanted(candidates: &[Candidate], roles: &Roles) -> BTreeSet<u64> {
         chosen.push(able.remove(best));
     }
     // Two voters survive no more than one does, and four no more than three.
-    if chosen.len() % 2 == 0
+    if chosen.len().is_multiple_of(2)
         && let Some(position) = chosen.iter().rposition(|c| c.member != roles.leader)
     {
         chosen.remove(position);
