@@ -49,7 +49,7 @@ enum Command {
     /// The configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Write an example configuration and, on an eligible host, found a cluster; leaves what exists
+    /// Write an example configuration; once that is filled in, found a cluster. Leaves what exists
     Init,
     /// Join the cluster that a token of `chutes-miner host invite` invites to
     Join {

@@ -21,7 +21,7 @@ fn say(line: &str) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{line}")?)
 }
 
-/// Writes an example configuration, makes the data folder and, on an eligible host, founds a cluster. What exists is
+/// Writes an example configuration; with one that is filled in, founds a cluster on an eligible host. What exists is
 /// left as it is.
 ///
 /// # Errors
@@ -31,15 +31,16 @@ pub(crate) fn init(mut sources: Sources) -> anyhow::Result<()> {
         .file
         .clone()
         .unwrap_or_else(|| PathBuf::from(DEFAULT_FILE));
-    if file.exists() {
-        say(&format!("{} exists and is left as it is", file.display()))?;
-    } else {
+    if !file.exists() {
         let data = sources
             .data
             .clone()
             .unwrap_or_else(|| config::Written::default().data);
         write_new(&file, &example::text(&std::path::absolute(data)?))?;
-        say(&format!("{} written: fill in what is empty", file.display()))?;
+        return say(&format!(
+            "{0} written: fill in what is empty, then chutes-agent --config {0} init once more",
+            file.display()
+        ));
     }
     sources.file = Some(file.clone());
     let (written, _) = config::read(&sources)?;
@@ -47,7 +48,6 @@ pub(crate) fn init(mut sources: Sources) -> anyhow::Result<()> {
     private_folder(&run_folder(&written.data))?;
     let folder = certificates_folder(&written.data);
     private_folder(&folder)?;
-    let next = format!("edit {0}, then chutes-agent --config {0} config check", file.display());
     if let Some(admission) = Admission::read(&folder)? {
         say(&format!(
             "this host belongs to the cluster {} already, which is left as it is",
@@ -65,7 +65,7 @@ pub(crate) fn init(mut sources: Sources) -> anyhow::Result<()> {
     } else {
         say("next: chutes-agent join TOKEN, with a token from `chutes-miner host invite` on a member")?;
     }
-    say(&format!("next: {next}"))
+    say(&format!("next: chutes-agent --config {} config check", file.display()))
 }
 
 /// Enters the cluster that a token invites to.
