@@ -249,7 +249,6 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             "enabled = true\nstrategy = \"luck\"",
             "there is value_per_cost",
         ),
-        ("enabled = true", "", "host.coordinator is missing"),
         (
             "enabled = true",
             "enabled = true\ntick = \"0s\"",

@@ -15,14 +15,14 @@ const ORDERS: &[Order] = &[
         source: "coordinator/core/src/state_machine",
         rows: &[
             &["apply", "codec", "invariant"],
-            &["reconcile", "observe", "lifecycle", "enrolment"],
+            &["reconcile", "observe", "lifecycle", "enrolment", "joining"],
             &["placement"],
             &["desired"],
             &["state"],
             &["command", "outbox"],
             &["effect"],
             // The nouns know nothing of the state; a noun may name another noun's key.
-            &["job", "server", "deployment"],
+            &["job", "server", "deployment", "host"],
             &["chute"],
             &["table"],
         ],
