@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use replica::{Replica, RowChange, Start, StateMachine, Storage};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,7 +19,7 @@ use crate::door;
 use crate::executor::Validators;
 use crate::host_link::{Hub, headers, session};
 use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, key_hash, read_text};
-use crate::join::{Admission, Gate, client};
+use crate::join::{Admission, Gate, client, gate};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership;
@@ -220,6 +220,7 @@ pub async fn run(
             cluster: admission.cluster.clone(),
             endpoint: endpoint.clone(),
             identity: config.identity.clone(),
+            joins: Arc::new(Semaphore::new(gate::JOINS_MAX)),
         },
     };
     // Raft needs the door until the lead is handed over: it closes after the rest.

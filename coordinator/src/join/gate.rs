@@ -8,6 +8,7 @@ use std::time::Duration;
 use coordinator_core::state_machine::host::{HostRecord, InviteId, NewHost, Standing};
 use coordinator_core::state_machine::{Command, Reply};
 use quinn::{Connection, ConnectionError, Endpoint};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::wire::{Answer, Granted, Join, Question, read, write};
@@ -38,7 +39,12 @@ pub struct Gate {
     pub endpoint: Endpoint,
     /// Folder with the certificate that they show.
     pub identity: PathBuf,
+    /// Limits how many join at a time.
+    pub joins: Arc<Semaphore>,
 }
+
+/// A limit for [`Gate::joins`].
+pub const JOINS_MAX: usize = 16;
 
 /// How a probe can end badly.
 enum Dial {
@@ -124,11 +130,17 @@ impl Gate {
                 )));
             }
         }
+        let few = self.joins.try_acquire();
+        let _few = few.map_err(|_| No::Unavailable("too many hosts join at this moment".to_owned()))?;
         self.store.linearizable().await?;
-        let invite = InviteId(join.invite);
-        let eligible = self
-            .store
-            .read(|state| state.invites().get(&invite).is_some_and(|invite| invite.eligible));
+        let (invite, secret_hash) = (InviteId(join.invite), token::secret_hash(&join.secret));
+        // A stranger without an invitation writes nothing into the log.
+        let known = self.store.read(|state| {
+            state
+                .invitation(invite, &secret_hash, now)
+                .map(|invite| invite.eligible)
+        });
+        let eligible = known.map_err(|rejection| refused(rejection.to_string()))?;
         match &join.hotkey {
             Some(hotkey) if hotkey != self.signer.hotkey() => {
                 return Err(refused(format!(
@@ -147,7 +159,7 @@ impl Gate {
         }
         let command = Command::JoinHost {
             id: invite,
-            secret_hash: token::secret_hash(&join.secret),
+            secret_hash,
             host: NewHost {
                 server: join.server.clone(),
                 name: join.name,
