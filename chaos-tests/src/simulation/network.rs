@@ -178,6 +178,10 @@ impl Network {
     }
 
     fn answered(&self, member: u64, replica: &Replica) {
+        if !replica.health().borrow().is_well() {
+            // It could not write its vote and has promised nothing.
+            return;
+        }
         let term = replica.metrics().term;
         let mut inner = self.lock();
         let known = inner.terms.entry(member).or_default();

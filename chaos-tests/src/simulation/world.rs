@@ -136,8 +136,9 @@ impl World {
         };
         let count = self.members.all().len() as u64;
         tokio::spawn(found(client(), clock, count));
-        tokio::spawn(client().write());
-        tokio::spawn(client().write());
+        for _ in 0..4 {
+            tokio::spawn(client().write());
+        }
         tokio::spawn(client().read(self.oracle.clone()));
         tokio::spawn(client().read(self.oracle.clone()));
         let client = client();
