@@ -3,12 +3,14 @@
 pub mod api;
 pub mod clock;
 pub mod config;
+pub mod door;
 pub mod executor;
 pub mod host_link;
 pub mod identity;
 pub mod join;
 pub mod leader;
 pub mod member;
+pub mod member_link;
 pub mod membership;
 pub mod signer;
 pub mod store;

@@ -31,10 +31,10 @@ const ORDERS: &[Order] = &[
         source: "coordinator/src",
         rows: &[
             &["member"],
-            &["config", "api"],
+            &["config", "api", "door"],
             // The API shows what the leader last saw in the validators' listings.
-            &["leader"],
-            &["executor"],
+            &["leader", "membership"],
+            &["executor", "member_link", "join"],
             &["validator", "host_link", "sealed_worker"],
             &["signer", "store", "identity"],
             &["clock"],

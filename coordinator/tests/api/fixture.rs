@@ -8,6 +8,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
+    Alone,
     ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
     ValidatorListing, router,
 };
@@ -169,6 +170,7 @@ impl Fixture {
             host_reports: Arc::clone(&reports) as Arc<dyn HostReports>,
             validator_listing: Arc::new(listings.clone()),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
+            leader: Arc::new(Alone),
         };
         let config = Config {
             miner: miner.hotkey().clone(),

@@ -341,6 +341,11 @@ pub enum Command {
         /// What the operator wants.
         pin: Pin,
     },
+    /// A member that has lost its store comes back, under another member id.
+    RejoinHost {
+        /// Which.
+        server: ServerId,
+    },
 }
 
 /// The answer to an accepted command.
