@@ -99,6 +99,13 @@ pub struct Leader {
 }
 
 impl Leader {
+    /// The same for one term: a member that leads once more must not give the same names again.
+    #[must_use]
+    pub fn of_term(&self, term: u64) -> Self {
+        let seed = fastrand::Rng::with_seed(self.seed ^ term).u64(..);
+        Self { seed, ..self.clone() }
+    }
+
     /// Leads until cancelled.
     pub async fn run(self, cancel: CancellationToken) {
         // Whatever is still running when this future is dropped ends with it.

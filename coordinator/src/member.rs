@@ -396,10 +396,11 @@ pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: C
         };
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
+        let this_time = leader.of_term(term);
         let leading = async {
-            if write_first(&leader, &first, &ended).await {
+            if write_first(&this_time, &first, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
-                tokio::join!(leader.clone().run(ended.clone()), members);
+                tokio::join!(this_time.run(ended.clone()), members);
             }
         };
         let mut lost = leadership.clone();

@@ -27,9 +27,10 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// The store of some member that is up.
+    /// The store of some member that is up and knows, or knew, of a leader.
     pub(super) fn store(&mut self) -> Option<Store> {
-        self.members.any(&mut self.random).store()
+        let member = self.members.any(&mut self.random);
+        member.store().filter(|_| member.knows_a_leader())
     }
 
     /// The answer to a command, in the end.
@@ -43,7 +44,7 @@ impl Client {
         loop {
             tries += 1;
             let Some(store) = self.store() else {
-                sleep(Duration::from_millis(100)).await;
+                sleep(Duration::from_millis(50)).await;
                 continue;
             };
             match once(&store, request, guard, &command).await {

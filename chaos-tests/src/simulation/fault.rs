@@ -27,7 +27,7 @@ impl Director {
     /// Strikes until faults end.
     pub(super) async fn run(mut self) {
         // Let the cluster and the first deployments come up: trouble at rest finds little.
-        sleep(Duration::from_secs(10)).await;
+        sleep(Duration::from_secs(12)).await;
         while self.recorder.faults_are_on() {
             match self.random.u8(..10) {
                 0..=2 => self.strike_a_member(),

@@ -109,6 +109,12 @@ impl Member {
         self.life().as_ref().map(|life| life.context.store.clone())
     }
 
+    /// Whether it has heard of one in this life.
+    pub(super) fn knows_a_leader(&self) -> bool {
+        self.inside()
+            .is_some_and(|(_, replica)| replica.leadership().borrow().leader.is_some())
+    }
+
     /// Machine and replica, while the member is up.
     pub(super) fn inside(&self) -> Option<(Machine, Replica)> {
         let life = self.life();
@@ -351,6 +357,11 @@ async fn observe(member: Member, replica: Replica, machine: Machine) {
 pub(super) struct Members(pub(super) Arc<[Member]>);
 
 impl Members {
+    /// Only the one that founds the cluster.
+    pub(super) fn founder(&self) -> Self {
+        Self(self.0.iter().take(1).cloned().collect())
+    }
+
     pub(super) fn all(&self) -> &[Member] {
         &self.0
     }

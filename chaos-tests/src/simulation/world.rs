@@ -139,8 +139,11 @@ impl World {
             random: random.fork(),
         };
         let count = self.members.all().len() as u64;
-        tokio::spawn(found(client(), clock, count));
-        for _ in 0..4 {
+        let mut founder = client();
+        // Nobody else knows of the cluster yet.
+        founder.members = self.members.founder();
+        tokio::spawn(found(founder, clock, count));
+        for _ in 0..2 {
             tokio::spawn(client().write());
         }
         tokio::spawn(client().read(self.oracle.clone()));
