@@ -85,7 +85,11 @@ pub fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result<ExitCo
         }
         Some(name) => find(arguments, name, out)?,
     };
-    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Runs `each` for these seeds on several threads; `take` gets the results as they come and says whether to go
@@ -173,7 +177,10 @@ fn find(arguments: &Arguments, name: &str, out: &mut impl Write) -> anyhow::Resu
         None => writeln!(out, "plant {name}: NOT FOUND by {tried} seeds")?,
         Some(report) => {
             let (seed, first) = (report.seed, &report.violations[0]);
-            writeln!(out, "plant {name}: found by seed {seed}, the {tried}. one: {first}")?;
+            writeln!(
+                out,
+                "plant {name}: found by seed {seed}, the {tried}. one: {first}"
+            )?;
             for line in &report.trace {
                 writeln!(out, "{line}")?;
             }
@@ -223,7 +230,10 @@ impl Total {
         writeln!(out, "faults {:?}", self.faults)?;
         writeln!(out, "events {:?}", self.events)?;
         for seed in &self.failed {
-            writeln!(out, "FAILED: cargo run --release -p chaos-tests -- sim --seed {seed} --trace")?;
+            writeln!(
+                out,
+                "FAILED: cargo run --release -p chaos-tests -- sim --seed {seed} --trace"
+            )?;
         }
         let event = |kind| self.events.get(kind).copied().unwrap_or_default();
         writeln!(

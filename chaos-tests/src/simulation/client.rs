@@ -104,7 +104,7 @@ impl Client {
     pub(super) async fn write(mut self) {
         let mut stolen = None;
         while self.recorder.faults_are_on() {
-            let pause = self.random.u64(100..500);
+            let pause = self.random.u64(150..700);
             sleep(Duration::from_millis(pause)).await;
             let Some(store) = self.store() else { continue };
             let (guard, now) = (self.guard(), self.recorder.now_ms());

@@ -52,22 +52,29 @@ impl Director {
         let kind = if member.leads() { "leader" } else { "member" };
         match self.random.u8(..12) {
             0..=2 => {
-                let what = if kind == "leader" { "leader killed" } else { "member killed" };
+                let what = if kind == "leader" {
+                    "leader killed"
+                } else {
+                    "member killed"
+                };
                 self.recorder.fault(what, me);
                 member.kill();
             }
             3..=4 => {
                 let steps = self.random.u64(1..60);
-                self.recorder.fault("power lost in a write", format_args!("{kind} {me} {steps}"));
+                self.recorder
+                    .fault("power lost in a write", format_args!("{kind} {me} {steps}"));
                 member.fail_power_after(steps);
             }
             5 => {
-                self.recorder.fault("disk does not sync", format_args!("{kind} {me}"));
+                self.recorder
+                    .fault("disk does not sync", format_args!("{kind} {me}"));
                 member.fail_syncs();
             }
             6..=8 => {
                 let ms = self.random.u64(500..20_000);
-                self.recorder.fault("member stands still", format_args!("{kind} {me} {ms}"));
+                self.recorder
+                    .fault("member stands still", format_args!("{kind} {me} {ms}"));
                 self.network.stand_still(me, ms);
             }
             9..=10 => member.kill_after_a_vote(),
@@ -99,43 +106,55 @@ impl Director {
             }
             2..=3 => {
                 let (few, many) = others.split_at(others.len().saturating_sub(1) / 2);
-                self.recorder.fault("member with a minority", format_args!("{me} {few:?} {ms}"));
+                self.recorder
+                    .fault("member with a minority", format_args!("{me} {few:?} {ms}"));
                 let minority: Vec<Place> = [here].into_iter().chain(place(few)).collect();
                 self.network.part(&minority, &place(many), ms);
             }
             4..=5 => {
                 let (these, those) = others.split_at(self.random.usize(..=others.len()));
-                self.recorder.fault("parted", format_args!("{these:?} {those:?} {ms}"));
+                self.recorder
+                    .fault("parted", format_args!("{these:?} {those:?} {ms}"));
                 self.network.part(&place(these), &place(those), ms);
             }
             6..=7 => {
                 let other = Place::Member(others[0]);
-                self.recorder.fault("cut one way", format_args!("{me} {} {ms}", others[0]));
-                let (from, to) = if self.random.bool() { (here, other) } else { (other, here) };
+                self.recorder
+                    .fault("cut one way", format_args!("{me} {} {ms}", others[0]));
+                let (from, to) = if self.random.bool() {
+                    (here, other)
+                } else {
+                    (other, here)
+                };
                 self.network.cut(from, to, ms);
             }
             8 => {
-                self.recorder.fault("cut one way from all", format_args!("{me} {ms}"));
+                self.recorder
+                    .fault("cut one way from all", format_args!("{me} {ms}"));
                 for other in place(&others) {
                     self.network.cut(other, here, ms);
                 }
             }
             9 => {
-                self.recorder.fault("cut from the validator", format_args!("{me} {ms}"));
+                self.recorder
+                    .fault("cut from the validator", format_args!("{me} {ms}"));
                 self.network.part(&[here], &[Place::Validator], ms * 2);
             }
             10 => {
-                self.recorder.fault("cut from the hosts", format_args!("{me} {ms}"));
+                self.recorder
+                    .fault("cut from the hosts", format_args!("{me} {ms}"));
                 self.network.part(&[here], &[Place::Hosts], ms * 2);
             }
             11..=12 => {
                 let permille = self.random.u64(50..350);
-                self.recorder.fault("lossy network", format_args!("{permille} {ms}"));
+                self.recorder
+                    .fault("lossy network", format_args!("{permille} {ms}"));
                 self.network.lose(permille, ms);
             }
             _ => {
                 let more_ms = self.random.u64(10..120);
-                self.recorder.fault("slow network", format_args!("{more_ms} {ms}"));
+                self.recorder
+                    .fault("slow network", format_args!("{more_ms} {ms}"));
                 self.network.slow_down(more_ms, ms);
             }
         }

@@ -51,7 +51,11 @@ pub(super) async fn found(mut client: Client, clock: SimulatedClock, members: u6
         let invited = client.propose(Command::InviteHost { id, invite }).await;
         answers.push((invited, Ok(Reply::Done)));
         let host = host_of(member);
-        let join = Command::JoinHost { id, secret_hash, host };
+        let join = Command::JoinHost {
+            id,
+            secret_hash,
+            host,
+        };
         let joined = client.propose(join).await;
         answers.push((joined, Ok(Reply::Joined { member: Some(member) })));
     }

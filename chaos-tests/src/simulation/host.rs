@@ -83,7 +83,9 @@ struct Way {
 
 impl Way {
     async fn is_open(&self) -> bool {
-        self.network.until_it_passes(Place::Hosts, self.member, CONNECT_MAX).await
+        self.network
+            .until_it_passes(Place::Hosts, self.member, CONNECT_MAX)
+            .await
             && self.network.passes(self.member, Place::Hosts)
     }
 
@@ -91,11 +93,15 @@ impl Way {
     async fn is_silent(&self) {
         loop {
             sleep(LOOK_EVERY).await;
-            let there = self.network.until_it_passes(Place::Hosts, self.member, SILENCE_MAX);
+            let there = self
+                .network
+                .until_it_passes(Place::Hosts, self.member, SILENCE_MAX);
             if !there.await {
                 return;
             }
-            let back = self.network.until_it_passes(self.member, Place::Hosts, SILENCE_MAX);
+            let back = self
+                .network
+                .until_it_passes(self.member, Place::Hosts, SILENCE_MAX);
             if !back.await {
                 return;
             }
@@ -110,7 +116,8 @@ impl Way {
         tokio::spawn(async move {
             while let Some(message) = sent.recv().await {
                 sleep(Duration::from_millis(2)).await;
-                if !network.until_it_passes(from, to, IDLE_MAX).await || deliver.send(message).await.is_err() {
+                if !network.until_it_passes(from, to, IDLE_MAX).await || deliver.send(message).await.is_err()
+                {
                     return;
                 }
             }
@@ -255,7 +262,8 @@ impl Host {
                 let recorder = self.0.recorder.clone();
                 let served = member.serve(|context| async move {
                     let name = me.clone();
-                    let end = Box::pin(session::serve(context, move |id| *id == me, incoming, outgoing)).await;
+                    let end =
+                        Box::pin(session::serve(context, move |id| *id == me, incoming, outgoing)).await;
                     recorder.note(format_args!("session of {name} ends: {end:?}"));
                 });
                 if served {

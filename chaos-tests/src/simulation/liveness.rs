@@ -35,7 +35,9 @@ fn differences(members: &Members) -> Vec<String> {
         let wanted = voters_wanted(members.all().len());
         let membership = replica.membership();
         if membership.voters.len() != wanted || membership.changing {
-            found.push(format!("member {me} knows of {membership:?}, {wanted} should vote"));
+            found.push(format!(
+                "member {me} knows of {membership:?}, {wanted} should vote"
+            ));
         }
         let index = replica.metrics().applied_index.unwrap_or_default();
         let state = machine.read(State::clone);

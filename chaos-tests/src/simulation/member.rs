@@ -118,7 +118,8 @@ impl Member {
     /// Machine and replica, while the member is up.
     pub(super) fn inside(&self) -> Option<(Machine, Replica)> {
         let life = self.life();
-        life.as_ref().map(|life| (life.machine.clone(), life.replica.clone()))
+        life.as_ref()
+            .map(|life| (life.machine.clone(), life.replica.clone()))
     }
 
     /// Whether it leads, as it sees it.
@@ -279,7 +280,12 @@ impl Member {
             context,
             _header_sets: header_sets,
             _doors: doors_known,
-            tasks: [leading.abort_handle(), observed.abort_handle(), telling.abort_handle()].into(),
+            tasks: [
+                leading.abort_handle(),
+                observed.abort_handle(),
+                telling.abort_handle(),
+            ]
+            .into(),
         });
         let mut health = replica.health();
         tokio::select! {
@@ -339,7 +345,9 @@ async fn observe(member: Member, replica: Replica, machine: Machine) {
         let Ok(term) = leadership.wait_for(|now| now.leads).await.map(|now| now.term) else {
             return;
         };
-        parts.recorder.note(format_args!("member {me}: leads in term {term}"));
+        parts
+            .recorder
+            .note(format_args!("member {me}: leads in term {term}"));
         parts.recorder.event("leader changes");
         parts.network.leads_in(me, term);
         parts.network.check_leaders();
@@ -348,7 +356,9 @@ async fn observe(member: Member, replica: Replica, machine: Machine) {
         if ended.is_err() {
             return;
         }
-        parts.recorder.note(format_args!("member {me}: leads no more in term {term}"));
+        parts
+            .recorder
+            .note(format_args!("member {me}: leads no more in term {term}"));
     }
 }
 

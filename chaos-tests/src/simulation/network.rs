@@ -83,7 +83,11 @@ struct Luck {
 impl Network {
     pub(super) fn new(recorder: Recorder, seed: u64) -> Self {
         let inner = Mutex::default();
-        Self(Arc::new(Shared { recorder, seed, inner }))
+        Self(Arc::new(Shared {
+            recorder,
+            seed,
+            inner,
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -154,7 +158,10 @@ impl Network {
     }
 
     fn is_still(&self, member: u64) -> bool {
-        self.lock().still.get(&member).is_some_and(|until| *until > self.now())
+        self.lock()
+            .still
+            .get(&member)
+            .is_some_and(|until| *until > self.now())
     }
 
     /// Waits until something passes, but not longer than that; whether it does.
@@ -196,7 +203,10 @@ impl Network {
         let mut inner = self.lock();
         let known = inner.terms.entry(member).or_default();
         *known = term.max(*known);
-        if inner.doomed.get(&member).is_some_and(|(before, _)| term > *before)
+        if inner
+            .doomed
+            .get(&member)
+            .is_some_and(|(before, _)| term > *before)
             && let Some((_, killed)) = inner.doomed.remove(&member)
         {
             drop(inner);
@@ -255,7 +265,11 @@ impl Network {
         let (more_ms, slow_until) = inner.slow;
         let (permille, lossy_until) = inner.lossy;
         let more_ms = if slow_until > now { more_ms } else { 0 };
-        let permille = if lossy_until > now { permille } else { u64::from(faults_on) };
+        let permille = if lossy_until > now {
+            permille
+        } else {
+            u64::from(faults_on)
+        };
         let seed = self.0.seed ^ (from << 32 | to).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let random = inner
             .random
@@ -346,7 +360,9 @@ impl Transport for End {
         within: Duration,
     ) -> BoxFuture<'a, Result<Vec<u8>, Unreachable>> {
         async move {
-            let answer = self.ask(member, address, Message::ToReplica(request), within).await;
+            let answer = self
+                .ask(member, address, Message::ToReplica(request), within)
+                .await;
             answer.ok_or_else(|| Unreachable {
                 reason: "no answer".to_owned(),
             })

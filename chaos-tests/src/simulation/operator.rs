@@ -131,7 +131,9 @@ impl Operator {
     /// Proposes what may well be refused.
     async fn order(&mut self, command: Command) {
         if let Err(rejection) = self.client.propose(command).await {
-            self.client.recorder.note(format_args!("operator: refused: {rejection}"));
+            self.client
+                .recorder
+                .note(format_args!("operator: refused: {rejection}"));
         }
     }
 }

@@ -219,7 +219,10 @@ impl Validator {
     pub(super) fn check_sockets(&self, network: &Network) {
         let owners: BTreeSet<u64> = self.lock().authenticated.values().copied().collect();
         let leading = network.leading();
-        let both: Vec<u64> = owners.into_iter().filter(|owner| leading.contains(owner)).collect();
+        let both: Vec<u64> = owners
+            .into_iter()
+            .filter(|owner| leading.contains(owner))
+            .collect();
         if both.len() > 1 {
             let what = format!("5: members {both:?} act on the socket at the same time");
             self.recorder.violation(what);

@@ -59,7 +59,10 @@ impl Watched {
             Err(_) => false,
         };
         if !same {
-            let what = format!("11: at index {index} the rows of member {} are not its state", self.member);
+            let what = format!(
+                "11: at index {index} the rows of member {} are not its state",
+                self.member
+            );
             self.parts.recorder.violation(what);
         }
     }
@@ -76,7 +79,10 @@ impl Watched {
             .collect();
         let answer = StateMachine::apply(&mut self.machine, command, changed);
         let said = decode_answer(&answer);
-        let line = format!("member {} applied {:?} -> {said:?}", self.member, proposal.command);
+        let line = format!(
+            "member {} applied {:?} -> {said:?}",
+            self.member, proposal.command
+        );
         self.parts.recorder.note(line);
         let is_new = oracle.is_new(&proposal);
         if is_new {

@@ -109,7 +109,15 @@ impl World {
                 let gpu_count = random.u8(1..5);
                 let (recorder, validator, clock) = (recorder.clone(), validator.clone(), Arc::clone(&clock));
                 let unchecked = options.planted.revision_not_checked;
-                Host::new(number, gpu_count, recorder, validator, clock, random.fork(), unchecked)
+                Host::new(
+                    number,
+                    gpu_count,
+                    recorder,
+                    validator,
+                    clock,
+                    random.fork(),
+                    unchecked,
+                )
             })
             .collect();
         let world = Self {

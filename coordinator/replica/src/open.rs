@@ -68,7 +68,11 @@ pub(crate) async fn open(
     let lane = Lane::start(writer, "raft-state", worker).map_err(thread(state_name))?;
     let state = StateLane::new(lane, durable_end);
     let log = LogStore::new(stored, tail_bytes_max, shared.clone(), state.clone(), |tail| {
-        Lane::start(writer, "raft-log", LogFile::new(log, tail, shared.clone(), faults))
+        Lane::start(
+            writer,
+            "raft-log",
+            LogFile::new(log, tail, shared.clone(), faults),
+        )
     });
     let log = log.map_err(thread(log_name))?;
     let snapshot_lock = SnapshotLock::default();

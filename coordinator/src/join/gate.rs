@@ -95,9 +95,15 @@ impl Gate {
                 offset_ms / 1000
             )));
         }
-        for (what, word) in [("name", &join.name), ("site", &join.site), ("address", &join.address)] {
+        for (what, word) in [
+            ("name", &join.name),
+            ("site", &join.site),
+            ("address", &join.address),
+        ] {
             if word.len() > WORD_MAX || word.chars().any(char::is_control) {
-                return Err(refused(format!("the host's {what} is no word of at most {WORD_MAX} bytes")));
+                return Err(refused(format!(
+                    "the host's {what} is no word of at most {WORD_MAX} bytes"
+                )));
             }
         }
         self.store.linearizable().await?;
@@ -156,7 +162,9 @@ impl Gate {
     async fn rejoin(&self, bearer: Option<&Bearer>) -> Result<Granted, No> {
         let (record, bearer) = self.known(bearer).await?;
         if record.member.is_none() {
-            return Err(refused("this host is no member: it has no store that could be lost"));
+            return Err(refused(
+                "this host is no member: it has no store that could be lost",
+            ));
         }
         let server = record.host.server;
         let command = Command::RejoinHost {
@@ -193,7 +201,10 @@ impl Gate {
             (state.cluster().cloned(), doors)
         });
         let cluster = cluster.ok_or_else(|| No::Unavailable("the cluster is not founded yet".to_owned()))?;
-        let key = self.signer.unseal(SealedKind::ClusterCaKey, &cluster.sealed_key).await;
+        let key = self
+            .signer
+            .unseal(SealedKind::ClusterCaKey, &cluster.sealed_key)
+            .await;
         let key = key.map_err(|error| No::Unavailable(format!("the authority's key: {error}")))?;
         let key = String::from_utf8(key).map_err(|_| refused("the authority's key is damaged"))?;
         let authority = Authority::from_pem(cluster.authority_pem.clone(), &key)
