@@ -1,9 +1,11 @@
 //! Faults, and what must hold in spite of them.
 //!
-//! - `simulation.rs`: one member with its hosts and validator in one process, on simulated time, from a seed.
+//! - `simulation.rs`: members with their hosts and a validator in one process, on simulated time, from a seed.
+//! - `sim.rs`: its command line: many seeds on all cores, and what came of them.
 //! - `storm.rs`: a development cluster in real processes, which are killed one after the other.
 //! - `faults.rs`: faults for real processes: network, disk, clock, signals.
 
 pub mod faults;
+pub mod sim;
 pub mod simulation;
 pub mod storm;

@@ -99,6 +99,13 @@ pub struct Leader {
 }
 
 impl Leader {
+    /// The same for one term: a member that leads once more must not give the same names again.
+    #[must_use]
+    pub fn of_term(&self, term: u64) -> Self {
+        let seed = seed_of_term(self.seed, term);
+        Self { seed, ..self.clone() }
+    }
+
     /// Leads until cancelled.
     pub async fn run(self, cancel: CancellationToken) {
         // Whatever is still running when this future is dropped ends with it.
@@ -154,6 +161,10 @@ impl Leader {
         stop.cancel();
         while tasks.join_next().await.is_some() {}
     }
+}
+
+fn seed_of_term(seed: u64, term: u64) -> u64 {
+    fastrand::Rng::with_seed(seed ^ term).u64(..)
 }
 
 /// Proposes `PassTime` when a deadline is due.
@@ -223,5 +234,24 @@ async fn watch_hosts(store: Store, hub: Hub, cancel: CancellationToken) {
                 Err(error) => tracing::warn!(%error, "a silent host was not recorded"),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Found by the simulation: in its second term a leader gave the names of its first once more.
+    #[test]
+    fn a_member_that_leads_again_gives_other_names() {
+        let names = |term| {
+            let mut random = fastrand::Rng::with_seed(seed_of_term(17, term));
+            [random.u128(..), random.u128(..), random.u128(..)]
+        };
+        assert_eq!(names(3), names(3), "the same term is the same, for simulations");
+        let mut all: Vec<u128> = (1..=100).flat_map(names).collect();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 300);
     }
 }

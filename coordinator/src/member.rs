@@ -152,7 +152,7 @@ pub async fn run(
     let services = TaskTracker::new();
     let stop = CancellationToken::new();
     let asking = member_link::Asking {
-        peers: peers.clone(),
+        peers: Arc::new(peers.clone()),
         replica: replica.clone(),
     };
     let (header_sets, header_sets_followed) = watch::channel(Vec::new());
@@ -398,10 +398,11 @@ pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: C
         };
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
+        let this_time = leader.of_term(term);
         let leading = async {
-            if write_first(&leader, &first, &ended).await {
+            if write_first(&this_time, &first, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
-                tokio::join!(leader.clone().run(ended.clone()), members);
+                tokio::join!(this_time.run(ended.clone()), members);
             }
         };
         let mut lost = leadership.clone();
