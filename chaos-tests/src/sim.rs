@@ -92,12 +92,8 @@ pub fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result<ExitCo
     })
 }
 
-/// Runs `each` for these seeds on several threads; `take` gets the results as they come and says whether to go
-/// on.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "each seed has a runtime of its own and shares nothing with the others"
-)]
+/// Runs `each` for these seeds on several threads, whose runtimes share nothing; `take` gets the results as they
+/// come and says whether to go on.
 fn on_all_cores<T: Send>(
     jobs: usize,
     seeds: Range<u64>,

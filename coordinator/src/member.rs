@@ -387,7 +387,7 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
 
 /// Leads whenever this member is the leader, until `stop`. `first` is written into the state before anything else:
 /// what the configuration says.
-pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
+pub async fn lead(mut leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
     let mut leadership = replica.leadership();
     loop {
         let waited = stop
@@ -398,7 +398,7 @@ pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: C
         };
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
-        let this_time = leader.of_term(term);
+        let this_time = leader.next_time();
         let leading = async {
             if write_first(&this_time, &first, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
