@@ -124,13 +124,12 @@ pub async fn run(
     let mut replica_config = replica::Config::new(&admission.cluster, member, storage);
     replica_config.address.clone_from(&config.advertise);
     replica_config.timing = config.timing;
-    replica_config.start = if founding.is_some() { Start::Found } else { Start::Join };
-    let replica = Replica::open(
-        replica_config,
-        Box::new(machine.clone()),
-        Arc::new(peers.clone()),
-    )
-    .await?;
+    replica_config.start = if founding.is_some() {
+        Start::Found
+    } else {
+        Start::Join
+    };
+    let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(peers.clone())).await?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 
@@ -219,6 +218,8 @@ pub async fn run(
             store: store.clone(),
             signer: Arc::clone(&signer),
             cluster: admission.cluster.clone(),
+            endpoint: endpoint.clone(),
+            identity: config.identity.clone(),
         },
     };
     // Raft needs the door until the lead is handed over: it closes after the rest.

@@ -93,7 +93,8 @@ fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, String> {
 
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
     let read = postcard::from_bytes::<Versioned<T>>(bytes);
-    read.map(Versioned::into_latest).map_err(|error| error.to_string())
+    read.map(Versioned::into_latest)
+        .map_err(|error| error.to_string())
 }
 
 impl Answering {

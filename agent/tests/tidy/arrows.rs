@@ -43,7 +43,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup"],
+            &["main", "setup", "doctor"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

@@ -57,10 +57,7 @@ pub async fn serve(connection: &Connection, server: ServerId, context: Context) 
     end
 }
 
-async fn read(
-    mut stream: RecvStream,
-    messages: mpsc::Sender<FromHost>,
-) -> Result<(), Failure> {
+async fn read(mut stream: RecvStream, messages: mpsc::Sender<FromHost>) -> Result<(), Failure> {
     let mut decoder = Decoder::default();
     while let Some(chunk) = stream.read_chunk(64 * 1024, true).await? {
         decoder.push(&chunk.bytes);
@@ -71,10 +68,7 @@ async fn read(
     Ok(())
 }
 
-async fn write(
-    mut stream: SendStream,
-    mut messages: mpsc::Receiver<ToHost>,
-) -> Result<(), Failure> {
+async fn write(mut stream: SendStream, mut messages: mpsc::Receiver<ToHost>) -> Result<(), Failure> {
     while let Some(message) = messages.recv().await {
         stream.write_all(&encode(&message)?).await?;
     }

@@ -9,8 +9,8 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint};
 use tokio::time::timeout;
 
-use super::{Admission, Token, admission};
 use super::wire::{ALPN, Answer, Granted, Question, read, write};
+use super::{Admission, Token, admission};
 use crate::identity::{COORDINATOR_NAME, Identity, IdentityError, JoinVerifier, LIFE_MS};
 use protocol::time::UnixMillis;
 
@@ -57,7 +57,7 @@ pub fn granted(answer: Answer) -> Result<Granted, Error> {
     match answer {
         Answer::Granted(granted) => Ok(*granted),
         Answer::Refused(reason) | Answer::Unavailable(reason) => Err(Error::Refused(reason)),
-        Answer::Echoed { .. } => Err(Error::Refused("another question was answered".to_owned())),
+        Answer::Probed { .. } => Err(Error::Refused("another question was answered".to_owned())),
     }
 }
 
@@ -99,7 +99,9 @@ async fn ask(doors: &[String], tls: QuicClientConfig, question: &Question) -> Re
 
 async fn ask_one(door: &str, config: ClientConfig, question: &Question) -> Result<Answer, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
-    let found = tokio::net::lookup_host(door).await.map_err(|error| text(&error))?;
+    let found = tokio::net::lookup_host(door)
+        .await
+        .map_err(|error| text(&error))?;
     let mut last = "the name has no address".to_owned();
     for address in found {
         let local: SocketAddr = match address {
