@@ -16,8 +16,7 @@
 //! `market.rs` (what the validator does of itself), `fault.rs`, `plant.rs`, `liveness.rs`, `world.rs`.
 //!
 //! Not simulated: QUIC, the management API, redb's writer threads, identity and certificates. A member that
-//! stands still does so on the network only, see `network.rs`. Members tell each other which hosts are connected
-//! to them, which the product does not do yet, see `host.rs`.
+//! stands still does so on the network only, see `network.rs`.
 
 mod api;
 mod client;

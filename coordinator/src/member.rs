@@ -152,7 +152,7 @@ pub async fn run(
     let services = TaskTracker::new();
     let stop = CancellationToken::new();
     let asking = member_link::Asking {
-        peers: peers.clone(),
+        peers: Arc::new(peers.clone()),
         replica: replica.clone(),
     };
     let (header_sets, header_sets_followed) = watch::channel(Vec::new());

@@ -24,12 +24,11 @@ pub(super) struct Director {
 }
 
 impl Director {
-    /// Strikes for so many seconds.
-    pub(super) async fn run(mut self, seconds: u64) {
-        let end_ms = seconds * 1000;
+    /// Strikes until faults end.
+    pub(super) async fn run(mut self) {
         // Let the cluster and the first deployments come up: trouble at rest finds little.
         sleep(Duration::from_secs(10)).await;
-        while self.recorder.now_ms() < end_ms {
+        while self.recorder.faults_are_on() {
             match self.random.u8(..10) {
                 0..=2 => self.strike_a_member(),
                 3..=4 => self.strike_the_network(),

@@ -117,16 +117,6 @@ impl Way {
         });
         (sender, receiver)
     }
-
-    /// The member tells the others that the host is there: what the product does not do yet.
-    fn tell(&self, members: &Members, server: &ServerId) {
-        for member in members.all() {
-            let other = Place::Member(member.number());
-            if other == self.member || self.network.passes(self.member, other) {
-                member.hear(server);
-            }
-        }
-    }
 }
 
 /// Why a workload's life ended before it was stopped.
@@ -272,20 +262,14 @@ impl Host {
                     self.0.recorder.event("sessions");
                     let what = format!("{}: connected to member {}", self.server(), member.number());
                     self.0.recorder.note(what);
-                    self.talk(up, down, &way, &members).await;
+                    self.talk(up, down, &way).await;
                 }
             }
             sleep(self.draw_ms(200..2000)).await;
         }
     }
 
-    async fn talk(
-        &self,
-        up: mpsc::Sender<FromHost>,
-        mut down: mpsc::Receiver<ToHost>,
-        way: &Way,
-        members: &Members,
-    ) {
+    async fn talk(&self, up: mpsc::Sender<FromHost>, mut down: mpsc::Receiver<ToHost>, way: &Way) {
         let link = CancellationToken::new();
         let hello = {
             let mut inner = self.lock();
@@ -322,7 +306,7 @@ impl Host {
                     self.while_paused().await;
                     match message {
                         Some(ToHost::Desired { fence, workloads }) => self.take(fence, workloads),
-                        Some(ToHost::RegistryHeaders(_)) => {}
+                        Some(ToHost::RegistryHeaders(_) | ToHost::Doors(_)) => {}
                         None => return,
                     }
                 }
@@ -333,7 +317,6 @@ impl Host {
             if up.send(FromHost::Report(self.report())).await.is_err() {
                 return;
             }
-            way.tell(members, self.server());
         }
     }
 

@@ -9,12 +9,13 @@ use coordinator::executor::Validators;
 use coordinator::host_link::{Hub, session};
 use coordinator::leader::{Leader, Listings, Scheduling};
 use coordinator::member::{self, ReplicatedLog};
+use coordinator::member_link::{Answering, Asking, Response};
 use coordinator::signer::Sign;
 use coordinator::store::{Machine, Store};
 use coordinator::validator::{Directory, ValidatorApi};
 use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::command::PayProfile;
-use protocol::id::ServerId;
+use futures_util::FutureExt;
 use protocol::link::RegistryHeaders;
 use replica::{Config, Health, Pace, Replica, SnapshotPolicy, Start, Timing, Writer};
 use tokio::sync::{Notify, watch};
@@ -26,7 +27,7 @@ use super::Planted;
 use super::clock::SimulatedClock;
 use super::disk::Disks;
 use super::ledger::Ledger;
-use super::network::{End, Network, address_of};
+use super::network::{Door, End, Network, address_of};
 use super::recorder::Recorder;
 use super::socket::ModelDial;
 use super::validator::Validator;
@@ -72,8 +73,9 @@ struct Life {
     machine: Machine,
     replica: Replica,
     context: session::Context,
-    /// Sessions end with it. It stays empty: hosts are models and pull nothing.
+    /// Sessions end with them. They stay empty: hosts are models, which pull nothing and know the members.
     _header_sets: watch::Sender<Vec<RegistryHeaders>>,
+    _doors: watch::Sender<Vec<String>>,
     tasks: Vec<AbortHandle>,
 }
 
@@ -116,14 +118,6 @@ impl Member {
     /// Whether it leads, as it sees it.
     pub(super) fn leads(&self) -> bool {
         self.inside().is_some_and(|(_, replica)| replica.leads_now())
-    }
-
-    /// Another member tells this one that a host is connected to it.
-    pub(super) fn hear(&self, server: &ServerId) {
-        if let Some(life) = self.life().as_ref() {
-            let now = life.context.store.clock().now();
-            life.context.hub.hear(server, now, None);
-        }
     }
 
     /// Starts a host's session, which dies with the member; none while it is down or knows of no leader.
@@ -216,11 +210,10 @@ impl Member {
             network: parts.network.clone(),
             alive: Arc::clone(alive),
         };
-        let replica = Replica::open(self.config(), Box::new(watched), Arc::new(end))
+        let replica = Replica::open(self.config(), Box::new(watched), Arc::new(end.clone()))
             .await
             .map_err(|error| error.to_string())?;
-        parts.network.join(me, replica.clone());
-        let ended = self.work(&replica, machine).await;
+        let ended = self.work(&replica, machine, end).await;
         parts.network.leave(me);
         // The dead member's tasks end now; what they held on the disks is out of reach already.
         if let Some(life) = self.life().take() {
@@ -237,7 +230,7 @@ impl Member {
     }
 
     /// Until it is killed (well) or fails.
-    async fn work(&self, replica: &Replica, machine: Machine) -> Result<(), String> {
+    async fn work(&self, replica: &Replica, machine: Machine, end: End) -> Result<(), String> {
         let parts = &self.0.parts;
         let log = WatchedLog {
             log: ReplicatedLog::new(replica.clone()),
@@ -248,19 +241,30 @@ impl Member {
         let seed = self.draw(|random| random.u64(..));
         let store = Store::new(machine.clone(), Arc::new(log), clock, seed);
         let (header_sets, headers) = watch::channel(Vec::new());
+        let (doors_known, doors) = watch::channel(Vec::new());
+        let (touches, in_touch) = watch::channel(true);
+        let hub = Hub::default();
         let context = session::Context {
             store,
             signer: Arc::clone(&parts.signer),
-            hub: Hub::default(),
+            hub: hub.clone(),
             headers,
+            doors,
+            in_touch,
         };
+        parts.network.join(self.0.number, self.door(replica, hub.clone()));
+        let asking = Asking {
+            peers: Arc::new(end),
+            replica: replica.clone(),
+        };
+        let telling = tokio::spawn(asking.tell(hub, touches, CancellationToken::new()));
         let configure = Command::Configure {
             miner: parts.signer.hotkey().clone(),
             validators: parts.directory.iter().map(|v| v.hotkey.clone()).collect(),
             pay_profile: parts.pay_profile,
         };
         let leader = self.leader(&context)?;
-        let lead = member::lead(leader, configure, replica.clone(), CancellationToken::new());
+        let lead = member::lead(leader, vec![configure], replica.clone(), CancellationToken::new());
         let leading = tokio::spawn(Box::pin(lead));
         let observed = tokio::spawn(observe(self.clone(), replica.clone(), machine.clone()));
         *self.life() = Some(Life {
@@ -268,7 +272,8 @@ impl Member {
             replica: replica.clone(),
             context,
             _header_sets: header_sets,
-            tasks: vec![leading.abort_handle(), observed.abort_handle()],
+            _doors: doors_known,
+            tasks: [leading.abort_handle(), observed.abort_handle(), telling.abort_handle()].into(),
         });
         let mut health = replica.health();
         tokio::select! {
@@ -279,6 +284,23 @@ impl Member {
                 Ok(Health::Failed { reason }) => reason.clone(),
                 other => format!("{other:?}"),
             }),
+        }
+    }
+
+    fn door(&self, replica: &Replica, hub: Hub) -> Door {
+        let clock = Arc::clone(&self.0.parts.clock);
+        let no_api = |_| {
+            let (status, body) = (503, Vec::new());
+            std::future::ready(Response { status, body }).boxed()
+        };
+        Door {
+            replica: replica.clone(),
+            answering: Answering {
+                hub,
+                replica: replica.clone(),
+                clock,
+                requests: Arc::new(no_api),
+            },
         }
     }
 

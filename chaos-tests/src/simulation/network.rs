@@ -9,16 +9,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use coordinator::member_link::{Answering, Carry};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use replica::{Replica, Transport, Unreachable};
 use tokio::sync::{Notify, oneshot};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::recorder::Recorder;
 
 /// A leader may be this late in noticing that it leads no more.
 const LATE_MAX: Duration = Duration::from_millis(20);
+/// What is under way for longer is lost.
+const CARRIED_MAX: Duration = Duration::from_secs(60);
 /// How often what waits looks again whether it may go on.
 const LOOK_EVERY: Duration = Duration::from_millis(25);
 
@@ -42,9 +45,16 @@ struct Shared {
     inner: Mutex<Inner>,
 }
 
+/// What answers at a member.
+#[derive(Debug, Clone)]
+pub(super) struct Door {
+    pub(super) replica: Replica,
+    pub(super) answering: Answering,
+}
+
 #[derive(Debug, Default)]
 struct Inner {
-    members: BTreeMap<u64, Replica>,
+    members: BTreeMap<u64, Door>,
     /// From, to, and until when nothing passes.
     cut: BTreeMap<(Place, Place), u64>,
     still: BTreeMap<u64, u64>,
@@ -159,11 +169,11 @@ impl Network {
         true
     }
 
-    pub(super) fn join(&self, member: u64, replica: Replica) {
-        let term = replica.metrics().term;
+    pub(super) fn join(&self, member: u64, door: Door) {
+        let term = door.replica.metrics().term;
         let before = {
             let mut inner = self.lock();
-            inner.members.insert(member, replica);
+            inner.members.insert(member, door);
             inner.terms.get(&member).copied().unwrap_or_default()
         };
         if term < before {
@@ -212,15 +222,9 @@ impl Network {
 
     /// Members that lead at this moment, as each of them sees it.
     pub(super) fn leading(&self) -> Vec<u64> {
-        let members: Vec<(u64, Replica)> = {
-            let inner = self.lock();
-            inner.members.iter().map(|(id, replica)| (*id, replica.clone())).collect()
-        };
-        members
-            .into_iter()
-            .filter(|(_, replica)| replica.leads_now())
-            .map(|(id, _)| id)
-            .collect()
+        let inner = self.lock();
+        let leading = inner.members.iter().filter(|(_, door)| door.replica.leads_now());
+        leading.map(|(member, _)| *member).collect()
     }
 
     /// No two members lead at one moment.
@@ -234,10 +238,10 @@ impl Network {
 
     /// What only a leader does is done by one.
     pub(super) fn check_acts(&self, member: u64, what: &str) {
-        let Some(replica) = self.lock().members.get(&member).cloned() else {
+        let Some(door) = self.lock().members.get(&member).cloned() else {
             return;
         };
-        let leadership = replica.leadership().borrow().clone();
+        let leadership = door.replica.leadership().borrow().clone();
         if !leadership.leads && leadership.since.elapsed() > LATE_MAX {
             self.0.recorder.violation(format_args!(
                 "5: member {member} acts at the validator ({what}) although it leads no more"
@@ -267,7 +271,7 @@ impl Network {
         }
     }
 
-    async fn carry(&self, from: u64, to: u64, request: Vec<u8>) -> Option<Vec<u8>> {
+    async fn carry(&self, from: u64, to: u64, message: Message) -> Option<Vec<u8>> {
         let luck = self.luck(from, to);
         let (here, there) = (Place::Member(from), Place::Member(to));
         sleep(luck.there).await;
@@ -277,15 +281,27 @@ impl Network {
         if luck.lost_there || !self.passes(here, there) {
             return None;
         }
-        let replica = self.lock().members.get(&to).cloned()?;
-        let answer = replica.answer(from, &request).await.ok()?;
-        self.answered(to, &replica);
+        let Door { replica, answering } = self.lock().members.get(&to).cloned()?;
+        let answer = match message {
+            Message::ToReplica(request) => {
+                let answer = replica.answer(from, &request).await.ok()?;
+                self.answered(to, &replica);
+                answer
+            }
+            Message::ToMember(question) => answering.answer(from, question).await.ok()?,
+        };
         sleep(luck.back).await;
         while self.is_still(from) || self.is_still(to) {
             sleep(LOOK_EVERY).await;
         }
         (!luck.lost_back && self.passes(there, here)).then_some(answer)
     }
+}
+
+/// What one member asks another.
+enum Message {
+    ToReplica(Vec<u8>),
+    ToMember(Vec<u8>),
 }
 
 /// One member's end, for one of its lives.
@@ -297,6 +313,30 @@ pub(super) struct End {
     pub(super) alive: Arc<AtomicBool>,
 }
 
+impl End {
+    /// The answer, or nothing when the time is over: a lost message is noticed only by the silence.
+    async fn ask(&self, member: u64, address: &str, message: Message, within: Duration) -> Option<Vec<u8>> {
+        debug_assert_eq!(address, address_of(member));
+        let began = Instant::now();
+        if self.alive.load(Ordering::Relaxed) {
+            let (network, from) = (self.network.clone(), self.member);
+            let (answer, answered) = oneshot::channel();
+            // What has arrived is done to its end, also when the caller has given up.
+            tokio::spawn(async move {
+                let carried = timeout(CARRIED_MAX, network.carry(from, member, message)).await;
+                if let Ok(Some(bytes)) = carried {
+                    let _ = answer.send(bytes);
+                }
+            });
+            if let Ok(Ok(bytes)) = timeout(within, answered).await {
+                return Some(bytes);
+            }
+        }
+        sleep_until(began + within).await;
+        None
+    }
+}
+
 impl Transport for End {
     fn call<'a>(
         &'a self,
@@ -305,28 +345,27 @@ impl Transport for End {
         request: Vec<u8>,
         within: Duration,
     ) -> BoxFuture<'a, Result<Vec<u8>, Unreachable>> {
-        debug_assert_eq!(address, address_of(member));
         async move {
-            let began = Instant::now();
-            if self.alive.load(Ordering::Relaxed) {
-                let (network, from) = (self.network.clone(), self.member);
-                let (answer, answered) = oneshot::channel();
-                // What has arrived is done to its end, also when the caller has given up.
-                tokio::spawn(async move {
-                    let carried = timeout(Duration::from_secs(60), network.carry(from, member, request)).await;
-                    if let Ok(Some(bytes)) = carried {
-                        let _ = answer.send(bytes);
-                    }
-                });
-                if let Ok(Ok(bytes)) = timeout(within, answered).await {
-                    return Ok(bytes);
-                }
-            }
-            // A lost message is noticed only by the silence.
-            tokio::time::sleep_until(began + within).await;
-            Err(Unreachable {
-                reason: format!("no answer from member {member}"),
+            let answer = self.ask(member, address, Message::ToReplica(request), within).await;
+            answer.ok_or_else(|| Unreachable {
+                reason: "no answer".to_owned(),
             })
+        }
+        .boxed()
+    }
+}
+
+impl Carry for End {
+    fn ask<'a>(
+        &'a self,
+        member: u64,
+        address: &'a str,
+        question: Vec<u8>,
+        within: Duration,
+    ) -> BoxFuture<'a, Result<Vec<u8>, String>> {
+        async move {
+            let answer = Self::ask(self, member, address, Message::ToMember(question), within).await;
+            answer.ok_or_else(|| "no answer".to_owned())
         }
         .boxed()
     }

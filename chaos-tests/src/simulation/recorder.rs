@@ -111,6 +111,10 @@ impl Recorder {
         self.lock().commands += 1;
     }
 
+    pub(super) fn commands(&self) -> u64 {
+        self.lock().commands
+    }
+
     /// Something does not hold.
     pub(super) fn violation(&self, what: impl Display) {
         self.note(format_args!("VIOLATION {what}"));

@@ -78,11 +78,18 @@ impl Watched {
         let said = decode_answer(&answer);
         let line = format!("member {} applied {:?} -> {said:?}", self.member, proposal.command);
         self.parts.recorder.note(line);
-        if oracle.is_new(&proposal) {
+        let is_new = oracle.is_new(&proposal);
+        if is_new {
             self.parts.recorder.command();
         }
         if let (Command::FinishEffect { effect, .. }, Ok(Ok(_))) = (&proposal.command, &said) {
             self.ended.insert(*effect);
+        }
+        if let (Command::PlaceDeployment(placement), Ok(Err(why))) = (&proposal.command, &said)
+            && is_new
+            && why.to_string().contains("exists already")
+        {
+            found.push(format!("the name {} was given twice", placement.deployment));
         }
         found.extend(said.err().map(|error| error.to_string()));
         self.machine.read(|state| {

@@ -32,6 +32,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// After a loss of power everywhere, all members are back and agree within so many seconds.
 const BACK_SECONDS: u64 = 60;
 
+/// Faults go on until so many commands are applied.
+const COMMANDS_MIN: u64 = 500;
+
 struct World {
     recorder: Recorder,
     network: Network,
@@ -44,7 +47,8 @@ struct World {
 pub(super) async fn run(options: Options) -> Report {
     let world = World::begin(options);
     let recorder = &world.recorder;
-    while recorder.now_ms() < options.seconds * 1000 && !recorder.is_violated() {
+    let is_short = || recorder.now_ms() < options.seconds * 1000 || recorder.commands() < COMMANDS_MIN;
+    while is_short() && !recorder.is_violated() {
         sleep(Duration::from_millis(500)).await;
     }
     world.end_faults();
@@ -116,11 +120,11 @@ impl World {
             hosts,
             oracle,
         };
-        world.start(*clock, options.seconds, &mut random);
+        world.start(*clock, &mut random);
         world
     }
 
-    fn start(&self, clock: SimulatedClock, seconds: u64, random: &mut fastrand::Rng) {
+    fn start(&self, clock: SimulatedClock, random: &mut fastrand::Rng) {
         for member in self.members.all() {
             tokio::spawn(member.clone().run());
         }
@@ -159,7 +163,7 @@ impl World {
             calm,
             random: random.fork(),
         };
-        tokio::spawn(director.run(seconds));
+        tokio::spawn(director.run());
     }
 
     fn end_faults(&self) {
