@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use chaos_tests::members::{self, Outcome};
 use chaos_tests::{faults, sim, storm};
 use clap::{Parser, Subcommand};
 
@@ -25,6 +26,10 @@ enum Command {
     Leaders(members::Leaders),
     /// Stops the leader for a while.
     Pause(members::Pause),
+    /// Spoils the links between members in one way after the other.
+    Links(members::Links),
+    /// Counts elections that nothing calls for, on slow disks and a busy machine.
+    Elections(members::Elections),
     /// Tries each fault tool; fails if one is missing.
     Probe,
 }
@@ -39,7 +44,11 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     match Arguments::parse().command {
         Command::Sim(arguments) => sim::run(&arguments, &mut std::io::stdout().lock()),
-        Command::Storm(options) => shake(&options),
+        Command::Storm(options) => conclude(async { Ok(storm::run(&options).await?.into()) }),
+        Command::Leaders(options) => conclude(options.run()),
+        Command::Pause(options) => conclude(options.run()),
+        Command::Links(options) => conclude(options.run()),
+        Command::Elections(options) => conclude(options.run()),
         Command::Probe => probe(),
     }
 }

@@ -16,15 +16,15 @@ use serde_json::Value;
 use crate::storm::cluster::agent_beside_us;
 
 mod cluster;
-// mod elections;
+mod elections;
 mod leaders;
-// mod links;
+mod links;
 mod pause;
 mod trial;
 
-// pub use elections::Elections;
+pub use elections::Elections;
 pub use leaders::Leaders;
-// pub use links::Links;
+pub use links::Links;
 pub use pause::Pause;
 
 /// What all of them may be told.

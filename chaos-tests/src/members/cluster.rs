@@ -138,10 +138,8 @@ impl Cluster {
             if member == 0 {
                 cluster.call(member, &["init"]).await?;
             } else {
-                let invite = json!({ "eligible": true });
-                let invited = cluster.doors.write("/hosts/invites", &invite).await?;
-                let token = invited["token"].as_str().context("an invitation without a token")?;
-                cluster.call(member, &["join", token]).await?;
+                let token = cluster.invite().await?;
+                cluster.call(member, &["join", &token]).await?;
             }
             cluster.hosts.push(None);
             cluster.run_with(member, around)?;
@@ -152,6 +150,23 @@ impl Cluster {
             cluster.add_gpus(member).await?;
         }
         Ok(cluster)
+    }
+
+    /// An invitation, once the cluster is founded.
+    async fn invite(&self) -> anyhow::Result<String> {
+        let invite = json!({ "eligible": true });
+        let deadline = Instant::now() + START_PATIENCE;
+        loop {
+            let invited = self.doors.write("/hosts/invites", &invite).await;
+            match invited {
+                Ok(invited) => {
+                    let token = invited["token"].as_str();
+                    return token.map(str::to_owned).context("an invitation without a token");
+                }
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => sleep(ASK_EVERY).await,
+            }
+        }
     }
 
     fn write_private(&self, name: &str, text: &str) -> anyhow::Result<()> {
