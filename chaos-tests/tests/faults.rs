@@ -227,14 +227,20 @@ async fn a_relay_treats_clients_at_one_address_apart() {
 #[tokio::test]
 async fn a_gate_that_is_cut_keeps_what_it_is_given_until_it_is_healed() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let echo = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let gate = Gate::start(echo.local_addr().expect("bound")).await.expect("a free port");
+    let echo = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a free port");
+    let gate = Gate::start(echo.local_addr().expect("bound"))
+        .await
+        .expect("a free port");
     tokio::spawn(async move {
         let (mut stream, _) = echo.accept().await.expect("a client");
         let (mut from, mut to) = stream.split();
         let _ = tokio::io::copy(&mut from, &mut to).await;
     });
-    let mut client = tokio::net::TcpStream::connect(gate.address()).await.expect("it listens");
+    let mut client = tokio::net::TcpStream::connect(gate.address())
+        .await
+        .expect("it listens");
     let mut byte = [0];
     client.write_all(b"1").await.expect("sent");
     client.read_exact(&mut byte).await.expect("answered");

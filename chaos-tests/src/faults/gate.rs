@@ -33,7 +33,11 @@ impl Gate {
         let (is_cut, followed) = watch::channel(false);
         let stop = CancellationToken::new();
         let stopped = stop.clone();
-        tokio::spawn(async move { stopped.run_until_cancelled(serve(listener, target, followed)).await });
+        tokio::spawn(async move {
+            stopped
+                .run_until_cancelled(serve(listener, target, followed))
+                .await
+        });
         Ok(Self {
             address,
             is_cut,

@@ -39,6 +39,8 @@ pub(super) struct Way {
     pub(super) advertise: Option<SocketAddr>,
     /// Where it reaches the validator; the stand-in itself when absent.
     pub(super) validator: Option<SocketAddr>,
+    /// Whether it is a host without a vote, which knows the members' doors from joining only.
+    pub(super) observes: bool,
 }
 
 /// What all members have in common.
@@ -80,9 +82,13 @@ pub(super) fn free_network() -> anyhow::Result<u8> {
     let mut networks = (first..=250).chain(1..first);
     let free = |network: &u8| {
         let doors = (0..MEMBERS).map(|member| format!("{}:32000", address(*network, member)));
-        doors.into_iter().all(|door| std::net::TcpListener::bind(door).is_ok())
+        doors
+            .into_iter()
+            .all(|door| std::net::TcpListener::bind(door).is_ok())
     };
-    networks.find(free).context("all networks below 127.77 are in use")
+    networks
+        .find(free)
+        .context("all networks below 127.77 are in use")
 }
 
 /// Starts the stand-in; its data are in `data`.
@@ -91,8 +97,13 @@ pub(super) async fn start_stand_in(plan: &Plan) -> anyhow::Result<Child> {
     std::fs::create_dir_all(&folder)?;
     let mut command = Command::new(&plan.agent);
     command.args(["validator-stand-in", "--listen", "127.0.0.1:0", "--data"]);
-    command.arg(&folder).arg("--ready-file").arg(folder.join("ready.json"));
-    let child = quiet(&mut command, &folder)?.spawn().context("start the stand-in")?;
+    command
+        .arg(&folder)
+        .arg("--ready-file")
+        .arg(folder.join("ready.json"));
+    let child = quiet(&mut command, &folder)?
+        .spawn()
+        .context("start the stand-in")?;
     let deadline = Instant::now() + START_PATIENCE;
     while doors::ready(&plan.data).is_err() {
         anyhow::ensure!(Instant::now() < deadline, "the stand-in does not serve");
@@ -113,7 +124,7 @@ fn quiet<'c>(command: &'c mut Command, folder: &Path) -> anyhow::Result<&'c mut 
 
 impl Cluster {
     /// Founds on the first host, lets the others join, and waits until all vote and prove their GPUs. `ways` has one
-    /// for each member. `around` changes how an agent is started: what it preloads, say.
+    /// for each host, members first. `around` changes how an agent is started: what it preloads, say.
     pub(super) async fn start(
         plan: Plan,
         network: u8,
@@ -138,23 +149,26 @@ impl Cluster {
             if member == 0 {
                 cluster.call(member, &["init"]).await?;
             } else {
-                let token = cluster.invite().await?;
+                let token = cluster.invite(!way.observes).await?;
                 cluster.call(member, &["join", &token]).await?;
             }
             cluster.hosts.push(None);
             cluster.run_with(member, around)?;
-            cluster.until_it_answers(member).await?;
+            if !way.observes {
+                cluster.until_it_answers(member).await?;
+            }
         }
         cluster.until_all_vote().await?;
-        for member in 0..HOSTS_MAX.min(cluster.plan.members) {
-            cluster.add_gpus(member).await?;
+        let runs_chutes = |host: &usize| ways[*host].observes || *host < HOSTS_MAX;
+        for (before, host) in (0..ways.len()).filter(runs_chutes).enumerate() {
+            cluster.add_gpus(host, before).await?;
         }
         Ok(cluster)
     }
 
     /// An invitation, once the cluster is founded.
-    async fn invite(&self) -> anyhow::Result<String> {
-        let invite = json!({ "eligible": true });
+    async fn invite(&self, eligible: bool) -> anyhow::Result<String> {
+        let invite = json!({ "eligible": eligible });
         let deadline = Instant::now() + START_PATIENCE;
         loop {
             let invited = self.doors.write("/hosts/invites", &invite).await;
@@ -196,14 +210,16 @@ impl Cluster {
             let (name, listener) = (&site["name"], &site["address"]);
             format!("{table}[[egress.table]]\nname = {name}\naddresses = [\"{SITE_ADDRESS}\"]\nlistener = {listener}\n")
         });
-        let advertise = way.advertise.map_or_else(String::new, |at| format!("advertise = \"{at}\"\n"));
+        let advertise = way
+            .advertise
+            .map_or_else(String::new, |at| format!("advertise = \"{at}\"\n"));
         let key = protocol::hotkey::Signer::from_seed_hex(DEVELOPMENT_MINER_SEED)?;
         let (host, number) = (self.folder(member), member + 1);
         Ok(format!(
             "data = {data:?}\n\
              [miner]\nhotkey = \"{miner}\"\nseed_on_gpu_host = true\nseed_file = {seed:?}\n\
              [host]\nname = \"host-{number}\"\nid = \"host-{number}.chaos\"\naddress = \"{address}\"\nenabled = {runs}\n\
-             [coordinator]\nenabled = true\nhosts_listen = \"{address}:4433\"\n{advertise}\
+             [coordinator]\nenabled = {votes}\nhosts_listen = \"{address}:4433\"\n{advertise}\
              api_listen = \"{address}:32000\"\ntick = \"3s\"\nobserve = \"3s\"\n\
              [raft]\ntiming = \"{timing}\"\n\
              [proof]\nlisten = \"{address}:30443\"\nbackend = \"cpu\"\nsoftware_gpus = {SOFTWARE_GPUS}\n\
@@ -213,7 +229,8 @@ impl Cluster {
              [[validators]]\nhotkey = {validator}\napi = \"{api}\"\nsocket = \"{socket}\"\nregistry = {registry}\n",
             data = host.display().to_string(),
             miner = key.hotkey(),
-            runs = member < HOSTS_MAX,
+            runs = way.observes || member < HOSTS_MAX,
+            votes = !way.observes,
             seed = self.plan.data.join("miner-seed").display().to_string(),
             timing = self.plan.timing,
             allowed = json!(allowed),
@@ -224,7 +241,9 @@ impl Cluster {
 
     fn command(&self, member: usize) -> Program {
         let mut command = Program::new(&self.plan.agent);
-        command.arg("--config").arg(self.folder(member).join("config.toml"));
+        command
+            .arg("--config")
+            .arg(self.folder(member).join("config.toml"));
         command
     }
 
@@ -281,7 +300,11 @@ impl Cluster {
             if let Some(process) = self.find(member, subcommand) {
                 return Ok(process);
             }
-            anyhow::ensure!(Instant::now() < deadline, "host-{} has no {subcommand}", member + 1);
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "host-{} has no {subcommand}",
+                member + 1
+            );
             sleep(ASK_EVERY).await;
         }
     }
@@ -344,8 +367,8 @@ impl Cluster {
         }
     }
 
-    /// Adds a host's GPUs; its verification ends before this does.
-    async fn add_gpus(&self, member: usize) -> anyhow::Result<()> {
+    /// Adds a host's GPUs, after those of so many others; their verification ends before this does.
+    async fn add_gpus(&self, member: usize, before: usize) -> anyhow::Result<()> {
         let body = json!({
             "name": format!("host-{}", member + 1),
             "validator": doors::ready(&self.plan.data)?["validator"],
@@ -359,7 +382,7 @@ impl Cluster {
             let state = self.doors.state().await?;
             let verified = state["gpus"].as_array().into_iter().flatten();
             let verified = verified.filter(|gpu| gpu["verified"] == true).count();
-            if verified >= (member + 1) * SOFTWARE_GPUS {
+            if verified >= (before + 1) * SOFTWARE_GPUS {
                 return Ok(());
             }
             anyhow::ensure!(

@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 use validator_stand_in::ledger::Record;
 
-use super::cluster::{Way, MEMBERS};
+use super::cluster::{MEMBERS, Way};
 use super::trial::{ASK_EVERY, PATIENCE, Place, Trial};
 use super::{Common, Outcome};
 use crate::faults::signal;
@@ -128,13 +128,17 @@ async fn late_events(trial: &mut Trial) -> anyhow::Result<usize> {
         let action = json!({ "action": "delete_instance", "instance_id": instance });
         trial.doors.act(&action).await?;
         trial.read_ledger().await?;
-        let sent_to = trial.ledger.iter().filter(|entry| entry.id > before).find_map(|entry| {
-            let Record::EventPublished { event, sent_to, .. } = &entry.record else {
-                return None;
-            };
-            let about_it = event.recipients.is_some() && event.data["instance_id"] == *instance;
-            about_it.then_some(*sent_to)
-        });
+        let sent_to = trial
+            .ledger
+            .iter()
+            .filter(|entry| entry.id > before)
+            .find_map(|entry| {
+                let Record::EventPublished { event, sent_to, .. } = &entry.record else {
+                    return None;
+                };
+                let about_it = event.recipients.is_some() && event.data["instance_id"] == *instance;
+                about_it.then_some(*sent_to)
+            });
         anyhow::ensure!(
             sent_to.is_some_and(|sockets| sockets > 0),
             "event {number}, about instance {instance}, was sent to {sent_to:?} sockets"
@@ -146,7 +150,10 @@ async fn late_events(trial: &mut Trial) -> anyhow::Result<usize> {
             if !rows.any(|row| row["instance_id"] == *instance && row["live"] == true) {
                 break;
             }
-            anyhow::ensure!(Instant::now() < deadline, "the end of instance {instance} goes unseen");
+            anyhow::ensure!(
+                Instant::now() < deadline,
+                "the end of instance {instance} goes unseen"
+            );
             sleep(ASK_EVERY).await;
         }
     }

@@ -1,4 +1,4 @@
-//! All that members and hosts say to each other goes through relays, one in front of each member, and all that a
+//! Five members and a host without a vote. All that members and hosts say to each other goes through relays, one in front of each member, and all that a
 //! member says to the validator through a gate. They are spoilt in one way after the other; after each the cluster
 //! must be whole again within a bound.
 
@@ -20,8 +20,8 @@ use crate::faults::relay::{Direction, Quality, Relay};
 const MEMBERS: usize = 5;
 /// How long each fault lasts.
 const FAULT: Duration = Duration::from_secs(12);
-/// A host that is cut off counts as silent after half a minute.
-const FAULT_OF_HOSTS: Duration = Duration::from_secs(40);
+/// A host that is cut off counts as silent after half a minute, and that is noticed every five seconds.
+const FAULT_OF_HOSTS: Duration = Duration::from_secs(45);
 /// Everything must be well again so soon after a fault.
 const RECOVERY_MAX: Duration = Duration::from_secs(60);
 /// Writes must go on so soon, where a majority hears each other.
@@ -30,7 +30,7 @@ const READ_PATIENCE: Duration = Duration::from_secs(10);
 /// A leader heard every member so lately.
 const HEARD_MS_MAX: u64 = 3_000;
 
-/// Spoils the links of five members.
+/// Spoils the links of five members and a host without a vote.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct Links {
     /// Only these faults, by their names in the figures (repeatable)
@@ -184,7 +184,9 @@ impl Links {
 /// A relay in front of each member, a gate in front of the validator for each.
 async fn between(place: &Place) -> anyhow::Result<(Between, Vec<Way>)> {
     let ready = crate::storm::doors::ready(&place.plan.data)?;
-    let validator = ready["api_url"].as_str().and_then(|url| url.strip_prefix("http://"));
+    let validator = ready["api_url"]
+        .as_str()
+        .and_then(|url| url.strip_prefix("http://"));
     let validator = validator.context("the stand-in's address")?.parse()?;
     let mut between = Between {
         relays: Vec::new(),
@@ -197,11 +199,16 @@ async fn between(place: &Place) -> anyhow::Result<(Between, Vec<Way>)> {
         ways.push(Way {
             advertise: Some(relay.address()),
             validator: Some(gate.address()),
+            observes: false,
         });
         between.relays.push(relay);
         between.gates.push(gate);
         between.addresses.push(door.ip());
     }
+    ways.push(Way {
+        observes: true,
+        ..Way::default()
+    });
     Ok((between, ways))
 }
 
@@ -223,6 +230,11 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault) -> anyhow::Re
             }
         }
         sleep(ASK_EVERY).await;
+    }
+    if fault == Fault::HostsCutFromVoters {
+        let missing = missing(trial).await?;
+        let silent = missing.iter().any(|what| what.starts_with("server"));
+        anyhow::ensure!(silent, "a host that is cut off counts as reachable");
     }
     let ledger = trial.read_ledger().await?;
     let healed = Instant::now();

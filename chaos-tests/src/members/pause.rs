@@ -76,7 +76,10 @@ async fn stand_still(trial: &mut Trial, length: Duration) -> anyhow::Result<(u64
         parts.push(trial.cluster.process(leader, part).await?.pid.unsigned_abs());
     }
     let (began, began_at) = (Instant::now(), WallClock.now());
-    let paused: Vec<Paused> = parts.into_iter().map(Paused::pause).collect::<anyhow::Result<_>>()?;
+    let paused: Vec<Paused> = parts
+        .into_iter()
+        .map(Paused::pause)
+        .collect::<anyhow::Result<_>>()?;
     trial.other_leader(leader, term).await?;
     let write = trial.written_after(began).await?.as_millis();
     let authenticated_at = trial.authenticated_after(before).await?;

@@ -153,8 +153,7 @@ impl Trial {
         loop {
             self.read_ledger().await?;
             let mut new = self.ledger.iter().filter(|known| known.id > entry);
-            if let Some(found) =
-                new.find(|known| matches!(known.record, Record::SocketAuthenticated { .. }))
+            if let Some(found) = new.find(|known| matches!(known.record, Record::SocketAuthenticated { .. }))
             {
                 return Ok(found.at);
             }
@@ -315,7 +314,10 @@ async fn banned_chutes(doors: &Doors) -> anyhow::Result<Vec<String>> {
     }
     let validator = doors.validator().await?;
     for chute in validator["chutes"].as_array().into_iter().flatten() {
-        if chute["name"].as_str().is_some_and(|name| name.starts_with("storm-")) {
+        if chute["name"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("storm-"))
+        {
             ids.push(chute["chute_id"].as_str().context("a chute's id")?.to_owned());
         }
     }

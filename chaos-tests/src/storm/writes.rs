@@ -167,9 +167,7 @@ async fn write_as(writer: usize, writers: usize, doors: Doors, promises: Promise
             }
             sleep(PAUSE).await;
             if signed_at.elapsed() > SIGNATURE_MAX {
-                promises.books().promises[which]
-                    .in_doubt
-                    .get_or_insert(number);
+                promises.books().promises[which].in_doubt.get_or_insert(number);
                 (signed, signed_at) = (sign(), Instant::now());
             }
         }

@@ -68,7 +68,10 @@ async fn a_read_that_asked_a_dead_leader_asks_the_next_one_at_once() {
     assert!(reads.len() > 10, "{}", reads.len());
     while let Some(read) = reads.join_next().await {
         let late = read.unwrap().unwrap().saturating_duration_since(known);
-        assert!(late < Duration::from_millis(150), "{late:?} after a leader was known");
+        assert!(
+            late < Duration::from_millis(150),
+            "{late:?} after a leader was known"
+        );
     }
 }
 
