@@ -26,8 +26,8 @@ pub struct Elections {
     /// How long
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub minutes: u64,
+    /// What all of them may be told.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub common: Common,
 }
 

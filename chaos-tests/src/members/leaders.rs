@@ -30,8 +30,8 @@ pub struct Leaders {
     /// Leave out what takes a minute after the last kill: events that must be seen by then
     #[arg(long)]
     pub brief: bool,
+    /// What all of them may be told.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub common: Common,
 }
 

@@ -36,8 +36,8 @@ pub struct Links {
     /// Only these faults, by their names in the figures (repeatable)
     #[arg(long = "only")]
     pub only: Vec<String>,
+    /// What all of them may be told.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub common: Common,
 }
 

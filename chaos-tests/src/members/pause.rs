@@ -1,6 +1,7 @@
 //! The leader stands still (SIGSTOP) for a while, others take over, and it wakes: it must not answer with what was
 //! true before, nor act for the miner.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use coordinator::clock::{Clock as _, WallClock};
@@ -26,8 +27,8 @@ pub struct Pause {
     /// How often, one leader after the other
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub times: u32,
+    /// What all of them may be told.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub common: Common,
 }
 
@@ -89,7 +90,7 @@ async fn stand_still(trial: &mut Trial, length: Duration) -> anyhow::Result<(u64
     let woke = Instant::now();
     trial.cluster.until_it_answers(leader).await?;
     let back = woke.elapsed().as_millis();
-    // What it might do wrong it does now.
+    // The time to watch itself: what it might do wrong it does now.
     sleep(AFTER).await;
     let ms = |time: u128| u64::try_from(time).unwrap_or(u64::MAX);
     Ok((ms(write), authenticated_at.since(began_at), ms(back)))
@@ -98,7 +99,7 @@ async fn stand_still(trial: &mut Trial, length: Duration) -> anyhow::Result<(u64
 /// Launch tokens that nothing was started with: fetched again by a new leader, since nobody knew what its
 /// predecessor had got.
 fn unused_tokens(trial: &Trial) -> usize {
-    let mut open = std::collections::BTreeSet::new();
+    let mut open = BTreeSet::new();
     for entry in &trial.ledger {
         match &entry.record {
             Record::TokenGranted { config, .. } => {
