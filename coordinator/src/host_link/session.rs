@@ -87,6 +87,11 @@ pub async fn serve(
     }
     let now = context.store.clock().now();
     let session = context.hub.join(server.clone(), now);
+    let _presence = Presence {
+        hub: context.hub.clone(),
+        server: server.clone(),
+        session,
+    };
     tracing::info!(host = facts.name, %server, %fence, "host connected");
     let mut served = Session {
         context: &context,
@@ -100,13 +105,24 @@ pub async fn serve(
         // Its sender ends with the member.
         let _ = in_touch.wait_for(|in_touch| !in_touch).await;
     };
-    let end = tokio::select! {
+    tokio::select! {
         biased;
         () = cut_off => Err(End::CutOff),
         end = served.run(facts, clock, session, &mut incoming, &outgoing) => end,
-    };
-    context.hub.leave(&server, session);
-    end
+    }
+}
+
+/// A host counts as connected as long as this exists. A session whose connection is lost does not end, it is dropped.
+struct Presence {
+    hub: Hub,
+    server: ServerId,
+    session: u64,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.hub.leave(&self.server, self.session);
+    }
 }
 
 struct Session<'a> {
