@@ -1,9 +1,11 @@
 //! `chaos-tests sim` runs seeds of the simulation and says what they found; `chaos-tests storm` kills processes of
-//! a development cluster and says what came of it; `chaos-tests probe` says which fault tools work on this machine.
+//! a development cluster, and `leaders`, `pause`, `links` and `elections` shake members of a cluster of their own:
+//! each says what came of it; `chaos-tests probe` says which fault tools work on this machine.
 
 use std::io::Write;
 use std::process::ExitCode;
 
+use chaos_tests::members::{self, Outcome};
 use chaos_tests::{faults, sim, storm};
 use clap::{Parser, Subcommand};
 
@@ -20,6 +22,14 @@ enum Command {
     Sim(sim::Arguments),
     /// Kills processes of a development cluster.
     Storm(storm::Options),
+    /// Kills whoever leads, again and again.
+    Leaders(members::Leaders),
+    /// Stops the leader for a while.
+    Pause(members::Pause),
+    /// Spoils the links between members in one way after the other.
+    Links(members::Links),
+    /// Counts elections that nothing calls for, on slow disks and a busy machine.
+    Elections(members::Elections),
     /// Tries each fault tool; fails if one is missing.
     Probe,
 }
@@ -34,19 +44,24 @@ fn main() -> anyhow::Result<ExitCode> {
     }
     match Arguments::parse().command {
         Command::Sim(arguments) => sim::run(&arguments, &mut std::io::stdout().lock()),
-        Command::Storm(options) => shake(&options),
+        Command::Storm(options) => conclude(async { Ok(storm::run(&options).await?.into()) }),
+        Command::Leaders(options) => conclude(options.run()),
+        Command::Pause(options) => conclude(options.run()),
+        Command::Links(options) => conclude(options.run()),
+        Command::Elections(options) => conclude(options.run()),
         Command::Probe => probe(),
     }
 }
 
+/// Runs something on real time; its figures are the last line on standard output.
 #[tokio::main]
-async fn shake(options: &storm::Options) -> anyhow::Result<ExitCode> {
-    let report = storm::run(options).await?;
-    writeln!(std::io::stdout(), "{}", report.to_json())?;
-    for reason in &report.reasons {
+async fn conclude(run: impl Future<Output = anyhow::Result<Outcome>>) -> anyhow::Result<ExitCode> {
+    let outcome = run.await?;
+    writeln!(std::io::stdout(), "{}", outcome.figures)?;
+    for reason in &outcome.reasons {
         writeln!(std::io::stderr(), "not met: {reason}")?;
     }
-    Ok(if report.reasons.is_empty() {
+    Ok(if outcome.reasons.is_empty() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

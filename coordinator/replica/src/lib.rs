@@ -341,7 +341,7 @@ impl Replica {
             let other = leader.filter(|leader| *leader != self.member());
             let peer = other.and_then(|leader| forward::leader(&raft, &self.0.network, leader));
             if let Some(peer) = peer
-                && let Ok(Some(index)) = forward::read_index(&peer, deadline).await
+                && let Ok(Some(index)) = forward::read_index(&raft, &peer, deadline).await
             {
                 return self.applied(index, deadline).await;
             }

@@ -117,9 +117,15 @@ async fn ask_one(door: &str, config: ClientConfig, question: &Question) -> Resul
                 continue;
             }
         };
-        let (mut out, mut incoming) = connection.open_bi().await.map_err(|error| text(&error))?;
-        write(&mut out, question).await.map_err(|error| text(&error))?;
-        let answer = read(&mut incoming).await.map_err(|error| text(&error))?;
+        let exchange = async {
+            let (mut out, mut incoming) = connection.open_bi().await.map_err(|error| text(&error))?;
+            write(&mut out, question).await.map_err(|error| text(&error))?;
+            read(&mut incoming).await.map_err(|error| text(&error))
+        };
+        let answer = exchange.await;
+        // The member says why when it ends the connection.
+        let why = |error: String| connection.close_reason().map_or(error, |reason| text(&reason));
+        let answer = answer.map_err(why)?;
         connection.close(0_u8.into(), b"thanks");
         endpoint.wait_idle().await;
         return Ok(answer);
