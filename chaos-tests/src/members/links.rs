@@ -223,7 +223,7 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault) -> anyhow::Re
     let write = write.context("no write is acknowledged while it lasts")??;
     while began.elapsed() < fault.lasts() {
         if fault == Fault::Flapping {
-            let cut = began.elapsed().as_secs() % 2 == 0;
+            let cut = began.elapsed().as_secs().is_multiple_of(2);
             let quality = if cut { Quality::CUT } else { Quality::default() };
             for other in (0..MEMBERS).filter(|other| *other != leader) {
                 between.set_both(leader, other, quality);
