@@ -25,7 +25,7 @@ mod report;
 mod usage;
 
 use load::{Load, Requests};
-use report::{Rounds, Spread};
+use report::Rounds;
 use usage::Usage;
 
 /// How many clients write at a time.
@@ -63,7 +63,9 @@ struct Options {
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let report = runtime.block_on(measure(&options))?;
     Ok(writeln!(
         std::io::stdout(),
@@ -122,7 +124,10 @@ impl System {
         let calls = tracer.calls().await? as f64;
         let writes = written.latencies.len() as f64;
         let row = row_of(clients);
-        say(&format!("{:>5} {row:<18} {calls} syncs for {writes} writes", self.name));
+        say(&format!(
+            "{:>5} {row:<18} {calls} syncs for {writes} writes",
+            self.name
+        ));
         self.rounds
             .add(&row, "syncs_per_1000_writes", calls * 1e3 / writes);
         Ok(())
@@ -130,13 +135,19 @@ impl System {
 }
 
 fn row_of(clients: usize) -> String {
-    if clients == 1 { "1 client".to_owned() } else { format!("{clients} clients") }
+    if clients == 1 {
+        "1 client".to_owned()
+    } else {
+        format!("{clients} clients")
+    }
 }
 
 async fn measure(options: &Options) -> anyhow::Result<Value> {
     usage::refuse_memory(&options.folder)?;
     std::fs::create_dir_all(&options.folder)?;
-    let temporary = tempfile::Builder::new().prefix("replication-").tempdir_in(&options.folder)?;
+    let temporary = tempfile::Builder::new()
+        .prefix("replication-")
+        .tempdir_in(&options.folder)?;
     let folder = temporary.path();
     let load_average = || std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load_before = load_average();
@@ -164,13 +175,20 @@ async fn measure(options: &Options) -> anyhow::Result<Value> {
     idle(&mut systems, Duration::from_secs(options.idle_seconds), folder).await?;
     let time = Duration::from_secs(options.seconds);
     for round in 0..options.rounds {
-        say(&format!("round {} of {}, load average {}", round + 1, options.rounds, load_average().trim()));
+        say(&format!(
+            "round {} of {}, load average {}",
+            round + 1,
+            options.rounds,
+            load_average().trim()
+        ));
         for clients in CLIENTS {
             for system in in_turn(&mut systems, round) {
                 system.round(&row_of(clients), clients, false, time).await?;
             }
         }
-        systems[0].round("64 clients, signed", SIGNED_CLIENTS, true, time).await?;
+        systems[0]
+            .round("64 clients, signed", SIGNED_CLIENTS, true, time)
+            .await?;
     }
     for clients in CLIENTS {
         for system in &mut systems {
@@ -180,7 +198,9 @@ async fn measure(options: &Options) -> anyhow::Result<Value> {
     for system in &mut systems {
         for member in &system.members {
             let kib = Usage::of(member.iter().copied()).resident_kib as f64;
-            system.rounds.add("after the run", "resident_mib_per_member", kib / 1024.0);
+            system
+                .rounds
+                .add("after the run", "resident_mib_per_member", kib / 1024.0);
         }
     }
     let disk_after = usage::disk_latency(folder)?;
@@ -222,15 +242,22 @@ async fn idle(systems: &mut [System], time: Duration, folder: &Path) -> anyhow::
     say("idle");
     // What starting left over is done by then.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let before: Vec<Usage> = systems.iter().map(|system| Usage::of(system.processes())).collect();
+    let before: Vec<Usage> = systems
+        .iter()
+        .map(|system| Usage::of(system.processes()))
+        .collect();
     tokio::time::sleep(time).await;
     for (system, before) in systems.iter_mut().zip(before) {
         let used = Usage::of(system.processes()).since(&before).cpu;
         let of_a_core = used.as_secs_f64() / time.as_secs_f64() / system.members.len() as f64;
-        system.rounds.add("idle", "cpu_percent_per_member", of_a_core * 100.0);
+        system
+            .rounds
+            .add("idle", "cpu_percent_per_member", of_a_core * 100.0);
     }
     for system in systems.iter_mut() {
-        let tracer = usage::Tracer::attach(system.processes(), folder).await.context("strace")?;
+        let tracer = usage::Tracer::attach(system.processes(), folder)
+            .await
+            .context("strace")?;
         tokio::time::sleep(time / 2).await;
         let calls = tracer.calls().await? as f64;
         let rate = calls / (time / 2).as_secs_f64() / system.members.len() as f64;

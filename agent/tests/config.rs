@@ -415,9 +415,15 @@ fn init_writes_an_example_then_founds_and_leaves_what_exists() {
     let (file, data) = (path("config.toml"), path("data"));
     let init = ["init", "--config", &file, "--data", &data];
     let (good, printed, complained) = chutes_agent(&init);
-    assert!(good && printed.contains("fill in what is empty"), "{printed}{complained}");
+    assert!(
+        good && printed.contains("fill in what is empty"),
+        "{printed}{complained}"
+    );
     let (good, _, complained) = chutes_agent(&init);
-    assert!(!good && complained.contains("coordinator.advertise"), "{complained}");
+    assert!(
+        !good && complained.contains("coordinator.advertise"),
+        "{complained}"
+    );
     let text = std::fs::read_to_string(&file).expect("written by init");
     std::fs::write(&file, text.replace("address = \"\"", "address = \"192.0.2.1\"")).expect("ours");
     let (good, printed, complained) = chutes_agent(&init);

@@ -39,11 +39,27 @@ impl Etcd {
             let log = std::fs::File::create(folder.join("log"))?;
             let (clients, peers) = (url(member, 2379), url(member, 2380));
             let mut command = Command::new("etcd");
-            command.args(["--name", &format!("m{member}"), "--data-dir"]).arg(folder.join("data"));
-            command.args(["--listen-client-urls", &clients, "--advertise-client-urls", &clients]);
-            command.args(["--listen-peer-urls", &peers, "--initial-advertise-peer-urls", &peers]);
+            command
+                .args(["--name", &format!("m{member}"), "--data-dir"])
+                .arg(folder.join("data"));
+            command.args([
+                "--listen-client-urls",
+                &clients,
+                "--advertise-client-urls",
+                &clients,
+            ]);
+            command.args([
+                "--listen-peer-urls",
+                &peers,
+                "--initial-advertise-peer-urls",
+                &peers,
+            ]);
             command.args(["--initial-cluster", &all, "--initial-cluster-state", "new"]);
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log)
+                .kill_on_drop(true);
             members.push(command.spawn().context("start etcd (.ci/peers installs it)")?);
         }
         let etcd = Self {
@@ -60,7 +76,10 @@ impl Etcd {
 
     /// Each is one process.
     pub(crate) fn members(&self) -> Vec<Vec<u32>> {
-        self.members.iter().map(|child| child.id().into_iter().collect()).collect()
+        self.members
+            .iter()
+            .map(|child| child.id().into_iter().collect())
+            .collect()
     }
 
     async fn leader(&self) -> anyhow::Result<usize> {
@@ -104,7 +123,8 @@ impl Requests for Puts {
     fn write(&self, client: usize, number: u64, _: bool) -> Vec<u8> {
         let key = super::ours::chute_name(client % KEYS);
         let value = value(client, number, key.len());
-        let body = json!({ "key": BASE64_STANDARD.encode(key), "value": BASE64_STANDARD.encode(value) }).to_string();
+        let body =
+            json!({ "key": BASE64_STANDARD.encode(key), "value": BASE64_STANDARD.encode(value) }).to_string();
         format!(
             "POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()

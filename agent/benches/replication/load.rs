@@ -57,7 +57,11 @@ pub(crate) struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    pub(crate) async fn connect(requests: &'a dyn Requests, count: usize, signed: bool) -> anyhow::Result<Self> {
+    pub(crate) async fn connect(
+        requests: &'a dyn Requests,
+        count: usize,
+        signed: bool,
+    ) -> anyhow::Result<Self> {
         let opening = (0..count).map(|number| Client::connect(requests, number, signed));
         let clients = try_join_all(opening).await?;
         Ok(Self {
@@ -72,7 +76,10 @@ impl<'a> Load<'a> {
         let began = Instant::now();
         let until = began + time;
         let (requests, signed) = (self.requests, self.signed);
-        let writing = self.clients.iter_mut().map(|client| client.write_until(requests, signed, until));
+        let writing = self
+            .clients
+            .iter_mut()
+            .map(|client| client.write_until(requests, signed, until));
         let mut latencies = try_join_all(writing).await?.concat();
         let took = began.elapsed();
         latencies.sort_unstable();
@@ -157,7 +164,8 @@ fn is_whole(received: &[u8]) -> anyhow::Result<bool> {
     let head = std::str::from_utf8(&received[..end])?;
     let length = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+        name.eq_ignore_ascii_case("content-length")
+            .then(|| value.trim().parse().ok())?
     });
     let length: usize = length.with_context(|| format!("an answer without a length: {head}"))?;
     if received.len() < end + 4 + length {

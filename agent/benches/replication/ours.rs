@@ -44,7 +44,10 @@ impl Ours {
         std::fs::create_dir_all(folder)?;
         let operator = Operator {
             key: Signer::from_seed_hex(SEED)?,
-            http: reqwest::Client::builder().no_proxy().pool_max_idle_per_host(0).build()?,
+            http: reqwest::Client::builder()
+                .no_proxy()
+                .pool_max_idle_per_host(0)
+                .build()?,
         };
         let (stand_in, validator) = stand_in(agent, folder, &operator.key).await?;
         let mut ours = Self {
@@ -57,13 +60,22 @@ impl Ours {
             if member == 1 {
                 done(Command::new(agent).arg("init").arg("--config").arg(&config)).await?;
             } else {
-                let invited = ours.operator.ask("POST", 1, "/hosts/invites", json!({ "eligible": true })).await?;
-                let token = invited["token"].as_str().context("an invitation without a token")?;
+                let invited = ours
+                    .operator
+                    .ask("POST", 1, "/hosts/invites", json!({ "eligible": true }))
+                    .await?;
+                let token = invited["token"]
+                    .as_str()
+                    .context("an invitation without a token")?;
                 done(Command::new(agent).args(["join", token, "--config"]).arg(&config)).await?;
             }
             let log = std::fs::File::create(folder.join(format!("{member}.log")))?;
             let mut command = Command::new(agent);
-            command.args(["run", "--config"]).arg(&config).stdin(Stdio::null()).stdout(Stdio::null());
+            command
+                .args(["run", "--config"])
+                .arg(&config)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null());
             ours.members.push(command.stderr(log).kill_on_drop(true).spawn()?);
             ours.until(&format!("{member} voters"), async |operator| {
                 let raft = operator.ask("GET", 1, "/v1/raft", Value::Null).await?;
@@ -137,7 +149,9 @@ impl Ours {
 
     pub(crate) async fn requests(&self) -> anyhow::Result<Box<dyn Requests>> {
         let raft = self.operator.ask("GET", 1, "/v1/raft", Value::Null).await?;
-        let leader = members_of(&raft).find(|row| row["leads"] == true).context("nobody leads")?;
+        let leader = members_of(&raft)
+            .find(|row| row["leads"] == true)
+            .context("nobody leads")?;
         let name = leader["host"].as_str().context("a leader without a host")?;
         let member = name.trim_start_matches("member-").parse()?;
         Ok(Box::new(Bans {
@@ -169,9 +183,19 @@ async fn stand_in(agent: &Path, folder: &Path, miner: &Signer) -> anyhow::Result
     let ready = folder.join("ready.json");
     let log = std::fs::File::create(folder.join("stand-in.log"))?;
     let mut command = Command::new(agent);
-    command.args(["validator-stand-in", "--data"]).arg(folder.join("stand-in"));
-    command.arg("--scenario").arg(&file).arg("--ready-file").arg(&ready);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).kill_on_drop(true);
+    command
+        .args(["validator-stand-in", "--data"])
+        .arg(folder.join("stand-in"));
+    command
+        .arg("--scenario")
+        .arg(&file)
+        .arg("--ready-file")
+        .arg(&ready);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true);
     let child = command.spawn().context("start the validator stand-in")?;
     let deadline = Instant::now() + START_MAX;
     while !ready.exists() {
@@ -192,7 +216,12 @@ fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = std::fs::File::options();
-    let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    let mut file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
     Ok(file.write_all(text.as_bytes())?)
 }
 
@@ -204,8 +233,14 @@ struct Operator {
 
 impl Operator {
     async fn ask(&self, method: &str, member: usize, path: &str, body: Value) -> anyhow::Result<Value> {
-        let body = if body.is_null() { String::new() } else { body.to_string() };
-        let mut request = self.http.request(method.parse()?, format!("http://{}{path}", api(member)));
+        let body = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        let mut request = self
+            .http
+            .request(method.parse()?, format!("http://{}{path}", api(member)));
         for (name, value) in signed(&self.key, method, path, body.as_bytes()) {
             request = request.header(name, value);
         }

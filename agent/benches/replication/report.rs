@@ -91,7 +91,10 @@ pub(crate) fn ratios(ours: &Rounds, etcd: &Rounds) -> Value {
 
 /// Whether idle members are quiet enough.
 pub(crate) fn idle(ours: &Rounds) -> Value {
-    let met = |figure| ours.spread("idle", figure).is_some_and(|spread| spread.median <= 1.0);
+    let met = |figure| {
+        ours.spread("idle", figure)
+            .is_some_and(|spread| spread.median <= 1.0)
+    };
     json!({
         "syncs_per_second_per_member <= 1": met("syncs_per_second_per_member"),
         "cpu_percent_per_member <= 1": met("cpu_percent_per_member"),

@@ -55,7 +55,9 @@ fn stat(process: u32) -> Option<Vec<String>> {
 fn cpu(process: u32) -> Option<Duration> {
     let fields = stat(process)?;
     let ticks = |place: usize| fields.get(place)?.parse::<u32>().ok();
-    Some(Duration::from_secs_f64(f64::from(ticks(11)? + ticks(12)?) / TICKS_PER_SECOND))
+    Some(Duration::from_secs_f64(
+        f64::from(ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
+    ))
 }
 
 fn resident_kib(process: u32) -> Option<u64> {
@@ -85,9 +87,16 @@ pub(crate) fn family(process: u32) -> Vec<u32> {
 
 /// Refuses a folder in memory: fsync costs nothing there.
 pub(crate) fn refuse_memory(folder: &Path) -> anyhow::Result<()> {
-    let existing = folder.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    let existing = folder
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
     let kind = rustix::fs::statfs(existing)?.f_type;
-    anyhow::ensure!(kind != TMPFS, "{} is in memory: name a folder on a disk", folder.display());
+    anyhow::ensure!(
+        kind != TMPFS,
+        "{} is in memory: name a folder on a disk",
+        folder.display()
+    );
     Ok(())
 }
 
@@ -118,7 +127,9 @@ impl Tracer {
     pub(crate) async fn attach(processes: impl Iterator<Item = u32>, folder: &Path) -> anyhow::Result<Self> {
         let summary = folder.join("strace");
         let mut command = Command::new("strace");
-        command.args(["-f", "-c", "-e", "trace=fsync,fdatasync", "-o"]).arg(&summary);
+        command
+            .args(["-f", "-c", "-e", "trace=fsync,fdatasync", "-o"])
+            .arg(&summary);
         let mut waiting = 0;
         for process in processes {
             command.arg("-p").arg(process.to_string());
@@ -159,7 +170,10 @@ pub(crate) async fn terminate(child: &mut Child) {
         // It may have ended already.
         let _ = kill_process(pid, Signal::TERM);
     }
-    if tokio::time::timeout(Duration::from_secs(20), child.wait()).await.is_err() {
+    if tokio::time::timeout(Duration::from_secs(20), child.wait())
+        .await
+        .is_err()
+    {
         let _ = child.kill().await;
     }
 }
