@@ -5,7 +5,7 @@
 
 use std::io::Write as _;
 
-use agent::config::checked::certificates_folder;
+use agent::config::checked::{certificates_folder, joining};
 use agent::config::{self, Sources};
 use anyhow::Context as _;
 use coordinator::door;
@@ -47,8 +47,15 @@ pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
             }
         });
     }
+    let own = joining(&written).map(|host| host.address).unwrap_or_default();
     let mut closed = 0;
     for member in &admission.doors {
+        if stand_in.is_some() && *member == own {
+            say(&format!(
+                "self {member}: no agent runs here; a listener stands in for it meanwhile"
+            ))?;
+            continue;
+        }
         let began = Instant::now();
         let asked = client::ask_as_host(std::slice::from_ref(member), &folder, &Question::Probe).await;
         match asked {
