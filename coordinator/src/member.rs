@@ -111,7 +111,7 @@ pub async fn run(
     let mut random = fastrand::Rng::new();
     let scheduling = Scheduling::new(&config.strategy, config.tick_every)
         .map_err(|known| Error::Strategy(config.strategy.clone(), known))?;
-    let (admission, member) = admission(&config)?;
+    let (mut admission, member) = admission(&config)?;
     let identity = Identity::of_host(&config.identity)?;
     let founding = founding(&config, &admission, signer.as_ref()).await?;
     let endpoint = door::open(config.hosts_listen, &identity)?;
@@ -276,18 +276,25 @@ pub async fn run(
     Err(Error::Failed(reason))
 }
 
-/// This host's place in the cluster and its member id, noting that the store is in use from now on.
+/// This host's place in the cluster and its member id; refused when the store was opened once and is gone.
 fn admission(config: &Config) -> Result<(Admission, u64), Error> {
-    let mut admission = Admission::read(&config.identity)?.ok_or(Error::NotJoined)?;
+    let admission = Admission::read(&config.identity)?.ok_or(Error::NotJoined)?;
     let member = admission.member.ok_or(Error::NotEligible)?;
     let folder = config.data.join("raft");
-    if !admission.opened {
-        admission.opened = true;
-        admission.write(&config.identity)?;
-    } else if !folder.join("raft-log.redb").exists() {
+    if admission.opened && !folder.join("raft-log.redb").exists() {
         return Err(Error::StoreLost { member, folder });
     }
     Ok((admission, member))
+}
+
+/// Notes that the store is in use, before anybody is served: from now on others may count on what is in it. Not
+/// earlier: a store that could not be made, on a full disk say, is not lost.
+fn note_opened(config: &Config, admission: &mut Admission) -> Result<(), Error> {
+    if !admission.opened {
+        admission.opened = true;
+        admission.write(&config.identity)?;
+    }
+    Ok(())
 }
 
 /// The command that founds the cluster, on its founder, until the state holds the authority.
