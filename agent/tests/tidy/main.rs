@@ -65,6 +65,7 @@ const SEAMS: &[&str] = &[
 /// Files of the product that open or accept connections. All others are handed streams, or know only bytes.
 const DOORS: &[&str] = &[
     "agent/src/data_plane.rs",
+    "agent/benches/replication/load.rs",
     "agent/src/egress.rs",
     "agent/src/egress/network.rs",
     "agent/src/egress/proxy.rs",
