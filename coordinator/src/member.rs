@@ -130,6 +130,7 @@ pub async fn run(
         Start::Join
     };
     let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(peers.clone())).await?;
+    note_opened(&config, &mut admission)?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 
