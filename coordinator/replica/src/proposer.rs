@@ -23,7 +23,8 @@ pub struct Proposals {
     pub commands_per_entry_max: usize,
     /// Bytes of commands in one log entry, hence the largest command. Default 1 MiB.
     pub entry_bytes_max: usize,
-    /// Log entries on their way at once. More than 2 does not help. Default 2.
+    /// Log entries on their way at once. With 1 each takes all that came while the last one was on its way: the fewest
+    /// entries, and the least work for each command. Default 1.
     pub entries_in_flight_max: usize,
     /// Commands that may wait before the answer is "busy". Default 4096.
     pub waiting_max: usize,
@@ -36,7 +37,7 @@ impl Default for Proposals {
         Self {
             commands_per_entry_max: 512,
             entry_bytes_max: 1024 * 1024,
-            entries_in_flight_max: 2,
+            entries_in_flight_max: 1,
             waiting_max: 4096,
             timeout_ms: 5000,
         }
