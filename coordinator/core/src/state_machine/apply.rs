@@ -169,6 +169,11 @@ impl State {
             } => self.join_host(id, &secret_hash, host),
             Command::RemoveHost { server } => self.remove_host(&server),
             Command::PinHost { server, pin } => self.pin_host(&server, pin),
+            Command::FinalizeFormat {
+                format,
+                program,
+                vouched,
+            } => self.finalize_format(format, program, &vouched),
         }
     }
 
