@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+mod restore;
 mod setup;
 
 #[derive(Debug, Parser)]
@@ -60,6 +61,8 @@ enum Command {
         #[arg(long)]
         out: PathBuf,
     },
+    /// Make this machine the only member of a lost cluster, with a snapshot of it
+    Restore(restore::Arguments),
     #[command(hide = true)]
     Signer(Arguments),
     #[command(hide = true)]
@@ -121,6 +124,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
         Command::HostCert { server, out } => setup::host_certificate(&settings.sources(), &server, &out),
+        Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),

@@ -139,10 +139,14 @@ fn write_private(path: &Path, text: &str) -> Result<(), Error> {
 
 /// The data folder as ours alone, for as long as this lives.
 #[derive(Debug)]
-struct Lock(#[expect(dead_code, reason = "the lock goes with the open file")] File);
+pub struct Lock(#[expect(dead_code, reason = "the lock goes with the open file")] File);
 
 impl Lock {
-    fn take(folder: &Path) -> Result<Self, Error> {
+    /// Takes the lock of a data folder.
+    ///
+    /// # Errors
+    /// [`Error::InUse`]; [`Error::File`].
+    pub fn take(folder: &Path) -> Result<Self, Error> {
         let path = folder.join("agent.lock");
         let mut options = File::options();
         let options = options

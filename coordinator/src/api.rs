@@ -5,7 +5,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
+//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `snapshots.rs`, `upgrade.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -29,8 +29,9 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::backup::Door;
 use crate::store::Store;
-use auth::{Access, Asked, Caller, Door};
+use auth::{Access, Asked, Caller};
 use error::ApiError;
 
 mod auth;
@@ -46,9 +47,11 @@ mod objects;
 mod operate;
 mod raft;
 mod servers;
+mod snapshots;
 mod state;
 mod status;
 mod timeline;
+mod upgrade;
 
 pub use connection::Connection;
 pub use diff::{HostReports, ValidatorListing};
@@ -108,6 +111,8 @@ pub struct Deps {
     pub validator_listing: Arc<dyn ValidatorListing>,
     /// The members of the replicated log.
     pub cluster: Arc<dyn ClusterView>,
+    /// Snapshots that leave the cluster.
+    pub backup: Door,
 }
 
 /// Where a connection comes from. Requests without it count as foreign.
@@ -132,7 +137,7 @@ struct Api {
     config: Config,
     store: Store,
     deps: Deps,
-    door: Door,
+    door: auth::Door,
     counters: metrics::Counters,
 }
 
@@ -144,7 +149,7 @@ impl fmt::Debug for Api {
 
 /// All routes. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
 pub fn router(config: Config, store: Store, deps: Deps) -> Router {
-    let door = Door::new(
+    let door = auth::Door::new(
         config.miner.clone(),
         config.allow_plain_legacy_writes,
         store.clock().now(),
@@ -173,7 +178,8 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/v1/audits", get(timeline::audits))
         .route("/v1/diff", get(diff::diff))
         .route("/v1/explain", get(explain::explain))
-        .route("/v1/bans", get(operate::bans));
+        .route("/v1/bans", get(operate::bans))
+        .route("/v1/upgrade", get(upgrade::show));
     let writes = Router::new()
         .route("/servers/", post(enrolment::add))
         .route("/servers/{server}", delete(servers::remove))
@@ -190,6 +196,8 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/hosts/{host}", delete(hosts::remove))
         .route("/hosts/{host}/pin", put(hosts::pin))
         .route("/v1/raft/transfer", post(raft::transfer))
+        .route("/v1/snapshots", post(snapshots::save))
+        .route("/v1/upgrade/finalize", post(upgrade::finalize))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use coordinator_core::state_machine::{Command, Faults};
 
 use crate::api;
+use crate::backup::{Keeper, Snapshots};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::executor::Validators;
@@ -149,6 +150,8 @@ pub async fn run(
         allow_plain_legacy_writes: config.allow_plain_legacy_writes,
         limits: api::Limits::default(),
     };
+    let snapshots = Snapshots::new(config.cluster.clone(), store.clone(), replica.clone());
+    let keeper = Keeper::new(snapshots, config.backup.clone());
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
         host_reports: Arc::new(hub.clone()),
@@ -157,6 +160,7 @@ pub async fn run(
             config.cluster.clone(),
             replica.clone(),
         )),
+        backup: keeper.door(),
     };
     services.spawn(api::serve(
         api_config,
@@ -187,6 +191,7 @@ pub async fn run(
         pay_profile: config.pay_profile,
     };
     services.spawn(lead(leader, configure, replica.clone(), stop.clone()));
+    services.spawn(keeper.run(stop.clone()));
     services.close();
 
     let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;

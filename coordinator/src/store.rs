@@ -90,12 +90,18 @@ impl Machine {
     /// Applies a command from the log; the answer's bytes and the rows that changed.
     ///
     /// # Panics
-    /// When the command cannot be read: a member that skipped it would diverge from the others.
+    /// When the command cannot be read, or makes all that follows unreadable for this program: a member that
+    /// skipped it would diverge from the others.
     #[must_use]
     pub fn apply(&self, command: &[u8]) -> (Vec<u8>, Vec<Row>) {
         let proposal = decode_proposal(command).expect("a member must stop rather than skip a command");
         let mut state = self.shared.state.write().unwrap_or_else(PoisonError::into_inner);
         let answer = apply(&mut state, proposal);
+        if let Some(finalized) = state.too_new() {
+            let reason = Unreadable::TooNew(finalized.clone());
+            tracing::error!(%reason, "this member stops");
+            panic!("{reason}");
+        }
         let rows = state.drain_rows();
         (encode_answer(&answer), rows)
     }
@@ -189,6 +195,10 @@ impl Store {
         guard: Option<[u8; 32]>,
         command: Command,
     ) -> Result<Reply, Error> {
+        let (needed, present) = (command.format(), self.read(State::format));
+        if needed > present {
+            return Err(Rejection::NotFinalized { needed, present }.into());
+        }
         let proposal = Proposal {
             request,
             at: self.clock.now(),

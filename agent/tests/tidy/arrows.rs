@@ -15,14 +15,14 @@ const ORDERS: &[Order] = &[
         source: "coordinator/core/src/state_machine",
         rows: &[
             &["apply", "codec", "invariant"],
-            &["reconcile", "observe", "lifecycle", "enrolment"],
+            &["reconcile", "observe", "lifecycle", "enrolment", "restoring", "upgrading"],
             &["placement"],
             &["desired"],
             &["state"],
             &["command", "outbox"],
             &["effect"],
             // The nouns know nothing of the state; a noun may name another noun's key.
-            &["job", "server", "deployment"],
+            &["job", "server", "deployment", "format"],
             &["chute"],
             &["table"],
         ],
@@ -34,7 +34,7 @@ const ORDERS: &[Order] = &[
             &["config", "api"],
             // The API shows what the leader last saw in the validators' listings.
             &["leader"],
-            &["executor"],
+            &["executor", "backup"],
             &["validator", "host_link", "sealed_worker"],
             &["signer", "store", "identity"],
             &["clock"],
@@ -43,7 +43,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup"],
+            &["main", "setup", "restore"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

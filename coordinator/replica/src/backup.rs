@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::open::Opened;
 use crate::raft::{LeaderId, RaftLogId};
 use crate::recovery::{close, failed, open_store};
-use crate::snapshot::{self, Header, ReadError, SnapshotData};
+use crate::snapshot::{self, Header, ReadError, SnapshotData, SnapshotReader};
 use crate::state_store::{Applied, RowChange};
 use crate::storage::{Writer, fault_in};
 
@@ -52,42 +52,93 @@ impl Contents {
 /// A row of a snapshot: table, key, value.
 pub type Row = (u8, Vec<u8>, Vec<u8>);
 
-/// Reads a whole snapshot file and checks it; `row` sees every row. Blocks while it reads.
-///
-/// # Errors
-/// `Io`, `Damaged` or `Newer`, naming the file.
-pub fn read(file: &Path, row: impl FnMut(Row)) -> Result<Contents, Error> {
-    let opened = File::open(file).map_err(|source| Error::Io {
-        file: file.to_owned(),
-        source,
-    })?;
-    read_data(&SnapshotData::File(Arc::new(opened)), file, row)
+/// The rows of a snapshot file, one by one. It says that the file is sound only at its end: [`Rows::finish`].
+pub struct Rows {
+    file: PathBuf,
+    data: SnapshotData,
+    reader: SnapshotReader,
+    tables: BTreeMap<u8, u64>,
+    fault: Option<Error>,
 }
 
-fn read_data(data: &SnapshotData, file: &Path, mut each: impl FnMut(Row)) -> Result<Contents, Error> {
-    let io = |source| Error::Io {
-        file: file.to_owned(),
-        source,
-    };
-    let failed = |error: ReadError| match error {
-        ReadError::Fault(fault) => fault_in(file, fault),
-        ReadError::Io(source) => io(source),
-    };
-    let mut tables = BTreeMap::new();
-    let mut reader = data.rows().map_err(failed)?;
-    while let Some(row) = reader.read_row().map_err(failed)? {
-        *tables.entry(row.table).or_default() += 1;
-        each((row.table, row.key, row.value));
+impl std::fmt::Debug for Rows {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rows({})", self.file.display())
     }
-    let (size_bytes, _) = data.size_and_crc().map_err(io)?;
-    let header = reader.header();
-    Ok(Contents {
-        cluster: header.cluster.clone(),
-        last_index: header.applied.last.map(|id| id.index),
-        members: header.applied.membership.nodes().map(|(id, _)| *id).collect(),
-        tables,
-        size_bytes,
-    })
+}
+
+fn read_error(file: &Path, error: ReadError) -> Error {
+    match error {
+        ReadError::Fault(fault) => fault_in(file, fault),
+        ReadError::Io(source) => Error::Io {
+            file: file.to_owned(),
+            source,
+        },
+    }
+}
+
+impl Rows {
+    /// Opens a snapshot file. It blocks, as all reading of it does.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged` or `Newer`, naming the file.
+    pub fn open(file: &Path) -> Result<Self, Error> {
+        let opened = File::open(file).map_err(|error| read_error(file, error.into()))?;
+        Self::of(SnapshotData::File(Arc::new(opened)), file.to_owned())
+    }
+
+    fn of(data: SnapshotData, file: PathBuf) -> Result<Self, Error> {
+        let reader = data.rows().map_err(|error| read_error(&file, error))?;
+        Ok(Self {
+            file,
+            data,
+            reader,
+            tables: BTreeMap::new(),
+            fault: None,
+        })
+    }
+
+    /// Reads on to the end, and says what was in it.
+    ///
+    /// # Errors
+    /// `Io`, `Damaged` or `Newer`, naming the file: what was read of it is worth nothing.
+    pub fn finish(mut self) -> Result<Contents, Error> {
+        while self.next().is_some() {}
+        if let Some(fault) = self.fault {
+            return Err(fault);
+        }
+        let size = self.data.size_and_crc();
+        let (size_bytes, _) = size.map_err(|error| read_error(&self.file, error.into()))?;
+        let header = self.reader.header();
+        Ok(Contents {
+            cluster: header.cluster.clone(),
+            last_index: header.applied.last.map(|id| id.index),
+            members: header.applied.membership.nodes().map(|(id, _)| *id).collect(),
+            tables: self.tables,
+            size_bytes,
+        })
+    }
+}
+
+impl Iterator for Rows {
+    type Item = (u8, Vec<u8>, Vec<u8>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.fault.is_some() {
+            return None;
+        }
+        match self.reader.read_row() {
+            Ok(row) => {
+                let row = row?;
+                *self.tables.entry(row.table).or_default() += 1;
+                Some((row.table, row.key, row.value))
+            }
+            Err(error) => {
+                self.fault = Some(read_error(&self.file, error));
+                None
+            }
+        }
+    }
 }
 
 /// A snapshot that is on the disk of a running member, checked; it stays readable when a newer one takes its
@@ -134,7 +185,7 @@ impl Replica {
                 file: file.clone(),
                 source,
             })?;
-            Ok((read_data(&data, &file, drop)?, data))
+            Ok((Rows::of(data.clone(), file)?.finish()?, data))
         });
         let (contents, data) = checked.await.map_err(failed)??;
         Ok(Saved {
@@ -155,7 +206,7 @@ pub async fn restore(config: Config, file: PathBuf, changes: Vec<RowChange>) -> 
     let (writer, cluster) = (config.writer, config.cluster.clone());
     let (member, address) = (config.node_id, config.address.clone());
     let looked_at = file.clone();
-    let contents = writer.blocking(move || read(&looked_at, drop)).await;
+    let contents = writer.blocking(move || Rows::open(&looked_at)?.finish()).await;
     let contents = contents.map_err(failed)??;
     if contents.cluster != cluster {
         return Err(Error::Foreign {

@@ -22,9 +22,8 @@ async fn a_lost_cluster_begins_again_with_a_snapshot_file() {
     let saved = save(&lost.up[&3], &file).await;
     assert_eq!((saved.rows(), saved.members.len()), (51, 3));
     assert_eq!(saved.last_index, lost.up[&3].metrics().applied_index);
-    let mut rows = 0;
-    assert_eq!(backup::read(&file, |_| rows += 1).unwrap(), saved);
-    assert_eq!(rows, 51);
+    assert_eq!(backup::Rows::open(&file).unwrap().count(), 51);
+    assert_eq!(backup::Rows::open(&file).unwrap().finish().unwrap(), saved);
     lost.up[&1].propose(b"later".to_vec()).await.unwrap();
     let commands = lost.commands(3);
 
@@ -94,7 +93,7 @@ async fn a_file_that_does_not_fit_changes_nothing() {
         let named = matches!(&refused, Err(Error::Damaged { file, .. } | Error::Newer { file, .. }) if *file == damaged);
         assert!(named, "byte {position}: {refused:?}");
     }
-    let missing = backup::read(&folder.path().join("missing"), drop);
+    let missing = backup::Rows::open(&folder.path().join("missing"));
     assert!(matches!(missing, Err(Error::Io { .. })), "{missing:?}");
     assert!(!store.exists(), "the store was not begun");
 

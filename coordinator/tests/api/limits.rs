@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::fixture::LastListings;
 use coordinator::api::{Config, Deps, Limits, serve};
+use coordinator::backup::Door;
 use coordinator::store::{BoxFuture, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,6 +46,7 @@ async fn served(
         host_reports: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(Members::default()),
+        backup: Door::default(),
     };
     let task = tokio::spawn(serve(config, fixture.store.clone(), deps, listener, stop.clone()));
     (address, stop, task)
