@@ -63,7 +63,8 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
         arguments.cluster
     );
     let seed_file = written.miner.seed_file.as_ref();
-    let seed_file = seed_file.context("miner.seed_file is missing: the cluster's authority is sealed with the seed")?;
+    let seed_file =
+        seed_file.context("miner.seed_file is missing: the cluster's authority is sealed with the seed")?;
     let key_file = arguments.key.display();
     let text = fs::read_to_string(&arguments.key).with_context(|| format!("read the key file {key_file}"))?;
     let key = SnapshotKey::parse(&text).with_context(|| format!("read the key file {key_file}"))?;
@@ -73,7 +74,10 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
     let folder = written.data.join("coordinator");
     let store = folder.join("raft");
     if store.exists() {
-        bail!("{} exists: a snapshot is restored on a machine without a store; move the folder away first", store.display());
+        bail!(
+            "{} exists: a snapshot is restored on a machine without a store; move the folder away first",
+            store.display()
+        );
     }
     private_folder(&folder)?;
     let restoring = Restoring::open(&arguments.file, &key, &arguments.cluster, &folder)?;
@@ -84,7 +88,10 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
     let host = host(&written, arguments, &host_key)?;
     let now = WallClock.now();
     let certificate = authority.certificate(&host.server, restoring.member()?, &host_key, now)?;
-    let (head, rows) = (restoring.head().clone(), restoring.summary().rows.values().sum::<u64>());
+    let (head, rows) = (
+        restoring.head().clone(),
+        restoring.summary().rows.values().sum::<u64>(),
+    );
     let (server, name) = (host.server.clone(), host.name.clone());
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -97,7 +104,11 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
     write_secret(&certificates.join(CA_CERTIFICATE), &authority.certificate_pem)?;
 
     let mut out = std::io::stdout();
-    writeln!(out, "cluster {:?} restored as of {}: {rows} rows, log index {}", head.cluster, head.created_at, head.last_index)?;
+    writeln!(
+        out,
+        "cluster {:?} restored as of {}: {rows} rows, log index {}",
+        head.cluster, head.created_at, head.last_index
+    )?;
     writeln!(out, "host {name} ({server}) is member {member}, the only one")?;
     writeln!(
         out,
@@ -105,7 +116,10 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
          old data",
         head.created_at
     )?;
-    writeln!(out, "next: chutes-agent run; then invite the other members anew with chutes-miner host invite --eligible")?;
+    writeln!(
+        out,
+        "next: chutes-agent run; then invite the other members anew with chutes-miner host invite --eligible"
+    )?;
     Ok(())
 }
 
@@ -114,7 +128,13 @@ fn host(written: &Written, arguments: &Arguments, key: &KeyPair) -> anyhow::Resu
     let server = server_id(id).map_err(anyhow::Error::msg)?;
     let name = written.host.name.clone().context("host.name is missing")?;
     let port = written.coordinator.hosts_listen.port();
-    let of_host = || written.host.address.as_ref().map(|address| format!("{address}:{port}"));
+    let of_host = || {
+        written
+            .host
+            .address
+            .as_ref()
+            .map(|address| format!("{address}:{port}"))
+    };
     let address = arguments.address.clone().or_else(of_host);
     let address = address.context("--address is missing: where do other hosts reach this one?")?;
     Ok(NewHost {
@@ -145,7 +165,13 @@ impl Authority {
         })
     }
 
-    fn certificate(&self, server: &ServerId, member: u64, key: &KeyPair, now: UnixMillis) -> anyhow::Result<String> {
+    fn certificate(
+        &self,
+        server: &ServerId,
+        member: u64,
+        key: &KeyPair,
+        now: UnixMillis,
+    ) -> anyhow::Result<String> {
         let names = vec![
             server.to_string(),
             replica::quic::server_name(member),
@@ -172,7 +198,12 @@ impl Authority {
 fn write_secret(path: &Path, text: &str) -> anyhow::Result<()> {
     use std::os::unix::fs::OpenOptionsExt as _;
     let mut options = fs::File::options();
-    let file = options.write(true).create(true).truncate(true).mode(0o600).open(path);
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
     let mut file = file.with_context(|| format!("write {}", path.display()))?;
     file.write_all(text.as_bytes())?;
     Ok(file.sync_all()?)

@@ -15,12 +15,12 @@
 //! repeats nor misses one.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use protocol::snapshot_file::{InvalidSnapshotKey, Recipient};
 use protocol::time::UnixMillis;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
 mod bucket;
@@ -100,17 +100,23 @@ pub struct Report {
 
 /// Where the schedule tells how it goes. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Reports(Arc<Mutex<Report>>);
+pub struct Reports(watch::Sender<Report>);
 
 impl Reports {
     /// How it goes.
     #[must_use]
     pub fn get(&self) -> Report {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.borrow().clone()
+    }
+
+    /// Follows how it goes.
+    #[must_use]
+    pub fn follow(&self) -> watch::Receiver<Report> {
+        self.0.subscribe()
     }
 
     fn set(&self, change: impl FnOnce(&mut Report)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.0.send_modify(change);
     }
 }
 
@@ -193,6 +199,12 @@ impl Keeper {
         Door::new(Some(self.snapshots.clone()), recipient, self.reports.clone())
     }
 
+    /// Where the schedule tells how it goes.
+    #[must_use]
+    pub fn reports(&self) -> &Reports {
+        &self.reports
+    }
+
     /// Puts a snapshot away every so often whenever this member leads, until `stop`.
     pub async fn run(self, stop: CancellationToken) {
         let Some(settings) = &self.settings else {
@@ -235,23 +247,30 @@ async fn once_when_due(snapshots: &Snapshots, settings: &Settings, reports: &Rep
     let target = Target::open(&settings.place)?;
     let cluster = snapshots.cluster();
     let newest = target.list(cluster).await?.pop();
-    let now = snapshots.clock().now();
-    if let Some(newest) = newest {
-        let age = Duration::from_millis(now.since(newest.at));
-        if age < settings.every {
-            return Ok(settings.every - age);
-        }
+    if let Some(wait) = wait_after(newest, settings.every, snapshots.clock().now()) {
+        return Ok(wait);
     }
     let done = put_away(snapshots, settings, &target).await?;
-    tracing::info!(name = done.name, size_bytes = done.size_bytes, "a snapshot was put away");
+    tracing::info!(
+        name = done.name,
+        size_bytes = done.size_bytes,
+        "a snapshot was put away"
+    );
+    let forgotten = forget_old(&target, cluster, settings.keep).await;
     reports.set(|report| {
         *report = Report {
             last: Some(done),
             failure: None,
         };
     });
-    forget_old(&target, cluster, settings.keep).await?;
+    forgotten?;
     Ok(settings.every)
+}
+
+/// How long it is until the next one is due, after the newest that is there.
+fn wait_after(newest: Option<Name>, every: Duration, now: UnixMillis) -> Option<Duration> {
+    let age = Duration::from_millis(now.since(newest?.at));
+    every.checked_sub(age).filter(|wait| !wait.is_zero())
 }
 
 /// Puts one snapshot away now.
@@ -267,11 +286,7 @@ pub async fn put_away(snapshots: &Snapshots, settings: &Settings, target: &Targe
     };
     let (at, name) = (head.created_at, name.text(&head.cluster));
     let size_bytes = target.put(&name, &mut stream, &settings.spool).await?;
-    Ok(Done {
-        at,
-        name,
-        size_bytes,
-    })
+    Ok(Done { at, name, size_bytes })
 }
 
 /// Deletes all but the `keep` newest snapshots of this cluster; nothing else is touched.
@@ -282,4 +297,39 @@ async fn forget_old(target: &Target, cluster: &str, keep: usize) -> Result<()> {
         target.delete(&name.text(cluster)).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A new leader neither repeats nor misses one: it goes by what is at the target.
+    #[test]
+    fn the_next_one_is_due_so_long_after_the_newest() {
+        let every = Duration::from_secs(3600);
+        let now = UnixMillis::from_unix_seconds(1_800_000_000);
+        let aged = |seconds: u64| Name {
+            at: now - seconds * 1000,
+            last_index: 1,
+        };
+        for (newest, wait) in [
+            (None, None),
+            (Some(aged(0)), Some(3600)),
+            (Some(aged(3540)), Some(60)),
+            (Some(aged(3600)), None),
+            (Some(aged(999_999)), None),
+        ] {
+            assert_eq!(
+                wait_after(newest, every, now),
+                wait.map(Duration::from_secs),
+                "{newest:?}"
+            );
+        }
+        // A clock that was ahead: as if it were just now.
+        let ahead = Name {
+            at: now + 5_000,
+            last_index: 1,
+        };
+        assert_eq!(wait_after(Some(ahead), every, now), Some(every));
+    }
 }

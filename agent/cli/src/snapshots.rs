@@ -85,7 +85,10 @@ async fn save(
     let key = key.map(read_key).transpose()?;
     let named = recipient.map(|text| text.parse::<Recipient>()).transpose()?;
     let recipient = named.or_else(|| key.as_ref().map(SnapshotKey::recipient));
-    let body = recipient.map_or_else(|| json!({}), |recipient| json!({ "recipient": recipient.to_string() }));
+    let body = recipient.map_or_else(
+        || json!({}),
+        |recipient| json!({ "recipient": recipient.to_string() }),
+    );
     let miner = Miner::new(arguments)?;
     let opened = miner.open(Method::POST, "/v1/snapshots", Some(&body), Some(TRANSFER_MAX));
     let response = opened.await?;
@@ -161,7 +164,12 @@ fn head_of(file: &Path) -> Result<Value> {
 /// Reads the file to its end, so that all of it is known to be sound.
 fn read_through(opened: &mut Opened<BufReader<File>>, file: &Path) -> Result<()> {
     let mut rest = [0; 64 * 1024];
-    while opened.read(&mut rest).map_err(plain).with_context(|| file.display().to_string())? > 0 {}
+    while opened
+        .read(&mut rest)
+        .map_err(plain)
+        .with_context(|| file.display().to_string())?
+        > 0
+    {}
     Ok(())
 }
 
@@ -194,7 +202,11 @@ fn inspected(file: &Path, key: Option<&Path>) -> Result<Value> {
 fn restore(printer: &Printer, file: &Path, key_file: &Path, cluster: &str) -> Result<()> {
     let shown = with_key(file, &read_key(key_file)?)?;
     if shown["cluster"] != cluster {
-        bail!("{}: this is a snapshot of cluster {}, not of {cluster:?}", file.display(), shown["cluster"]);
+        bail!(
+            "{}: this is a snapshot of cluster {}, not of {cluster:?}",
+            file.display(),
+            shown["cluster"]
+        );
     }
     if !printer.wants_tables() {
         return printer.value(&shown);
@@ -204,7 +216,9 @@ fn restore(printer: &Printer, file: &Path, key_file: &Path, cluster: &str) -> Re
          member of before may ever start again on its old data.",
         shown["created_at"]
     ));
-    printer.line("On the new machine, with chutes-agent installed, its configuration written and the seed in place:")?;
+    printer.line(
+        "On the new machine, with chutes-agent installed, its configuration written and the seed in place:",
+    )?;
     printer.line(&format!(
         "chutes-agent restore {} --key {} --cluster {cluster}",
         file.display(),

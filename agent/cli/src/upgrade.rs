@@ -22,7 +22,11 @@ async fn status(printer: &Printer, arguments: &args::Miner) -> Result<()> {
         return printer.value(&upgrade);
     }
     let title = format!("Data in format {}", text_of(&upgrade["format"]));
-    let mut table = Table::new(&title, Lines::Rounded, &["Host", "Version", "Knows format", "Ready"]);
+    let mut table = Table::new(
+        &title,
+        Lines::Rounded,
+        &["Host", "Version", "Knows format", "Ready"],
+    );
     for host in upgrade["hosts"].as_array().into_iter().flatten() {
         let ready = if host["ready"] == json!(true) {
             "yes".to_owned()
@@ -61,12 +65,17 @@ async fn finalize(printer: &Printer, arguments: &args::Miner, vouch: &[String], 
         }
     }
     let body = json!({ "vouch": vouch });
-    let answer = miner.ask(Method::POST, "/v1/upgrade/finalize", Some(&body)).await?;
+    let answer = miner
+        .ask(Method::POST, "/v1/upgrade/finalize", Some(&body))
+        .await?;
     if !printer.wants_tables() {
         return printer.value(&answer);
     }
     if answer["changed"] == json!(true) {
-        printer.line(&format!("The data has format {} from now on.", text_of(&answer["format"])))
+        printer.line(&format!(
+            "The data has format {} from now on.",
+            text_of(&answer["format"])
+        ))
     } else {
         printer.line("Nothing is to be finalized.")
     }

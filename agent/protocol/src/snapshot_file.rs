@@ -71,7 +71,9 @@ pub enum ReadError {
     #[error("this is no snapshot file")]
     Other,
     /// A newer program wrote it.
-    #[error("the snapshot file has version {0}, this program reads up to version {VERSION}: use the newer one")]
+    #[error(
+        "the snapshot file has version {0}, this program reads up to version {VERSION}: use the newer one"
+    )]
     Newer(u8),
     /// Another key is needed.
     #[error("the snapshot is for the key {wanted}, not for {given}")]

@@ -15,7 +15,14 @@ const ORDERS: &[Order] = &[
         source: "coordinator/core/src/state_machine",
         rows: &[
             &["apply", "codec", "invariant"],
-            &["reconcile", "observe", "lifecycle", "enrolment", "restoring", "upgrading"],
+            &[
+                "reconcile",
+                "observe",
+                "lifecycle",
+                "enrolment",
+                "restoring",
+                "upgrading",
+            ],
             &["placement"],
             &["desired"],
             &["state"],

@@ -180,7 +180,9 @@ impl Replica {
         let (place, writer) = (self.0.receiver.place().clone(), self.0.network.writer());
         let checked = writer.blocking(move || {
             let file = place.file();
-            let current = place.current().and_then(|data| data.ok_or(io::ErrorKind::NotFound.into()));
+            let current = place
+                .current()
+                .and_then(|data| data.ok_or(io::ErrorKind::NotFound.into()));
             let data = current.map_err(|source| Error::Io {
                 file: file.clone(),
                 source,
@@ -290,7 +292,10 @@ fn alone(applied: &Applied, member: u64, address: String) -> Result<Applied, Err
 }
 
 /// The rows with the changes, ascending as before.
-fn changed(rows: impl Iterator<Item = snapshot::Row>, changes: Vec<RowChange>) -> impl Iterator<Item = snapshot::Row> {
+fn changed(
+    rows: impl Iterator<Item = snapshot::Row>,
+    changes: Vec<RowChange>,
+) -> impl Iterator<Item = snapshot::Row> {
     let changes = changes.into_iter().map(|row| ((row.table, row.key), row.value));
     let mut changes: BTreeMap<_, _> = changes.collect();
     let mut rows = rows.peekable();

@@ -109,7 +109,12 @@ fn family(
 fn of_backup(registry: &mut Registry, report: &Report) {
     if let Some(done) = &report.last {
         let (at, size) = (done.at.unix_seconds(), done.size_bytes);
-        gauge(registry, "backup_last_time_seconds", "When the last snapshot was put away", at);
+        gauge(
+            registry,
+            "backup_last_time_seconds",
+            "When the last snapshot was put away",
+            at,
+        );
         gauge(registry, "backup_last_bytes", "Size of the last snapshot", size);
     }
     let failed = u64::from(report.failure.is_some());

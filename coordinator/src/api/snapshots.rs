@@ -39,7 +39,8 @@ pub(super) async fn save(
     let named = body.recipient.as_deref().map(str::parse::<Recipient>).transpose();
     let named = named.map_err(|error| invalid(&error.to_string()))?;
     let Some(recipient) = named.or(door.recipient().copied()) else {
-        let detail = "no key: name a recipient, or set backup.recipient (`chutes-miner snapshot keygen` makes one)";
+        let detail =
+            "no key: name a recipient, or set backup.recipient (`chutes-miner snapshot keygen` makes one)";
         return Err(ApiError::new(StatusCode::BAD_REQUEST, detail));
     };
     let snapshots = door.snapshots().ok_or_else(|| {
@@ -90,9 +91,8 @@ pub(super) fn of_report(report: &Report) -> Value {
         return Value::Null;
     }
     let last = report.last.as_ref();
-    let last = last.map(|done| {
-        json!({ "at": done.at.iso8601(), "name": done.name, "size_bytes": done.size_bytes })
-    });
+    let last =
+        last.map(|done| json!({ "at": done.at.iso8601(), "name": done.name, "size_bytes": done.size_bytes }));
     let failure = report.failure.as_ref();
     let failure = failure.map(|(at, text)| json!({ "at": at.iso8601(), "text": text }));
     json!({ "last": last, "failure": failure })

@@ -65,7 +65,10 @@ pub(super) async fn finalize(
         parse(&body)?
     };
     let (vouched, present) = api.store.read(|record| {
-        let named = body.vouch.iter().map(|name| Ok(host_named(record, name)?.host.server.clone()));
+        let named = body
+            .vouch
+            .iter()
+            .map(|name| Ok(host_named(record, name)?.host.server.clone()));
         let vouched: Result<BTreeSet<ServerId>> = named.collect();
         Ok::<_, super::error::ApiError>((vouched?, record.format()))
     })?;

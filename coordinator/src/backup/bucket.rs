@@ -65,7 +65,9 @@ impl Credentials {
         let value = |name: &str| {
             let lines = text.lines().filter_map(|line| line.split_once('='));
             let mut values = lines.filter(|(key, _)| key.trim() == name);
-            let value = values.next().map(|(_, value)| value.trim().trim_matches('"').to_owned());
+            let value = values
+                .next()
+                .map(|(_, value)| value.trim().trim_matches('"').to_owned());
             value.filter(|value| !value.is_empty())
         };
         Some(Self {
@@ -79,7 +81,8 @@ impl Credentials {
         let mode = std::fs::metadata(file).map_err(failed)?.permissions().mode() & 0o777;
         let shown = file.display();
         if mode & 0o077 != 0 {
-            let why = format!("{shown} has mode {mode:04o}, others can read the keys in it: chmod 600 {shown}");
+            let why =
+                format!("{shown} has mode {mode:04o}, others can read the keys in it: chmod 600 {shown}");
             return Err(Error::Bucket(why));
         }
         let text = std::fs::read_to_string(file).map_err(failed)?;
@@ -138,7 +141,9 @@ impl Bucket {
         let sent_query = canonical_query(query);
         url.set_query((!query.is_empty()).then_some(sent_query.as_str()));
         let host = url.host_str().unwrap_or_default();
-        let host = url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
+        let host = url
+            .port()
+            .map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"));
         let time = super::name::compact(WallClock.now());
         let headers = [
             ("host", host.as_str()),
@@ -159,7 +164,10 @@ impl Bucket {
             time: &time,
         };
         let authorization = authorization(&request, &scope);
-        let mut builder = self.http.request(method, url).header("authorization", authorization);
+        let mut builder = self
+            .http
+            .request(method, url)
+            .header("authorization", authorization);
         for (name, value) in headers {
             builder = builder.header(name, value);
         }
@@ -189,7 +197,9 @@ impl Bucket {
         let mut stream = answer.bytes_stream();
         while let Some(piece) = stream.next().await {
             let piece = piece.map_err(|error| unreachable(&error))?;
-            out.write_all(&piece).await.map_err(|source| in_file(to, source))?;
+            out.write_all(&piece)
+                .await
+                .map_err(|source| in_file(to, source))?;
         }
         out.flush().await.map_err(|source| in_file(to, source))
     }
@@ -222,7 +232,9 @@ impl Bucket {
                 return Ok(names);
             }
         }
-        let why = format!("it lists more than {PAGES_MAX} pages under {prefix}: give the snapshots a prefix of their own");
+        let why = format!(
+            "it lists more than {PAGES_MAX} pages under {prefix}: give the snapshots a prefix of their own"
+        );
         Err(Error::Bucket(why))
     }
 }
@@ -244,7 +256,9 @@ async fn text_of(answer: Response) -> Result<String> {
     while let Some(piece) = stream.next().await {
         let piece = piece.map_err(|error| unreachable(&error))?;
         if bytes.len() + piece.len() > ANSWER_BYTES_MAX {
-            return Err(Error::Bucket(format!("it answers more than {ANSWER_BYTES_MAX} bytes")));
+            return Err(Error::Bucket(format!(
+                "it answers more than {ANSWER_BYTES_MAX} bytes"
+            )));
         }
         bytes.extend_from_slice(&piece);
     }
@@ -260,7 +274,9 @@ async fn good(answer: Response) -> Result<Response> {
     let body = text_of(answer).await.unwrap_or_default();
     let say = |name| elements(&body, name).into_iter().next().unwrap_or_default();
     let (code, message) = (say("Code"), say("Message"));
-    Err(Error::Bucket(format!("{status} {code} {message}").trim_end().to_owned()))
+    Err(Error::Bucket(
+        format!("{status} {code} {message}").trim_end().to_owned(),
+    ))
 }
 
 /// The texts of all elements with this name. The answers of S3 have no attributes where we look, and no element
@@ -270,7 +286,10 @@ fn elements(xml: &str, name: &str) -> Vec<String> {
     let pieces = xml.split(&open).skip(1);
     let texts = pieces.filter_map(|piece| piece.split_once(&close).map(|(text, _)| text));
     let plain = |text: &str| {
-        let named = text.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", "\"");
+        let named = text
+            .replace("&lt;", "<")
+            .replace("&gt;", ">")
+            .replace("&quot;", "\"");
         named.replace("&apos;", "'").replace("&amp;", "&")
     };
     texts.map(plain).collect()
@@ -284,9 +303,16 @@ mod tests {
     fn keys_are_read_as_amazons_tools_write_them() {
         let text = "[default]\naws_access_key_id = AKIA\naws_secret_access_key=a/b=c\nregion = x\n";
         let credentials = Credentials::parse(text).expect("both are there");
-        assert_eq!((credentials.access_key.as_str(), credentials.secret_key.as_str()), ("AKIA", "a/b=c"));
+        assert_eq!(
+            (credentials.access_key.as_str(), credentials.secret_key.as_str()),
+            ("AKIA", "a/b=c")
+        );
         assert!(!format!("{credentials:?}").contains("a/b=c"));
-        for bad in ["", "aws_access_key_id = AKIA", "aws_access_key_id =\naws_secret_access_key = b"] {
+        for bad in [
+            "",
+            "aws_access_key_id = AKIA",
+            "aws_access_key_id =\naws_secret_access_key = b",
+        ] {
             assert_eq!(Credentials::parse(bad), None, "{bad}");
         }
     }

@@ -31,7 +31,12 @@ impl Name {
     /// The name as text.
     #[must_use]
     pub fn text(&self, cluster: &str) -> String {
-        format!("{}{}-{}{SUFFIX}", prefix(cluster), compact(self.at), self.last_index)
+        format!(
+            "{}{}-{}{SUFFIX}",
+            prefix(cluster),
+            compact(self.at),
+            self.last_index
+        )
     }
 }
 
@@ -69,7 +74,11 @@ fn read_time(text: &str) -> Option<UnixMillis> {
         return None;
     }
     // Day count of a civil date, the other way round than in `protocol::time`.
-    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let (y, m) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
     let (era, year_of_era) = (y / 400, y % 400);
     let day_of_year = (153 * m + 2) / 5 + day.checked_sub(1)?;
     let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
@@ -84,7 +93,12 @@ mod tests {
 
     #[test]
     fn names_are_read_as_written() {
-        for (seconds, index) in [(1_735_689_600, 0), (1_709_164_799, 77), (1_709_251_199, u64::MAX), (0, 1)] {
+        for (seconds, index) in [
+            (1_735_689_600, 0),
+            (1_709_164_799, 77),
+            (1_709_251_199, u64::MAX),
+            (0, 1),
+        ] {
             let name = Name {
                 at: UnixMillis::from_unix_seconds(seconds),
                 last_index: index,

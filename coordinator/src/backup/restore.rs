@@ -185,7 +185,12 @@ fn copied(from: &mut impl Read, file: &Path, to: PathBuf) -> Result<Plain> {
         source,
     };
     let mut options = OpenOptions::new();
-    let out = options.write(true).create(true).truncate(true).mode(0o600).open(&to);
+    let out = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&to);
     let mut out = out.map_err(failed)?;
     let plain = Plain(to.clone());
     let mut buffer = vec![0; COPY_BYTES];

@@ -37,7 +37,11 @@ pub struct Scope<'a> {
 
 impl std::fmt::Debug for Scope<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Scope({} in {} at {})", self.access_key, self.region, self.time)
+        write!(
+            f,
+            "Scope({} in {} at {})",
+            self.access_key, self.region, self.time
+        )
     }
 }
 
@@ -48,7 +52,10 @@ pub fn authorization(request: &Request<'_>, scope: &Scope<'_>) -> String {
     headers.sort_unstable();
     let names: Vec<&str> = headers.iter().map(|(name, _)| *name).collect();
     let names = names.join(";");
-    let headers: String = headers.iter().map(|(name, value)| format!("{name}:{value}\n")).collect();
+    let headers: String = headers
+        .iter()
+        .map(|(name, value)| format!("{name}:{value}\n"))
+        .collect();
     let canonical = format!(
         "{}\n{}\n{}\n{headers}\n{names}\n{}",
         request.method,
@@ -80,7 +87,10 @@ pub fn canonical_query(query: &[(&str, &str)]) -> String {
     let escape = |(name, value): &(&str, &str)| (escaped(name, false), escaped(value, false));
     let mut query: Vec<_> = query.iter().map(escape).collect();
     query.sort_unstable();
-    let query: Vec<_> = query.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    let query: Vec<_> = query
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
     query.join("&")
 }
 
@@ -116,7 +126,8 @@ mod tests {
         };
         let date = "Fri, 24 May 2013 00:00:00 GMT";
         let class = "REDUCED_REDUNDANCY";
-        let get = |path, query, more: &[(&'static str, &'static str)]| ("GET", path, query, EMPTY, more.to_vec());
+        let get =
+            |path, query, more: &[(&'static str, &'static str)]| ("GET", path, query, EMPTY, more.to_vec());
         let no_query: &[(&str, &str)] = &[];
         let rows = [
             (

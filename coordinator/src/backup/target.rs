@@ -49,7 +49,10 @@ impl Target {
             Self::Directory(directory) => files_of(directory).await?,
             Self::Bucket(bucket) => bucket.list(&super::name::prefix(cluster)).await?,
         };
-        let mut names: Vec<Name> = names.iter().filter_map(|name| Name::parse(name, cluster)).collect();
+        let mut names: Vec<Name> = names
+            .iter()
+            .filter_map(|name| Name::parse(name, cluster))
+            .collect();
         names.sort_unstable();
         Ok(names)
     }
@@ -139,7 +142,9 @@ async fn remove_parts(directory: &Path, cluster: &str) -> Result<()> {
         let name = file.strip_prefix('.').and_then(|file| file.strip_suffix(".part"));
         if name.is_some_and(|name| Name::parse(name, cluster).is_some()) {
             let file = directory.join(file);
-            fs::remove_file(&file).await.map_err(|source| in_file(&file, source))?;
+            fs::remove_file(&file)
+                .await
+                .map_err(|source| in_file(&file, source))?;
         }
     }
     Ok(())
@@ -147,7 +152,12 @@ async fn remove_parts(directory: &Path, cluster: &str) -> Result<()> {
 
 async fn private(file: &Path) -> Result<fs::File> {
     let mut options = fs::OpenOptions::new();
-    let opened = options.write(true).create(true).truncate(true).mode(0o600).open(file);
+    let opened = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(file);
     opened.await.map_err(|source| in_file(file, source))
 }
 
@@ -165,7 +175,11 @@ async fn write(stream: &mut Stream, file: &Path) -> Result<(u64, [u8; 32])> {
     let failed = |source| in_file(file, source);
     let mut out = private(file).await?;
     let (mut size_bytes, mut sha256) = (0, Sha256::new());
-    while let Some(bytes) = stream.next().await.map_err(|error| Error::Take(error.to_string()))? {
+    while let Some(bytes) = stream
+        .next()
+        .await
+        .map_err(|error| Error::Take(error.to_string()))?
+    {
         out.write_all(&bytes).await.map_err(failed)?;
         sha256.update(&bytes);
         size_bytes += bytes.len() as u64;

@@ -75,7 +75,11 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone())),
         backup: Door::new(
-            Some(Snapshots::new("cluster-1".to_owned(), fixture.store.clone(), replica.clone())),
+            Some(Snapshots::new(
+                "cluster-1".to_owned(),
+                fixture.store.clone(),
+                replica.clone(),
+            )),
             None,
             backup::Reports::default(),
         ),

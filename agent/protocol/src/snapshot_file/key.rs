@@ -26,7 +26,11 @@ pub enum InvalidSnapshotKey {
 
 fn written(prefix: &str, bytes: &[u8; 32]) -> String {
     let checksum = Sha256::digest(bytes);
-    format!("{prefix}{}{}", hex::encode(&checksum[..CHECKSUM_BYTES]), hex::encode(bytes))
+    format!(
+        "{prefix}{}{}",
+        hex::encode(&checksum[..CHECKSUM_BYTES]),
+        hex::encode(bytes)
+    )
 }
 
 fn read(what: &'static str, prefix: &'static str, text: &str) -> Result<[u8; 32], InvalidSnapshotKey> {

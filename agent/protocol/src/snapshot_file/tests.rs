@@ -60,7 +60,9 @@ fn what_was_sealed_is_read_back_at_any_length() {
 #[test]
 fn another_key_is_refused_by_name() {
     let other = SnapshotKey::new([4; 32]);
-    let error = opened(&sealed(b"x"), &other).expect_err("another key").to_string();
+    let error = opened(&sealed(b"x"), &other)
+        .expect_err("another key")
+        .to_string();
     assert!(error.contains(&key().recipient().id()), "{error}");
     assert!(error.contains(&other.recipient().id()), "{error}");
 }

@@ -62,6 +62,8 @@ fn base_url(text: &str) -> Result<Url, String> {
     let plain = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
     match url.scheme() {
         "https" | "http" if plain && url.password().is_none() => Ok(url),
-        _ => Err(format!("{text:?}: write https:// and the store's name, without keys in it")),
+        _ => Err(format!(
+            "{text:?}: write https:// and the store's name, without keys in it"
+        )),
     }
 }

@@ -477,7 +477,9 @@ pub enum Rejection {
         format: u32,
     },
     /// It came with an upgrade that is not finalized.
-    #[error("this needs format {needed}, the data has format {present}: `chutes-miner upgrade finalize` comes first")]
+    #[error(
+        "this needs format {needed}, the data has format {present}: `chutes-miner upgrade finalize` comes first"
+    )]
     NotFinalized {
         /// What it needs.
         needed: u32,

@@ -101,15 +101,25 @@ mod tests {
         let mut state = founded();
         assert_eq!(state.restore(host("old", 3), UnixMillis(1)), Ok(2));
         assert!(matches!(state.standing(&[1; 32]), Standing::Removed(_)));
-        assert_eq!(state.settings().now, UnixMillis(5_000_000), "time never runs backwards");
+        assert_eq!(
+            state.settings().now,
+            UnixMillis(5_000_000),
+            "time never runs backwards"
+        );
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
         let mut empty = State::new(Faults::none());
-        assert_eq!(empty.restore(host("new", 3), UnixMillis(1)), Err(Rejection::NotFounded));
+        assert_eq!(
+            empty.restore(host("new", 3), UnixMillis(1)),
+            Err(Rejection::NotFounded)
+        );
         let mut namesake = host("new", 3);
         namesake.name = "gpu-a".to_owned();
-        assert!(matches!(founded().restore(namesake, UnixMillis(1)), Err(Rejection::NameTaken(_))));
+        assert!(matches!(
+            founded().restore(namesake, UnixMillis(1)),
+            Err(Rejection::NameTaken(_))
+        ));
     }
 }

@@ -61,7 +61,12 @@ impl State {
         versions
     }
 
-    pub(crate) fn finalize_format(&mut self, format: u32, program: String, vouched: &BTreeSet<ServerId>) -> Answer {
+    pub(crate) fn finalize_format(
+        &mut self,
+        format: u32,
+        program: String,
+        vouched: &BTreeSet<ServerId>,
+    ) -> Answer {
         let present = self.format();
         if format == present {
             return Ok(Reply::Unchanged);
@@ -74,9 +79,11 @@ impl State {
                 (Some(known), Some(version)) if known < format => format!(
                     "runs version {version}, which knows formats up to {known}, not {format}: upgrade it first"
                 ),
-                (None, _) if !vouched.contains(&id) => "never said which version it runs: start its agent, remove it, \
+                (None, _) if !vouched.contains(&id) => {
+                    "never said which version it runs: start its agent, remove it, \
                      or vouch for it if it only keeps the state"
-                    .to_owned(),
+                        .to_owned()
+                }
                 _ => continue,
             };
             return Err(Rejection::HostBehind { host: host.name, why });
@@ -140,7 +147,9 @@ mod tests {
     }
 
     fn refused(answer: &Answer, what: &str) -> bool {
-        answer.as_ref().is_err_and(|rejection| rejection.to_string().contains(what))
+        answer
+            .as_ref()
+            .is_err_and(|rejection| rejection.to_string().contains(what))
     }
 
     #[test]
@@ -163,7 +172,10 @@ mod tests {
         world.reports("gpu-a", "0.8.0");
         world.reports("gpu-b", "0.9.0+format.2");
         assert_eq!(world.finalize(1, &[]), Ok(Reply::Unchanged));
-        assert!(refused(&world.finalize(2, &["keeper", "gpu-a"]), "gpu-a runs version 0.8.0"));
+        assert!(refused(
+            &world.finalize(2, &["keeper", "gpu-a"]),
+            "gpu-a runs version 0.8.0"
+        ));
         world.reports("gpu-a", "0.9.0+format.2");
         assert!(refused(&world.finalize(2, &[]), "keeper never said"));
         assert_eq!(world.finalize(2, &["keeper"]), Ok(Reply::Done));
@@ -210,7 +222,12 @@ mod tests {
         rows.push((2, vec![9], vec![9]));
         let refused = State::from_rows(&mut rows.into_iter(), Faults::none());
         let text = refused.expect_err("it is too new").to_string();
-        for part in ["format 99", "0.9.0", crate::state_machine::format::PROGRAM, "snapshot"] {
+        for part in [
+            "format 99",
+            "0.9.0",
+            crate::state_machine::format::PROGRAM,
+            "snapshot",
+        ] {
             assert!(text.contains(part), "{part}: {text}");
         }
         assert!(world.0.too_new().is_some());
