@@ -3,8 +3,9 @@
 //! ```text
 //! dev --+-- validator-stand-in          127.0.0.1, real protocol, built-in or given scenario
 //!       +-- run (host 1, 127.0.1.1) --- signer, coordinator, host, proof, data --- chutes
-//!       +-- run (host N, 127.0.1.N) --- host, proof, data ------------------------ chutes
+//!       +-- run (host N, 127.0.1.N) --- signer, coordinator, host, proof, data --- chutes
 //! ```
+//! Host 1 founds the cluster, the others join it with invitations.
 //! Every part is a child process of this executable and speaks to the others as it would on real machines.
 //! What is simulated is called so: the validator is a stand-in, the GPUs are software GPUs, the chutes are
 //! chute stand-ins, and two names are resolved and dialled by a table. This file reads as the list of steps;
@@ -38,11 +39,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long the parts may take to serve.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// With leaders being killed: how long after the last of it everything may take to be well.
+const SETTLE_MAX: Duration = Duration::from_secs(45);
+
 /// Arguments of `dev`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// Hosts to run; host N uses 127.0.1.N
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=9))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=9))]
     pub hosts: u8,
     /// Scenario file for the validator stand-in; the built-in development scenario when absent
     #[arg(long)]
@@ -56,9 +60,21 @@ pub struct Options {
     /// End after this time, such as 3m, and judge then
     #[arg(long = "for", value_name = "DURATION", value_parser = duration)]
     pub run_for: Option<Duration>,
+    /// Kill the agent of the host that leads, and start it again, this often (with --for)
+    #[arg(long, value_name = "DURATION", value_parser = duration, requires = "run_for")]
+    pub kill_leader_every: Option<Duration>,
     /// What the last line on standard output is
     #[arg(long, value_enum, default_value_t = Output::Text)]
     pub output: Output,
+}
+
+impl Options {
+    /// Five of six that there is time for: the hosts need some to start, and leaders some to be elected.
+    fn leader_kills_wanted(&self) -> u64 {
+        let time = self.kill_leader_every.zip(self.run_for);
+        let kills = time.map_or(0, |(every, time)| time.as_millis() / every.as_millis().max(1));
+        u64::try_from(kills * 5 / 6).unwrap_or(u64::MAX)
+    }
 }
 
 /// Form of the result.
@@ -133,9 +149,10 @@ async fn run(
     began: Instant,
     interrupted: &CancellationToken,
 ) -> anyhow::Result<Verdict> {
-    let miner = Miner::new(hosts.api_address(), stand_in.validator().clone())?;
+    let miner = Miner::new(hosts.api_addresses(), stand_in.validator().clone())?;
     let started = tokio::time::timeout(START_TIMEOUT, async {
         miner.until_it_serves(hosts).await?;
+        hosts.join(&miner, account).await?;
         for name in hosts.names() {
             miner.add_node(&name, account).await?;
         }
@@ -145,11 +162,19 @@ async fn run(
         started = started => started.context("the hosts did not join and prove their GPUs in time")??,
         () = interrupted.cancelled() => anyhow::bail!("interrupted"),
     }
-    let mut oracle = Oracle::default();
+    let mut oracle = Oracle::new(options.leader_kills_wanted());
+    let mut killer = options.kill_leader_every.map(Killer::new);
     let limit = options
         .run_for
         .or_else(|| options.once.then(|| stand_in.goals_within()));
     loop {
+        let time_is_up = limit.is_some_and(|limit| began.elapsed() >= limit);
+        if let Some(killer) = killer.as_mut().filter(|_| !time_is_up)
+            && let Some(victim) = killer.strike(&miner, hosts).await
+        {
+            oracle.leader_killed();
+            account.killed(&victim);
+        }
         hosts.restart_dead(account)?;
         stand_in.restart_if_dead().await?;
         let verdict = match oracle.look(&miner, stand_in, hosts).await {
@@ -163,9 +188,12 @@ async fn run(
                 None
             }
         };
-        let over = limit.is_some_and(|limit| began.elapsed() >= limit) || interrupted.is_cancelled();
+        // What a leader was killed in the middle of needs a moment to end well.
+        let settle = killer.as_ref().map_or(Duration::ZERO, |_| SETTLE_MAX);
+        let over = limit.is_some_and(|limit| began.elapsed() >= limit + settle) || interrupted.is_cancelled();
+        let is_enough = options.once || time_is_up;
         match verdict {
-            Some(verdict) if over || (options.once && verdict.reasons.is_empty()) => return Ok(verdict),
+            Some(verdict) if over || (is_enough && verdict.reasons.is_empty()) => return Ok(verdict),
             None if over => anyhow::bail!("the miner's management API did not answer at the end"),
             _ => {}
         }
@@ -173,6 +201,35 @@ async fn run(
             () = tokio::time::sleep(LOOK_EVERY) => {}
             () = interrupted.cancelled() => {}
         }
+    }
+}
+
+/// Kills the leader's agent every so often.
+struct Killer {
+    every: Duration,
+    next: Instant,
+}
+
+impl Killer {
+    fn new(every: Duration) -> Self {
+        Self {
+            every,
+            next: Instant::now(),
+        }
+    }
+
+    /// Kills it if it is time; the host that led.
+    async fn strike(&mut self, miner: &Miner, hosts: &Hosts) -> Option<String> {
+        if Instant::now() < self.next {
+            return None;
+        }
+        // While nobody leads there is nobody to kill.
+        let leader = miner.leader().await.ok().flatten()?;
+        if !hosts.kill(&leader) {
+            return None;
+        }
+        self.next += self.every;
+        Some(leader)
     }
 }
 

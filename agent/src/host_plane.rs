@@ -71,6 +71,15 @@ pub enum Error {
     /// The runtime.
     #[error("runtime: {0}")]
     Runtime(#[from] runtime::Error),
+    /// The certificate or the admission.
+    #[error("cluster identity: {0}")]
+    Identity(#[from] coordinator::identity::IdentityError),
+    /// The host belongs to no cluster.
+    #[error(
+        "this host belongs to no cluster yet: `chutes-agent join TOKEN` joins one (a token comes from `chutes-miner \
+         host invite` on a member), `chutes-agent init` founds one on the first host"
+    )]
+    NotJoined,
     /// The way to the neighbours.
     #[error("neighbours: {0}")]
     Neighbour(#[from] neighbour::Error),
@@ -84,6 +93,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // The caller may have installed one already; any is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let clock: Arc<dyn Clock> = Arc::new(WallClock);
+    let folder = config.link.certificates.clone();
+    coordinator::join::Admission::read(&folder)?.ok_or(Error::NotJoined)?;
+    tokio::spawn(link::keep_certificate(folder, Arc::clone(&clock), shutdown.clone()));
     let link = Box::new(Quic::new(config.link.clone(), Arc::clone(&clock)));
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;
@@ -194,6 +206,8 @@ async fn sort(
             ToHost::RegistryHeaders(sets) => {
                 headers.send_replace(Some(sets));
             }
+            // The link keeps them to itself.
+            ToHost::Doors(_) => {}
         }
     }
 }

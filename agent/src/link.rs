@@ -1,10 +1,12 @@
-//! The host's end of the host link: one QUIC connection to a member of the coordinator, kept for ever.
+//! The host's end of the host link: one QUIC connection to a member of the coordinator, kept for ever. When that
+//! member dies, or cannot reach the others any more, the host goes to another one at once: the members' doors are
+//! known from joining, and told anew by each member.
 //!
 //! The messages are those of [`protocol::link`]. What goes out is always the newest state of a kind, never
 //! a queue of old ones; what comes in is handed on in order. [`Link`] is the seam that a simulation replaces.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,28 +15,29 @@ use futures_util::future::BoxFuture;
 use protocol::link::{ALPN, Decoder, FrameError, FromHost, ToHost, encode};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::workload::Fence;
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{
-    ClientConfig, Connection, Endpoint, IdleTimeout, RecvStream, SendStream, TransportConfig, VarInt,
-};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use coordinator::clock::Clock;
+use coordinator::host_link::quic::transport;
+use coordinator::identity::{Identity, IdentityError};
+use coordinator::join::{Admission, client};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a member may take to let the host in, in the first round over all members and at most.
+const CONNECT_FIRST: Duration = Duration::from_millis(1500);
+const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// A message that the other side does not take for so long ends the connection.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-const IDLE_TIMEOUT: Duration = Duration::from_secs(15);
-const KEEP_ALIVE: Duration = Duration::from_secs(4);
+/// Pause after a round in which no member let the host in.
 const BACKOFF_FIRST: Duration = Duration::from_millis(300);
 const BACKOFF_MAX: Duration = Duration::from_secs(20);
 /// A connection that lasted so long was a good one.
-const GOOD_AFTER: Duration = Duration::from_secs(30);
+const GOOD_AFTER: Duration = Duration::from_secs(5);
+/// Between two looks at the age of the certificate.
+const RENEW_EVERY: Duration = Duration::from_secs(60 * 60);
 const CHUNK_BYTES: usize = 64 * 1024;
 
 /// What a link carries.
@@ -61,20 +64,19 @@ pub trait Link: std::fmt::Debug + Send {
 /// The link over QUIC.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Members of the coordinator as `address:port`, tried in turn.
-    pub members: Vec<String>,
-    /// Name in their certificates.
+    /// Member to try first, as `address:port`.
+    pub first: Option<String>,
+    /// Name in members' certificates.
     pub server_name: String,
-    /// Folder with `host.pem` (our chain), `host.key` and `ca.pem`; read anew for each connection, so that
-    /// certificates can be replaced.
+    /// Folder with our certificate and our admission; read anew for each connection, so that both can be replaced.
     pub certificates: PathBuf,
 }
 
 /// Why a connection ended or was never made.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("certificate file {path}: {reason}")]
-    Certificate { path: PathBuf, reason: String },
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     #[error("connect to {member}: {reason}")]
     Connect { member: String, reason: String },
     #[error("connection: {0}")]
@@ -101,28 +103,61 @@ impl Quic {
         Self { config, clock }
     }
 
-    async fn keep(self, mut ends: Ends) {
-        if self.config.members.is_empty() {
-            tracing::error!("no member of the coordinator is configured: nothing will run here");
-        }
-        let mut pause = BACKOFF_FIRST;
-        for member in self.config.members.iter().cycle() {
-            let began = Instant::now();
-            match self.carry(member, &mut ends).await {
-                // The other ends are gone: the process is ending.
-                Ok(()) => return,
-                Err(error) => tracing::warn!(%error, member, "host link"),
+    /// The members that are known now: the first one, then the others in an order of chance, so that many hosts
+    /// spread over them.
+    fn doors(&self) -> Vec<String> {
+        let mut doors = match Admission::read(&self.config.certificates) {
+            Ok(admission) => admission.map_or_else(Vec::new, |admission| admission.doors),
+            Err(error) => {
+                tracing::warn!(%error, "the members' doors are not known");
+                Vec::new()
             }
-            if began.elapsed() >= GOOD_AFTER {
-                pause = BACKOFF_FIRST;
+        };
+        fastrand::shuffle(&mut doors);
+        let first = self.config.first.clone();
+        doors.retain(|door| Some(door) != first.as_ref());
+        first.into_iter().chain(doors).collect()
+    }
+
+    async fn keep(self, mut ends: Ends) {
+        let (mut pause, mut patience) = (BACKOFF_FIRST, CONNECT_FIRST);
+        loop {
+            let doors = self.doors();
+            if doors.is_empty() {
+                tracing::error!("no member of the coordinator is known: nothing will run here");
+            }
+            for member in &doors {
+                let began = Instant::now();
+                match self.carry(member, patience, &mut ends).await {
+                    // The other ends are gone: the process is ending.
+                    Ok(()) => return,
+                    Err(error) => tracing::warn!(%error, member, "host link"),
+                }
+                if began.elapsed() >= GOOD_AFTER {
+                    (pause, patience) = (BACKOFF_FIRST, CONNECT_FIRST);
+                    break;
+                }
             }
             sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
             pause = (pause * 2).min(BACKOFF_MAX);
+            patience = (patience * 2).min(CONNECT_MAX);
+        }
+    }
+
+    /// Remembers the doors, for when this member dies and for the next start.
+    fn remember(&self, doors: Vec<String>) {
+        let folder = &self.config.certificates;
+        let remembered = Admission::read(folder).and_then(|admission| match admission {
+            Some(admission) if admission.doors != doors => Admission { doors, ..admission }.write(folder),
+            _ => Ok(()),
+        });
+        if let Err(error) = remembered {
+            tracing::warn!(%error, "the members' doors are not remembered");
         }
     }
 
     /// One connection, from the greeting to its end.
-    async fn carry(&self, member: &str, ends: &mut Ends) -> Result<(), Error> {
+    async fn carry(&self, member: &str, patience: Duration, ends: &mut Ends) -> Result<(), Error> {
         let Ok(facts) = ends
             .facts
             .wait_for(Option::is_some)
@@ -132,7 +167,7 @@ impl Quic {
             return Ok(());
         };
         let Some(facts) = facts else { return Ok(()) };
-        let (_endpoint, connection) = self.connect(member).await?;
+        let (_endpoint, connection) = self.connect(member, patience).await?;
         let (mut out, mut incoming) = connection.open_bi().await.map_err(lost)?;
         let hello = FromHost::Hello {
             facts,
@@ -148,7 +183,9 @@ impl Quic {
                 read = read(&mut incoming, &mut decoder) => {
                     read?;
                     while let Some(message) = decoder.take_next::<ToHost>()? {
-                        if ends.inbound.send(message).await.is_err() {
+                        if let ToHost::Doors(doors) = message {
+                            self.remember(doors);
+                        } else if ends.inbound.send(message).await.is_err() {
                             return Ok(());
                         }
                     }
@@ -177,12 +214,17 @@ impl Quic {
         }
     }
 
-    async fn connect(&self, member: &str) -> Result<(Endpoint, Connection), Error> {
+    async fn connect(&self, member: &str, patience: Duration) -> Result<(Endpoint, Connection), Error> {
         let failed = |reason: String| Error::Connect {
             member: member.to_owned(),
             reason,
         };
-        let config = client_config(&self.config.certificates)?;
+        let tls = Identity::of_host(&self.config.certificates)?.quic_client(ALPN)?;
+        let mut config = ClientConfig::new(Arc::new(tls));
+        let mut transport = transport();
+        // The host opens the only stream; the member opens none.
+        transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        config.transport_config(Arc::new(transport));
         let addresses = tokio::net::lookup_host(member)
             .await
             .map_err(|e| failed(e.to_string()))?;
@@ -196,10 +238,10 @@ impl Quic {
             let connecting = endpoint
                 .connect_with(config.clone(), address, &self.config.server_name)
                 .map_err(|e| failed(e.to_string()))?;
-            match timeout(CONNECT_TIMEOUT, connecting).await {
+            match timeout(patience, connecting).await {
                 Ok(Ok(connection)) => return Ok((endpoint, connection)),
                 Ok(Err(error)) => last = error.to_string(),
-                Err(_) => last = format!("no answer within {CONNECT_TIMEOUT:?}"),
+                Err(_) => last = format!("no answer within {patience:?}"),
             }
         }
         Err(failed(last))
@@ -237,40 +279,16 @@ async fn read(incoming: &mut RecvStream, decoder: &mut Decoder) -> Result<(), Er
     }
 }
 
-fn client_config(folder: &Path) -> Result<ClientConfig, Error> {
-    let file = |name: &str| folder.join(name);
-    let bad = |name: &str| {
-        let path = file(name);
-        move |reason: String| Error::Certificate { path, reason }
-    };
-    let chain = |name: &str| -> Result<Vec<CertificateDer<'static>>, Error> {
-        let list = CertificateDer::pem_file_iter(file(name)).and_then(Iterator::collect);
-        list.map_err(|error: rustls::pki_types::pem::Error| bad(name)(error.to_string()))
-    };
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in chain("ca.pem")? {
-        roots
-            .add(certificate)
-            .map_err(|error| bad("ca.pem")(error.to_string()))?;
+/// Renews the certificate of a host that is no member in time, until cancelled.
+pub async fn keep_certificate(folder: PathBuf, clock: Arc<dyn Clock>, shutdown: CancellationToken) {
+    let mut looks = tokio::time::interval(RENEW_EVERY);
+    while shutdown.run_until_cancelled(looks.tick()).await.is_some() {
+        let is_member = Admission::read(&folder).is_ok_and(|it| it.is_some_and(|it| it.member.is_some()));
+        if is_member {
+            continue;
+        }
+        if let Err(error) = client::renew_if_due(&folder, clock.now()).await {
+            tracing::warn!(%error, "the certificate was not renewed; it is tried again in an hour");
+        }
     }
-    let key = PrivateKeyDer::from_pem_file(file("host.key"));
-    let key = key.map_err(|error| bad("host.key")(error.to_string()))?;
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(lost)?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain("host.pem")?, key)
-        .map_err(|error| bad("host.pem")(error.to_string()))?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
-    let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).map_err(lost)?));
-    let mut transport = TransportConfig::default();
-    transport
-        .max_idle_timeout(IdleTimeout::try_from(IDLE_TIMEOUT).ok())
-        .keep_alive_interval(Some(KEEP_ALIVE))
-        // The host opens the only stream; the coordinator opens none.
-        .max_concurrent_bidi_streams(VarInt::from_u32(0))
-        .max_concurrent_uni_streams(VarInt::from_u32(0));
-    config.transport_config(Arc::new(transport));
-    Ok(config)
 }

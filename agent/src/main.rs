@@ -50,17 +50,15 @@ enum Command {
     /// The configuration
     #[command(subcommand)]
     Config(ConfigCommand),
-    /// Write an example configuration and found the cluster's identity; leaves what exists
+    /// Write an example configuration; once that is filled in, found a cluster. Leaves what exists
     Init,
-    /// On a member of the coordinator: make the certificate of another host
-    HostCert {
-        /// The other host's host.id
-        #[arg(long)]
-        server: String,
-        /// Folder for the files; they belong into the folder `host` of that host's data folder
-        #[arg(long)]
-        out: PathBuf,
+    /// Join the cluster that a token of `chutes-miner host invite` invites to
+    Join {
+        /// The token
+        token: String,
     },
+    /// Come back into the cluster as a new member after the store of this one was lost
+    Rejoin,
     /// Make this machine the only member of a lost cluster, with a snapshot of it
     Restore(restore::Arguments),
     #[command(hide = true)]
@@ -123,7 +121,8 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Run => run(&settings.sources()),
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
-        Command::HostCert { server, out } => setup::host_certificate(&settings.sources(), &server, &out),
+        Command::Join { token } => setup::join(&settings.sources(), &token),
+        Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),

@@ -142,10 +142,10 @@ fn write_private(path: &Path, text: &str) -> Result<(), Error> {
 pub struct Lock(#[expect(dead_code, reason = "the lock goes with the open file")] File);
 
 impl Lock {
-    /// Takes the lock of a data folder.
+    /// Takes it, or says who has it.
     ///
     /// # Errors
-    /// [`Error::InUse`]; [`Error::File`].
+    /// [`Error::InUse`] and [`Error::File`].
     pub fn take(folder: &Path) -> Result<Self, Error> {
         let path = folder.join("agent.lock");
         let mut options = File::options();

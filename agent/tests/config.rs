@@ -398,7 +398,7 @@ fn config_check_prints_what_is_in_effect_and_no_secret() {
 
 #[test]
 fn every_command_explains_itself() {
-    let mut commands = vec!["run", "init", "host-cert", "config", "signer"];
+    let mut commands = vec!["run", "init", "join", "rejoin", "config", "signer"];
     if cfg!(feature = "dev") {
         commands.extend(["dev", "validator-stand-in"]);
     }
@@ -409,44 +409,44 @@ fn every_command_explains_itself() {
 }
 
 #[test]
-fn init_and_host_cert_can_be_repeated() {
+fn init_writes_an_example_then_founds_and_leaves_what_exists() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = |name: &str| folder.path().join(name).display().to_string();
     let (file, data) = (path("config.toml"), path("data"));
     let init = ["init", "--config", &file, "--data", &data];
+    let (good, printed, complained) = chutes_agent(&init);
+    assert!(good && printed.contains("fill in what is empty"), "{printed}{complained}");
     let (good, _, complained) = chutes_agent(&init);
-    assert!(good, "{complained}");
+    assert!(!good && complained.contains("coordinator.advertise"), "{complained}");
+    let text = std::fs::read_to_string(&file).expect("written by init");
+    std::fs::write(&file, text.replace("address = \"\"", "address = \"192.0.2.1\"")).expect("ours");
+    let (good, printed, complained) = chutes_agent(&init);
+    assert!(good && printed.contains("founded"), "{printed}{complained}");
     let read = |name: &str| std::fs::read(folder.path().join(name)).expect("written by init");
     let files = [
         "config.toml",
-        "data/coordinator/identity/ca.pem",
-        "data/coordinator/identity/ca.key",
-        "data/host/host.pem",
-        "data/host/host.key",
+        "data/host/admission.json",
+        "data/host/ca.key",
         "data/host/ca.pem",
+        "data/host/host.key",
+        "data/host/host.pem",
     ];
     let before = files.map(read);
     let (good, printed, complained) = chutes_agent(&init);
-    assert!(good, "{complained}");
-    assert_eq!(printed.matches("left as it is").count(), 3, "{printed}");
+    assert!(good && printed.contains("left as it is"), "{printed}{complained}");
     assert!(before == files.map(read), "init changed what existed");
 
-    let out = path("other");
-    let certificate = [
-        "host-cert",
-        "--config",
-        &file,
-        "--server",
-        "host-2",
-        "--out",
-        &out,
-    ];
-    let (good, _, complained) = chutes_agent(&certificate);
-    assert!(good, "{complained}");
-    coordinator::identity::Identity::of_host(Path::new(&out)).expect("a usable certificate");
-    let (good, _, complained) = chutes_agent(&[&certificate[..], &["--data", &path("elsewhere")]].concat());
-    assert!(
-        !good && complained.contains("no identity of a cluster"),
-        "{complained}"
-    );
+    // A second cluster is not what somebody with a token wants.
+    let (good, _, complained) = chutes_agent(&["join", "--config", &file, "--data", &data, "nonsense"]);
+    assert!(!good && complained.contains("no join token"), "{complained}");
+    let token = coordinator::join::Token {
+        cluster: "other-1".to_owned(),
+        invite: 1,
+        secret: [1; 32],
+        authority: [2; 32],
+        doors: vec!["127.0.0.1:1".to_owned()],
+    };
+    let token = token.to_string();
+    let (good, _, complained) = chutes_agent(&["join", "--config", &file, "--data", &data, &token]);
+    assert!(!good && complained.contains("invites to other-1"), "{complained}");
 }

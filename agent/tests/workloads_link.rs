@@ -105,7 +105,7 @@ fn facts() -> HostFacts {
 
 fn host(folder: &Path, listener: &Endpoint) -> Host {
     let config = Config {
-        members: vec![listener.local_addr().expect("it is bound").to_string()],
+        first: Some(listener.local_addr().expect("it is bound").to_string()),
         server_name: NAME.to_owned(),
         certificates: folder.to_owned(),
     };
@@ -289,7 +289,7 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
             proof_port: 30443,
         },
         link: Config {
-            members: vec![listener.local_addr().expect("it is bound").to_string()],
+            first: Some(listener.local_addr().expect("it is bound").to_string()),
             server_name: NAME.to_owned(),
             certificates: data.to_owned(),
         },

@@ -5,7 +5,8 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `snapshots.rs`, `upgrade.rs`); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
+//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `snapshots.rs`, `upgrade.rs`, and
+//! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -19,7 +20,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
-use futures_util::StreamExt;
+use futures_util::{FutureExt as _, StreamExt};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -30,6 +31,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::backup::Door;
+use crate::member_link::AnswerRequest;
 use crate::store::Store;
 use auth::{Access, Asked, Caller};
 use error::ApiError;
@@ -42,6 +44,7 @@ mod enrolment;
 mod error;
 mod explain;
 mod hosts;
+mod leader;
 mod metrics;
 mod objects;
 mod operate;
@@ -56,10 +59,13 @@ mod upgrade;
 pub use connection::Connection;
 pub use diff::{HostReports, ValidatorListing};
 pub use enrolment::SupportedGpus;
+pub use leader::{Alone, ToLeader};
 pub use raft::{ClusterView, Progress, ReplicatedCluster, Roles};
 
 /// What is under way at a stop may take this long.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long the leader may take with what another member passes on to it.
+const PASS_ON_MAX: Duration = Duration::from_secs(15);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// A limit on everything.
@@ -113,6 +119,8 @@ pub struct Deps {
     pub cluster: Arc<dyn ClusterView>,
     /// Snapshots that leave the cluster.
     pub backup: Door,
+    /// The way to the leader.
+    pub leader: Arc<dyn ToLeader>,
 }
 
 /// Where a connection comes from. Requests without it count as foreign.
@@ -149,6 +157,11 @@ impl fmt::Debug for Api {
 
 /// All routes. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
 pub fn router(config: Config, store: Store, deps: Deps) -> Router {
+    routes_and_answers(config, store, deps).0
+}
+
+/// All routes, and what answers those requests that other members pass on to this one.
+pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, Arc<AnswerRequest>) {
     let door = auth::Door::new(
         config.miner.clone(),
         config.allow_plain_legacy_writes,
@@ -164,19 +177,19 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
     let guarded = |routes: Router<Arc<Api>>, access: Access| {
         routes.route_layer(from_fn_with_state((Arc::clone(&api), access), admit))
     };
+    let on_leader = |routes: Router<Arc<Api>>| {
+        routes.route_layer(from_fn_with_state(Arc::clone(&api), leader::or_pass_on))
+    };
     let reads = Router::new()
         .route("/servers/", get(servers::list))
         .route(
             "/servers/{server}/delete_preflight",
             get(servers::delete_preflight),
         )
-        .route("/hosts", get(hosts::list))
-        .route("/v1/raft", get(raft::raft))
         .route("/v1/status", get(status::status))
         .route("/v1/state", get(state::state))
         .route("/v1/deployments", get(timeline::deployments))
         .route("/v1/audits", get(timeline::audits))
-        .route("/v1/diff", get(diff::diff))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/bans", get(operate::bans))
         .route("/v1/upgrade", get(upgrade::show));
@@ -195,7 +208,6 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/hosts/invites", post(hosts::invite))
         .route("/hosts/{host}", delete(hosts::remove))
         .route("/hosts/{host}/pin", put(hosts::pin))
-        .route("/v1/raft/transfer", post(raft::transfer))
         .route("/v1/snapshots", post(snapshots::save))
         .route("/v1/upgrade/finalize", post(upgrade::finalize))
         .route("/v1/connection", post(connection::open))
@@ -205,27 +217,24 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
         .route("/ping", get(ping))
         .route("/metrics", get(metrics::metrics))
         .route("/servers", axum::routing::any(with_slash));
-    Router::new()
-        .merge(guarded(reads, Access::Read))
+    let answers = {
+        let api = Arc::clone(&api);
+        Arc::new(move |request| leader::answer(Arc::clone(&api), request).boxed())
+    };
+    let routes = Router::new()
+        .merge(guarded(reads.merge(on_leader(leader::reads())), Access::Read))
         .merge(guarded(writes, Access::Write))
-        .merge(guarded(bound_writes, Access::BoundWrite))
+        .merge(guarded(bound_writes.merge(on_leader(leader::writes())), Access::BoundWrite))
         .merge(open)
         // Without it the guards of the routes would answer for methods that no route has.
         .method_not_allowed_fallback(|| std::future::ready(StatusCode::METHOD_NOT_ALLOWED))
         .layer(from_fn_with_state(Arc::clone(&api), limit_and_count))
-        .with_state(api)
+        .with_state(api);
+    (routes, answers)
 }
 
 /// Serves the API on a listener until `shutdown`; then what is under way may end within a few seconds.
-pub async fn serve(
-    config: Config,
-    store: Store,
-    deps: Deps,
-    listener: TcpListener,
-    shutdown: CancellationToken,
-) {
-    let limits = config.limits;
-    let routes = router(config, store, deps);
+pub async fn serve(routes: Router, limits: Limits, listener: TcpListener, shutdown: CancellationToken) {
     let slots = Arc::new(Semaphore::new(limits.connections_max));
     let mut connections = JoinSet::new();
     loop {

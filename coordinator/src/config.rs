@@ -14,15 +14,23 @@ use crate::validator::Directory;
 /// Settings of one member.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Folder with the log, the state and the cluster's certificate authority.
+    /// Folder with the log and the state.
     pub data: PathBuf,
-    /// Name of the cluster; a store of another cluster is refused.
-    pub cluster: String,
+    /// Folder with this host's certificate and its admission to the cluster.
+    pub identity: PathBuf,
+    /// Name of this host, for people.
+    pub name: String,
+    /// Provider or place of this host; empty if it has none.
+    pub site: String,
+    /// `host:port` where others reach `hosts_listen`.
+    pub advertise: String,
+    /// Heartbeats and elections.
+    pub timing: replica::Timing,
     /// Us.
     pub miner: Hotkey,
     /// For whom we work.
     pub validators: Directory,
-    /// UDP address where hosts connect.
+    /// UDP address where hosts and other members connect.
     pub hosts_listen: SocketAddr,
     /// TCP address of the management API; loopback, or with TLS in front of it.
     pub api_listen: SocketAddr,

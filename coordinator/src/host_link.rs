@@ -5,7 +5,8 @@
 //! host <--Desired-------- session <-- the state's desired set of that server, whenever its fence rises
 //! ```
 //! A session is messages in and messages out; `quic.rs` carries them, a simulation carries them by hand.
-//! [`Hub`] knows who is connected and what each host reported last: memory that a leader change may lose.
+//! [`Hub`] knows who is connected and what each host reported last, here and, on the leader, at other members:
+//! memory that a leader change may lose.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use protocol::id::ServerId;
 use protocol::report::WorkloadReport;
 use protocol::time::UnixMillis;
+use serde::{Deserialize, Serialize};
 
 pub mod headers;
 pub mod quic;
@@ -27,6 +29,17 @@ pub struct Connected {
     pub since: UnixMillis,
     /// What it reported last, and when.
     pub report: Option<(UnixMillis, WorkloadReport)>,
+    /// Number of the news that its last report was.
+    news: u64,
+}
+
+/// A host as the member that it is connected to tells the leader of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heard {
+    /// Which.
+    pub server: ServerId,
+    /// What it reported last, if that is news for the leader.
+    pub report: Option<WorkloadReport>,
 }
 
 /// Who is connected to this member.
@@ -38,10 +51,24 @@ pub struct Hub {
 #[derive(Debug, Default)]
 struct Inner {
     next_session: u64,
+    /// Number of the newest report.
+    news: u64,
     hosts: BTreeMap<ServerId, Connected>,
+    /// What other members told.
+    elsewhere: BTreeMap<u64, Elsewhere>,
     /// When a host was last heard.
     heard: BTreeMap<ServerId, UnixMillis>,
 }
+
+/// The hosts that are connected to another member.
+#[derive(Debug)]
+struct Elsewhere {
+    told_at: UnixMillis,
+    hosts: BTreeMap<ServerId, Option<(UnixMillis, WorkloadReport)>>,
+}
+
+/// What another member told is forgotten when it tells nothing for so long, in ms.
+const TOLD_MEMORY_MS: u64 = 10_000;
 
 impl Hub {
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -61,6 +88,7 @@ impl Hub {
                 session,
                 since: now,
                 report: None,
+                news: 0,
             },
         );
         session
@@ -70,9 +98,51 @@ impl Hub {
     pub fn hear(&self, server: &ServerId, now: UnixMillis, report: Option<WorkloadReport>) {
         let mut inner = self.lock();
         inner.heard.insert(server.clone(), now);
-        if let (Some(report), Some(host)) = (report, inner.hosts.get_mut(server)) {
-            host.report = Some((now, report));
+        let news = inner.news + 1;
+        let Some((report, host)) = report.zip(inner.hosts.get_mut(server)) else {
+            return;
+        };
+        let differs = host.report.as_ref().is_none_or(|(_, last)| *last != report);
+        host.report = Some((now, report));
+        if differs {
+            host.news = news;
+            inner.news = news;
         }
+    }
+
+    /// Everybody who is connected here, with the reports that came after `known`; and the number to ask with the
+    /// next time.
+    #[must_use]
+    pub fn heard_since(&self, known: u64) -> (Vec<Heard>, u64) {
+        let inner = self.lock();
+        let heard = |(server, host): (&ServerId, &Connected)| Heard {
+            server: server.clone(),
+            report: host
+                .report
+                .as_ref()
+                .filter(|_| host.news > known)
+                .map(|(_, report)| report.clone()),
+        };
+        (inner.hosts.iter().map(heard).collect(), inner.news)
+    }
+
+    /// These hosts are connected to another member.
+    pub fn hear_of(&self, member: u64, hosts: Vec<Heard>, now: UnixMillis) {
+        let mut inner = self.lock();
+        let mut before = inner.elsewhere.remove(&member).map_or_else(BTreeMap::new, |it| it.hosts);
+        let mut connected = BTreeMap::new();
+        for Heard { server, report } in hosts {
+            inner.heard.insert(server.clone(), now);
+            let known = before.remove(&server).flatten();
+            connected.insert(server, report.map(|report| (now, report)).or(known));
+        }
+        let told = Elsewhere {
+            told_at: now,
+            hosts: connected,
+        };
+        inner.elsewhere.insert(member, told);
+        let is_recent = |it: &Elsewhere| now.since(it.told_at) < TOLD_MEMORY_MS;
+        inner.elsewhere.retain(|_, told| is_recent(told));
     }
 
     /// A session has ended; nothing happens if a newer one has replaced it.
@@ -102,9 +172,62 @@ impl Hub {
         self.lock().hosts.get(server).cloned()
     }
 
-    /// When a host was last heard by this member; none if never.
+    /// What a host reported last, to this member or, as far as this one was told, to another.
+    #[must_use]
+    pub fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)> {
+        let inner = self.lock();
+        match inner.hosts.get(server) {
+            Some(host) => host.report.clone(),
+            None => {
+                let told = inner.elsewhere.values().filter_map(|told| told.hosts.get(server));
+                told.flatten().max_by_key(|(at, _)| *at).cloned()
+            }
+        }
+    }
+
+    /// When a host was last heard, as far as this member knows; none if never.
     #[must_use]
     pub fn heard_at(&self, server: &ServerId) -> Option<UnixMillis> {
         self.lock().heard.get(server).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::workload::Fence;
+
+    fn report(revision: u64) -> WorkloadReport {
+        WorkloadReport {
+            fence: Fence {
+                incarnation: 1,
+                revision,
+            },
+            workloads: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn the_leader_is_told_who_is_connected_and_of_reports_only_the_news() {
+        let (hub, leader) = (Hub::default(), Hub::default());
+        let server = ServerId::parse("a").expect("valid");
+        let session = hub.join(server.clone(), UnixMillis(1));
+        hub.hear(&server, UnixMillis(2), Some(report(1)));
+        let (heard, known) = hub.heard_since(0);
+        assert_eq!(heard[0].report, Some(report(1)));
+        leader.hear_of(2, heard, UnixMillis(3));
+        hub.hear(&server, UnixMillis(4), Some(report(1)));
+        let (heard, known) = hub.heard_since(known);
+        assert_eq!((heard.len(), &heard[0].report), (1, &None), "the same again");
+        leader.hear_of(2, heard, UnixMillis(5));
+        assert_eq!(leader.heard_at(&server), Some(UnixMillis(5)));
+        assert_eq!(leader.last_report(&server), Some((UnixMillis(3), report(1))));
+        hub.hear(&server, UnixMillis(6), Some(report(2)));
+        assert_eq!(hub.heard_since(known).0[0].report, Some(report(2)));
+        hub.leave(&server, session);
+        let (heard, _) = hub.heard_since(known);
+        assert!(heard.is_empty());
+        leader.hear_of(2, heard, UnixMillis(7));
+        assert_eq!(leader.last_report(&server), None, "it is connected nowhere");
     }
 }

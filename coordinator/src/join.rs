@@ -1,5 +1,19 @@
-//! How a host comes into the cluster. `token.rs` is what it is invited with.
+//! How a host comes into the cluster, comes back into it, and keeps its certificate.
+//!
+//! ```text
+//! operator: host invite --> token --> join on the host --QUIC, no certificate yet--> any member
+//!                                       key made here                                 JoinHost in the log
+//!                                       admission.json, host.pem, ca.pem  <---------- certificate signed
+//! ```
+//! `token.rs` is what a host is invited with, `admission.rs` what it keeps afterwards, `wire.rs` what is asked
+//! and answered, `client.rs` the asking host, `gate.rs` the answering member.
 
+pub mod admission;
+pub mod client;
+pub mod gate;
 pub mod token;
+pub mod wire;
 
+pub use admission::Admission;
+pub use gate::Gate;
 pub use token::Token;

@@ -1,35 +1,39 @@
-//! A coordinator member: opens the replicated state, lets hosts and operators in, and leads when it is this
-//! member's turn.
+//! A coordinator member: opens the replicated state, lets hosts, other members and operators in, and leads when it
+//! is this member's turn.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use replica::{Replica, RowChange, StateMachine, Storage};
+use replica::{Replica, RowChange, Start, StateMachine, Storage};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults};
 
 use crate::api;
 use crate::backup::{Keeper, Snapshots};
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::door;
 use crate::executor::Validators;
-use crate::host_link::{Hub, headers, quic, session};
-use crate::identity::{Authority, IdentityError};
+use crate::host_link::{Hub, headers, session};
+use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, key_hash, read_text};
+use crate::join::{Admission, Gate, client};
 use crate::leader::{Leader, Listings, Scheduling};
+use crate::member_link;
 use crate::membership;
-use crate::signer::Sign;
+use crate::signer::{SealedKind, Sign};
 use crate::store::{BoxFuture, Log, Machine, Store};
 use crate::validator::http::Limits;
 use crate::validator::socket::TcpDial;
 use crate::validator::{self, Client, ValidatorApi};
 
-/// The only member of a cluster of one.
-const FIRST_MEMBER: u64 = 1;
-
 /// After a failure of the replicated state, the rest gets so long to end.
-const FAILED_STOP_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at the age of our certificate.
+const RENEW_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// Why a member cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -40,12 +44,38 @@ pub enum Error {
     /// The replicated state failed while this member ran: a full disk, say. Only a new start reads what is there.
     #[error("the replicated state failed: {0}; nothing more is acknowledged before a new start")]
     Failed(String),
-    /// The cluster's certificates.
+    /// The host's certificate or admission.
     #[error("cluster identity: {0}")]
     Identity(#[from] IdentityError),
-    /// The door for hosts.
+    /// The host belongs to no cluster.
+    #[error(
+        "this host belongs to no cluster yet: `chutes-agent init` founds one, `chutes-agent join TOKEN` joins one \
+         (a token comes from `chutes-miner host invite` on a member)"
+    )]
+    NotJoined,
+    /// The host was let in without a vote.
+    #[error(
+        "this host was invited without --eligible and cannot be a member: set coordinator.enabled = false, or remove \
+         it and join again with an invitation that says --eligible"
+    )]
+    NotEligible,
+    /// What the member had promised to others is lost.
+    #[error(
+        "the store of member {member} is not in {folder} any more: it must not go on under this id, since others \
+         count on what it stored. If the folder can be brought back, do; if not, `chutes-agent rejoin`"
+    )]
+    StoreLost {
+        /// Which.
+        member: u64,
+        /// Where it was.
+        folder: std::path::PathBuf,
+    },
+    /// The authority's key could not be sealed.
+    #[error("seal the key of the cluster's authority: {0}")]
+    Seal(crate::signer::Error),
+    /// The door for hosts and members.
     #[error(transparent)]
-    HostLink(#[from] quic::Error),
+    Door(#[from] door::Error),
     /// The door for operators.
     #[error("listen for the management API on {0}: {1}")]
     Api(std::net::SocketAddr, std::io::Error),
@@ -60,9 +90,6 @@ pub enum Error {
         /// In the seed file.
         signer: protocol::hotkey::Hotkey,
     },
-    /// The folder cannot be made.
-    #[error("{0}: {1}")]
-    Folder(std::path::PathBuf, std::io::Error),
     /// The strategy does not exist.
     #[error("coordinator.strategy = {0:?} is not known; there is {1}")]
     Strategy(String, String),
@@ -82,23 +109,27 @@ pub async fn run(
         let (configured, signer) = (config.miner, signer.hotkey().clone());
         return Err(Error::OtherHotkey { configured, signer });
     }
-    let identity_folder = config.data.join("identity");
-    std::fs::create_dir_all(&identity_folder)
-        .map_err(|error| Error::Folder(identity_folder.clone(), error))?;
-    let authority = Authority::open_or_found(&identity_folder)?;
     let mut random = fastrand::Rng::new();
     let scheduling = Scheduling::new(&config.strategy, config.tick_every)
         .map_err(|known| Error::Strategy(config.strategy.clone(), known))?;
+    let (admission, member) = admission(&config)?;
+    let identity = Identity::of_host(&config.identity)?;
+    let founding = founding(&config, &admission, signer.as_ref()).await?;
+    let endpoint = door::open(config.hosts_listen, &identity)?;
+    let peers = door::peers(endpoint.clone(), config.identity.clone());
 
     let machine = Machine::new(Faults::none());
     let storage = Storage::Files {
         directory: config.data.join("raft"),
     };
-    let replica_config = replica::Config::new(&config.cluster, FIRST_MEMBER, storage);
+    let mut replica_config = replica::Config::new(&admission.cluster, member, storage);
+    replica_config.address.clone_from(&config.advertise);
+    replica_config.timing = config.timing;
+    replica_config.start = if founding.is_some() { Start::Found } else { Start::Join };
     let replica = Replica::open(
         replica_config,
         Box::new(machine.clone()),
-        Arc::new(replica::Unconnected),
+        Arc::new(peers.clone()),
     )
     .await?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
@@ -115,16 +146,20 @@ pub async fn run(
     }
     let validators = Arc::new(validators);
     let (hub, listings) = (Hub::default(), Listings::default());
-
-    let hosts = quic::listen(config.hosts_listen, &authority.member()?)?;
     let operators = tokio::net::TcpListener::bind(config.api_listen)
         .await
         .map_err(|error| Error::Api(config.api_listen, error))?;
-    tracing::info!(hosts = %config.hosts_listen, api = %config.api_listen, "coordinator member serves");
+    tracing::info!(member, hosts = %config.hosts_listen, api = %config.api_listen, "coordinator member serves");
 
     let services = TaskTracker::new();
     let stop = CancellationToken::new();
+    let asking = member_link::Asking {
+        peers: peers.clone(),
+        replica: replica.clone(),
+    };
     let (header_sets, header_sets_followed) = watch::channel(Vec::new());
+    let (doors, doors_followed) = watch::channel(Vec::new());
+    let (in_touch, in_touch_followed) = watch::channel(true);
     let names = config
         .validators
         .iter()
@@ -137,38 +172,63 @@ pub async fn run(
         header_sets,
         stop.clone(),
     ));
-    let context = session::Context {
-        store: store.clone(),
-        signer: Arc::clone(&signer),
-        hub: hub.clone(),
-        headers: header_sets_followed,
-    };
-    services.spawn(quic::accept(hosts, context, stop.clone()));
+    services.spawn(follow_doors(store.clone(), doors, stop.clone()));
+    services.spawn(asking.clone().tell(hub.clone(), in_touch, stop.clone()));
+    services.spawn(keep_certificate(
+        endpoint.clone(),
+        config.identity.clone(),
+        Arc::clone(&clock),
+        stop.clone(),
+    ));
+
     let api_config = api::Config {
         miner: config.miner.clone(),
-        member: FIRST_MEMBER.to_string(),
+        member: config.name.clone(),
         allow_plain_legacy_writes: config.allow_plain_legacy_writes,
         limits: api::Limits::default(),
     };
-    let snapshots = Snapshots::new(config.cluster.clone(), store.clone(), replica.clone());
+    let snapshots = Snapshots::new(admission.cluster.clone(), store.clone(), replica.clone());
     let keeper = Keeper::new(snapshots, config.backup.clone());
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
         host_reports: Arc::new(hub.clone()),
         validator_listing: Arc::new(listings.clone()),
         cluster: Arc::new(api::ReplicatedCluster::new(
-            config.cluster.clone(),
+            admission.cluster.clone(),
             replica.clone(),
         )),
         backup: keeper.door(),
+        leader: Arc::new(asking),
     };
-    services.spawn(api::serve(
-        api_config,
-        store.clone(),
-        deps,
-        operators,
-        stop.clone(),
-    ));
+    let limits = api_config.limits;
+    let (routes, requests) = api::routes_and_answers(api_config, store.clone(), deps);
+    services.spawn(api::serve(routes, limits, operators, stop.clone()));
+    let at_the_door = door::Services {
+        hosts: session::Context {
+            store: store.clone(),
+            signer: Arc::clone(&signer),
+            hub: hub.clone(),
+            headers: header_sets_followed,
+            doors: doors_followed,
+            in_touch: in_touch_followed,
+        },
+        replica: replica.clone(),
+        members: member_link::Answering {
+            hub: hub.clone(),
+            replica: replica.clone(),
+            clock: Arc::clone(&clock),
+            requests,
+        },
+        gate: Gate {
+            store: store.clone(),
+            signer: Arc::clone(&signer),
+            cluster: admission.cluster.clone(),
+        },
+    };
+    // Raft needs the door until the lead is handed over: it closes after the rest.
+    let close_door = CancellationToken::new();
+    let door = tokio::spawn(door::serve(endpoint, at_the_door, close_door.clone()));
+
     let leader = Leader {
         store: store.clone(),
         signer,
@@ -190,7 +250,11 @@ pub async fn run(
             .collect(),
         pay_profile: config.pay_profile,
     };
-    services.spawn(lead(leader, configure, replica.clone(), stop.clone()));
+    if founding.is_some() {
+        services.spawn(forget_authority(store, config.identity.clone(), stop.clone()));
+    }
+    let first = founding.into_iter().chain([configure]).collect();
+    services.spawn(lead(leader, first, replica.clone(), stop.clone()));
     services.spawn(keeper.run(stop.clone()));
     services.close();
 
@@ -200,6 +264,9 @@ pub async fn run(
     let in_order = async {
         services.wait().await;
         replica.shutdown().await;
+        close_door.cancel();
+        // It ends by itself; a panic in it was logged.
+        let _ = door.await;
     };
     let Some(reason) = failure else {
         in_order.await;
@@ -212,6 +279,107 @@ pub async fn run(
     Err(Error::Failed(reason))
 }
 
+/// This host's place in the cluster and its member id, noting that the store is in use from now on.
+fn admission(config: &Config) -> Result<(Admission, u64), Error> {
+    let mut admission = Admission::read(&config.identity)?.ok_or(Error::NotJoined)?;
+    let member = admission.member.ok_or(Error::NotEligible)?;
+    let folder = config.data.join("raft");
+    if !admission.opened {
+        admission.opened = true;
+        admission.write(&config.identity)?;
+    } else if !folder.join("raft-log.redb").exists() {
+        return Err(Error::StoreLost { member, folder });
+    }
+    Ok((admission, member))
+}
+
+/// The command that founds the cluster, on its founder, until the state holds the authority.
+async fn founding(
+    config: &Config,
+    admission: &Admission,
+    signer: &dyn Sign,
+) -> Result<Option<Command>, Error> {
+    let key = config.identity.join(CA_KEY);
+    if !key.exists() {
+        return Ok(None);
+    }
+    let sealed = signer
+        .seal(SealedKind::ClusterCaKey, read_text(&key)?.as_bytes())
+        .await;
+    let founder = NewHost {
+        server: admission.server.clone(),
+        name: config.name.clone(),
+        site: config.site.clone(),
+        address: config.advertise.clone(),
+        key_hash: key_hash(&HostKey::open_or_make(&config.identity)?.public()),
+    };
+    Ok(Some(Command::FoundCluster {
+        authority_pem: read_text(&config.identity.join(CA_CERTIFICATE))?,
+        sealed_key: sealed.map_err(Error::Seal)?,
+        founder,
+    }))
+}
+
+/// Deletes the authority's key from the disk once the state has it.
+async fn forget_authority(store: Store, folder: std::path::PathBuf, cancel: CancellationToken) {
+    let mut changes = store.changes();
+    let forgotten = async {
+        // What is applied here is on the disk already: the founder is the only voter.
+        while store.read(|state| state.cluster().is_none()) {
+            changes.changed().await;
+        }
+        match std::fs::remove_file(folder.join(CA_KEY)) {
+            Ok(()) => tracing::info!("the cluster is founded"),
+            Err(error) => tracing::error!(%error, "the authority's key lies on the disk still; delete it"),
+        }
+    };
+    cancel.run_until_cancelled(forgotten).await;
+}
+
+/// Publishes the members' doors whenever they change.
+async fn follow_doors(store: Store, doors: watch::Sender<Vec<String>>, cancel: CancellationToken) {
+    let mut changes = store.changes();
+    loop {
+        let now: Vec<String> = store.read(|state| {
+            let members = state.hosts().values();
+            let members = members.filter(|host| host.is_in() && host.member.is_some());
+            members.map(|host| host.host.address.clone()).collect()
+        });
+        doors.send_if_modified(|before| {
+            let changed = *before != now;
+            *before = now;
+            changed
+        });
+        if cancel.run_until_cancelled(changes.changed()).await.is_none() {
+            return;
+        }
+    }
+}
+
+/// Renews our certificate in time and shows the new one at the door.
+async fn keep_certificate(
+    endpoint: quinn::Endpoint,
+    folder: std::path::PathBuf,
+    clock: Arc<dyn Clock>,
+    cancel: CancellationToken,
+) {
+    let mut looks = tokio::time::interval(RENEW_EVERY);
+    while cancel.run_until_cancelled(looks.tick()).await.is_some() {
+        match client::renew_if_due(&folder, clock.now()).await {
+            Ok(false) => continue,
+            Ok(true) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the certificate was not renewed; it is tried again in an hour");
+                continue;
+            }
+        }
+        match Identity::of_host(&folder).and_then(|identity| door::server_config(&identity)) {
+            Ok(config) => endpoint.set_server_config(Some(config)),
+            Err(error) => tracing::error!(%error, "the new certificate is not used"),
+        }
+    }
+}
+
 /// Waits until the replicated state fails.
 async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
     match health.wait_for(|health| !health.is_well()).await.as_deref() {
@@ -220,9 +388,9 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
     }
 }
 
-/// Leads whenever this member is the leader, until `stop`. `configure` is what the configuration says, written
-/// into the state first.
-pub async fn lead(leader: Leader, configure: Command, replica: Replica, stop: CancellationToken) {
+/// Leads whenever this member is the leader, until `stop`. `first` is written into the state before anything else:
+/// what the configuration says.
+pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
     let mut leadership = replica.leadership();
     loop {
         let waited = stop
@@ -234,7 +402,7 @@ pub async fn lead(leader: Leader, configure: Command, replica: Replica, stop: Ca
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
         let leading = async {
-            if write_configuration(&leader, &configure, &ended).await {
+            if write_first(&leader, &first, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
                 tokio::join!(leader.clone().run(ended.clone()), members);
             }
@@ -255,20 +423,18 @@ pub async fn lead(leader: Leader, configure: Command, replica: Replica, stop: Ca
     }
 }
 
-/// Writes the configuration into the state, if it differs; false if that was cancelled.
-async fn write_configuration(leader: &Leader, configure: &Command, cancel: &CancellationToken) -> bool {
-    loop {
-        match leader.store.propose(configure.clone()).await {
-            Ok(_) => return true,
-            Err(error) => {
-                tracing::warn!(%error, "the configuration is not recorded yet");
-                let pause = tokio::time::sleep(std::time::Duration::from_millis(200));
-                if cancel.run_until_cancelled(pause).await.is_none() {
-                    return false;
-                }
+/// Writes commands into the state; false if that was cancelled.
+async fn write_first(leader: &Leader, first: &[Command], cancel: &CancellationToken) -> bool {
+    for command in first {
+        while let Err(error) = leader.store.propose(command.clone()).await {
+            tracing::warn!(%error, "the configuration is not recorded yet");
+            let pause = tokio::time::sleep(Duration::from_millis(200));
+            if cancel.run_until_cancelled(pause).await.is_none() {
+                return false;
             }
         }
     }
+    true
 }
 
 impl StateMachine for Machine {

@@ -141,6 +141,8 @@ pub enum ToHost {
     },
     /// Signed headers for the registries, replacing the last ones.
     RegistryHeaders(Vec<RegistryHeaders>),
+    /// `host:port` of all members' doors, to go to when this one dies.
+    Doors(Vec<String>),
 }
 
 /// A short-lived signature for one validator's registry, made by a member that holds the seed.

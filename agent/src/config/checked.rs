@@ -63,13 +63,13 @@ pub fn run_folder(data: &Path) -> PathBuf {
     data.join("run")
 }
 
-/// Folder of the cluster's certificate authority in a member's data folder.
+/// Folder of a member's log and state in its data folder.
 #[must_use]
-pub fn identity_folder(data: &Path) -> PathBuf {
-    data.join("coordinator/identity")
+pub fn coordinator_folder(data: &Path) -> PathBuf {
+    data.join("coordinator")
 }
 
-/// Folder of a host's certificate in its data folder.
+/// Folder of a host's certificate and its admission to the cluster in its data folder.
 #[must_use]
 pub fn certificates_folder(data: &Path) -> PathBuf {
     data.join("host")
@@ -234,8 +234,16 @@ fn member(
             become_user: become_user?,
         },
         coordinator: coordinator::config::Config {
-            data: written.data.join("coordinator"),
-            cluster: settings.cluster.clone(),
+            data: coordinator_folder(&written.data),
+            identity: certificates_folder(&written.data),
+            name: written.host.name.clone().unwrap_or_default(),
+            site: written.host.site.clone().unwrap_or_default(),
+            advertise: checker.take("coordinator.advertise", advertised(written))?,
+            timing: match written.raft.timing {
+                written::Timing::Auto => replica::Timing::Auto,
+                written::Timing::Lan => replica::Timing::Lan,
+                written::Timing::Wan => replica::Timing::Wan,
+            },
             miner: miner?.clone(),
             validators: validators?.clone(),
             hosts_listen: settings.hosts_listen,
@@ -260,8 +268,6 @@ fn host(
     checker: &mut Checker<'_>,
 ) -> Option<HostServices> {
     let identity = identity(written, checker);
-    let why = "the member of the coordinator to connect to, as \"address:port\"";
-    let member = checker.require("host.coordinator", written.host.coordinator.as_ref(), why);
     let runtime = runtime(written, validators, checker);
     let proof = proof(written, identity.as_ref(), miner, validators, checker);
     let data = validators.and_then(|validators| data(written, validators, checker));
@@ -270,7 +276,7 @@ fn host(
             data: written.data.clone(),
             identity: identity?,
             link: link::Config {
-                members: vec![member?.to_owned()],
+                first: written.host.coordinator.clone(),
                 server_name: COORDINATOR_NAME.to_owned(),
                 certificates: certificates_folder(&written.data),
             },
@@ -303,6 +309,62 @@ fn identity(written: &Written, checker: &mut Checker<'_>) -> Option<Identity> {
         name: name?.to_owned(),
         address: address?.to_owned(),
         proof_port: written.proof.listen.port(),
+    })
+}
+
+/// A host as it introduces itself to a cluster.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joining {
+    /// Its id.
+    pub server: ServerId,
+    /// Its name.
+    pub name: String,
+    /// Its site; empty if it has none.
+    pub site: String,
+    /// `host:port` where members would reach it.
+    pub address: String,
+}
+
+/// What `init` and `join` say of this machine.
+///
+/// # Errors
+/// What is missing or wrong, naming the key.
+pub fn joining(written: &Written) -> Result<Joining, String> {
+    let id = written.host.id.as_deref().ok_or("host.id is missing")?;
+    Ok(Joining {
+        server: server_id(id).map_err(|error| format!("host.id: {error}"))?,
+        name: written.host.name.clone().ok_or("host.name is missing")?,
+        site: written.host.site.clone().unwrap_or_default(),
+        address: if written.coordinator.enabled {
+            advertised(written).map_err(|error| format!("coordinator.advertise: {error}"))?
+        } else {
+            written.host.address.clone().unwrap_or_default()
+        },
+    })
+}
+
+/// Where others reach the member's door.
+fn advertised(written: &Written) -> Result<String, String> {
+    let (settings, listen) = (&written.coordinator, written.coordinator.hosts_listen);
+    if let Some(address) = settings.advertise.as_deref() {
+        let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+        return match port {
+            Some(port) if port != 0 => Ok(address.to_owned()),
+            _ => Err(format!("{address:?}: write \"address:port\", such as \"192.0.2.1:4433\"")),
+        };
+    }
+    if !listen.ip().is_unspecified() {
+        return Ok(listen.to_string());
+    }
+    let address = written.host.address.as_deref().filter(|address| !address.trim().is_empty());
+    let address = address.ok_or(
+        "is missing: where other machines reach coordinator.hosts_listen, as \"address:port\"; host.address would do too",
+    )?;
+    let bracketed = address.parse::<std::net::Ipv6Addr>().is_ok();
+    Ok(if bracketed {
+        format!("[{address}]:{}", listen.port())
+    } else {
+        format!("{address}:{}", listen.port())
     })
 }
 

@@ -37,14 +37,15 @@ registry = "registry.chutes.ai"
 enabled = true
 # Address under which validators reach this machine from outside.
 address = ""
-# Member of the coordinator to connect to; absent on a machine that is a member itself.
-# coordinator = "192.0.2.1:4433"
+# Provider or place: members are spread over them.
+# site = "provider-1"
 
 [coordinator]
 # Be a member of the coordinator.
 enabled = true
-# Where hosts connect (UDP).
+# Where hosts and other members connect (UDP), and where they find that from outside.
 hosts_listen = "0.0.0.0:4433"
+# advertise = "192.0.2.1:4433"
 # The management API. It has no TLS of its own.
 api_listen = "127.0.0.1:32000"
 

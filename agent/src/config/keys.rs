@@ -6,7 +6,7 @@ use serde::forward_to_deserialize_any;
 
 use coordinator::validator::directory::ValidatorSettings;
 
-use super::written::{Backup, Coordinator, Host, Log, Miner, Proof, Runtime, Written};
+use super::written::{Backup, Coordinator, Host, Log, Miner, Proof, Raft, Runtime, Written};
 use crate::{cache, egress, registry};
 
 /// Notes the names of a struct's fields instead of reading one.
@@ -57,6 +57,7 @@ pub fn of_section(section: &str) -> Option<&'static [&'static str]> {
         "egress" => fields::<egress::RawConfig>(),
         "cache" => fields::<cache::RawConfig>(),
         "runtime" => fields::<Runtime>(),
+        "raft" => fields::<Raft>(),
         "log" => fields::<Log>(),
         _ => return None,
     })

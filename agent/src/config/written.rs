@@ -38,6 +38,8 @@ pub struct Written {
     pub cache: cache::RawConfig,
     /// How chutes run.
     pub runtime: Runtime,
+    /// The replicated log, on members.
+    pub raft: Raft,
     /// What is logged, on standard error.
     pub log: Log,
 }
@@ -56,6 +58,7 @@ impl Default for Written {
             egress: egress::RawConfig::default(),
             cache: cache::RawConfig::default(),
             runtime: Runtime::default(),
+            raft: Raft::default(),
             log: Log::default(),
         }
     }
@@ -89,9 +92,12 @@ pub struct Host {
     pub id: Option<String>,
     /// Address under which validators reach this host from outside. Required on hosts.
     pub address: Option<String>,
-    /// Member of the coordinator to connect to, as `address:port`; this machine's own when absent and
-    /// `coordinator.enabled` is true.
+    /// Member of the coordinator to connect to first, as `address:port`; this machine's own when absent and
+    /// `coordinator.enabled` is true. All members are known from joining.
     pub coordinator: Option<String>,
+    /// Provider or place of this machine. Members are spread over sites, so that the loss of one stops nothing;
+    /// an invitation may say another one.
+    pub site: Option<String>,
 }
 
 impl Default for Host {
@@ -102,6 +108,7 @@ impl Default for Host {
             id: None,
             address: None,
             coordinator: None,
+            site: None,
         }
     }
 }
@@ -112,10 +119,13 @@ impl Default for Host {
 pub struct Coordinator {
     /// Be a member of the coordinator: keep the state, speak with validators, decide.
     pub enabled: bool,
-    /// Name of the cluster; a store of another cluster is refused.
+    /// Name of the cluster that `init` founds; where a host has joined, the name is known from there.
     pub cluster: String,
-    /// UDP address where hosts connect (QUIC with certificates of the cluster on both sides).
+    /// UDP address where hosts and other members connect (QUIC with certificates of the cluster on both sides).
     pub hosts_listen: SocketAddr,
+    /// Where others reach `coordinator.hosts_listen`, as `address:port`. When absent, that address itself, or
+    /// `host.address` with its port if it is none in particular.
+    pub advertise: Option<String>,
     /// TCP address of the management API. It has no TLS of its own: loopback, or an address with TLS in front.
     pub api_listen: SocketAddr,
     /// Rules of pay that protect running instances: `"2026"`, or `"2025-09"`.
@@ -137,6 +147,7 @@ impl Default for Coordinator {
             enabled: false,
             cluster: "chutes".to_owned(),
             hosts_listen: SocketAddr::from(([0, 0, 0, 0], 4433)),
+            advertise: None,
             api_listen: SocketAddr::from(([127, 0, 0, 1], 32000)),
             pay_profile: PayProfile::Of2026,
             strategy: strategy::NAMES[0].to_owned(),
@@ -275,6 +286,35 @@ pub enum RuntimeKind {
     Kubernetes,
     /// Child processes.
     Process,
+}
+
+/// `[raft]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Raft {
+    /// Heartbeats and elections: `"lan"` for members in one place (a new leader within about a second), `"wan"` for
+    /// members far apart (within about five), `"auto"` by the measured round trips.
+    pub timing: Timing,
+}
+
+impl Default for Raft {
+    fn default() -> Self {
+        Self {
+            timing: Timing::Auto,
+        }
+    }
+}
+
+/// Heartbeats and elections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Timing {
+    /// By the measured round trips.
+    Auto,
+    /// Members in one place.
+    Lan,
+    /// Members far apart.
+    Wan,
 }
 
 /// `[log]`.

@@ -83,6 +83,10 @@ impl Account {
         }
     }
 
+    pub(super) fn killed(&self, host: &str) {
+        self.event(host, "it leads, and its agent is killed");
+    }
+
     pub(super) fn restarted(&self, host: &str, status: &str) {
         self.event(
             host,

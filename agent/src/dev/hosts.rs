@@ -7,17 +7,24 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context;
-use coordinator::identity::Authority;
+use coordinator::clock::{Clock as _, WallClock};
+use coordinator::join::{Admission, admission};
 use protocol::id::ServerId;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use serde_json::json;
 use tokio::process::{Child, Command};
 use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
 
 use super::account::Account;
+use super::miner::Miner;
 use super::stand_in::StandIn;
 
-/// GPUs of a development cluster of one host; several hosts share them out.
+/// GPUs of a development cluster of one host. Several hosts share them out, and have some more so that chutes of two
+/// GPUs find room.
 const SOFTWARE_GPUS: usize = 8;
+const SOFTWARE_GPUS_MIN: usize = 4;
+/// How long a host may take to join.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A public address for the check of allowed sites; nothing is ever sent there, the table dials loopback.
 const SITE_ADDRESS: &str = "8.8.8.8";
 /// How long a host may take to stop.
@@ -27,8 +34,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(25);
 struct Host {
     name: String,
     folder: PathBuf,
-    child: Child,
-    restarts: u32,
+    /// None before it has joined.
+    child: Option<Child>,
 }
 
 /// All hosts.
@@ -39,29 +46,29 @@ pub(super) struct Hosts {
 }
 
 impl Hosts {
-    /// Prepares what is missing in `data` and starts the agents.
+    /// Prepares what is missing in `data`, founds the cluster on the first host, and starts the agents of those hosts
+    /// that belong to it.
     pub(super) fn start(data: &Path, count: u8, stand_in: &StandIn) -> anyhow::Result<Self> {
         let seed_file = data.join("miner-seed");
         write_private(&seed_file, DEVELOPMENT_MINER_SEED)?;
-        let first = data.join("host-1");
-        let identity = first.join("coordinator/identity");
-        std::fs::create_dir_all(&identity)?;
-        let authority = Authority::open_or_found(&identity)?;
         let mut hosts = Vec::new();
         for number in 1..=count {
             let folder = data.join(format!("host-{number}"));
-            std::fs::create_dir_all(folder.join("host"))?;
-            if !folder.join("host/host.pem").exists() {
-                authority.issue_host(&server_id(number)?, &folder.join("host"))?;
-            }
+            let identity = folder.join("host");
+            std::fs::create_dir_all(&identity)?;
             let config = configuration(number, count, &folder, &seed_file, stand_in)?;
             write_private(&folder.join("config.toml"), &config)?;
-            let child = spawn(&folder)?;
+            if number == 1 {
+                let door = format!("127.0.1.{number}:4433");
+                let _founded_now =
+                    admission::found(&identity, "dev", &server_id(number)?, &door, WallClock.now())?;
+            }
+            let belongs = Admission::read(&identity)?.is_some();
+            let child = belongs.then(|| spawn(&folder)).transpose()?;
             hosts.push(Host {
                 name: format!("host-{number}"),
                 folder,
                 child,
-                restarts: 0,
             });
         }
         Ok(Self {
@@ -70,9 +77,45 @@ impl Hosts {
         })
     }
 
-    /// Where the management API of the member is.
-    pub(super) fn api_address(&self) -> SocketAddr {
-        SocketAddr::from(([127, 0, 1, 1], 32000))
+    /// Lets the hosts join that have not, as an operator would, and starts their agents.
+    pub(super) async fn join(&mut self, miner: &Miner, account: &mut Account) -> anyhow::Result<()> {
+        for host in self.hosts.iter_mut().filter(|host| host.child.is_none()) {
+            let invited = miner.post("/hosts/invites", &json!({ "eligible": true })).await?;
+            let token = invited["token"].as_str().context("an invitation without a token")?;
+            let mut command = Command::new(std::env::current_exe().context("find this executable")?);
+            command.arg("join").arg(token);
+            command.arg("--config").arg(host.folder.join("config.toml"));
+            let joined = command.stdin(Stdio::null()).kill_on_drop(true).output();
+            let joined = tokio::time::timeout(JOIN_TIMEOUT, joined)
+                .await
+                .with_context(|| format!("{} does not join", host.name))??;
+            anyhow::ensure!(
+                joined.status.success(),
+                "{} did not join: {}",
+                host.name,
+                String::from_utf8_lossy(&joined.stderr).trim()
+            );
+            account.note(&host.name, String::from_utf8_lossy(&joined.stdout).trim());
+            host.child = Some(spawn(&host.folder)?);
+        }
+        Ok(())
+    }
+
+    /// Kills the agent of a host at once, with all its processes but the chutes.
+    pub(super) fn kill(&self, name: &str) -> bool {
+        let host = self.hosts.iter().find(|host| host.name == name);
+        let pid = host
+            .and_then(|host| host.child.as_ref())
+            .and_then(|child| Pid::from_raw(child.id()?.cast_signed()));
+        pid.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
+    }
+
+    /// Where the management API is: every member has one.
+    pub(super) fn api_addresses(&self) -> Vec<SocketAddr> {
+        let count = u8::try_from(self.hosts.len()).unwrap_or(u8::MAX);
+        (1..=count)
+            .map(|number| SocketAddr::from(([127, 0, 1, number], 32000)))
+            .collect()
     }
 
     pub(super) fn names(&self) -> Vec<String> {
@@ -81,8 +124,9 @@ impl Hosts {
 
     /// True while every agent lives. A supervisor that ends did not even read its configuration.
     pub(super) fn all_run(&self) -> bool {
-        self.hosts.iter().all(|host| {
-            host.child
+        let mut children = self.hosts.iter().filter_map(|host| host.child.as_ref());
+        children.all(|child| {
+            child
                 .id()
                 .is_some_and(|pid| Path::new(&format!("/proc/{pid}/exe")).exists())
         })
@@ -100,10 +144,10 @@ impl Hosts {
     /// Starts agents that have ended again, as systemd or Kubernetes would.
     pub(super) fn restart_dead(&mut self, account: &mut Account) -> anyhow::Result<()> {
         for host in &mut self.hosts {
-            if let Some(status) = host.child.try_wait()? {
-                host.restarts += 1;
+            let Some(child) = host.child.as_mut() else { continue };
+            if let Some(status) = child.try_wait()? {
                 account.restarted(&host.name, &status.to_string());
-                host.child = spawn(&host.folder)?;
+                *child = spawn(&host.folder)?;
             }
         }
         Ok(())
@@ -111,11 +155,12 @@ impl Hosts {
 
     /// Stops all agents, and the chutes too if asked; how many chute processes could not be ended.
     pub(super) async fn stop(mut self, chutes_too: bool) -> usize {
-        for host in &mut self.hosts {
-            ask_to_stop(&host.child);
+        let mut children: Vec<&mut Child> = self.hosts.iter_mut().filter_map(|h| h.child.as_mut()).collect();
+        for child in &children {
+            ask_to_stop(child);
         }
-        for host in &mut self.hosts {
-            terminate(&mut host.child, STOP_TIMEOUT).await;
+        for child in &mut children {
+            terminate(child, STOP_TIMEOUT).await;
         }
         if chutes_too { end_chutes(&self.data) } else { 0 }
     }
@@ -135,7 +180,7 @@ fn configuration(
 ) -> anyhow::Result<String> {
     let description = stand_in.description();
     let address = format!("127.0.1.{number}");
-    let gpus = (SOFTWARE_GPUS / usize::from(count)).max(1);
+    let gpus = (SOFTWARE_GPUS / usize::from(count)).max(SOFTWARE_GPUS_MIN);
     let miner = protocol::hotkey::Signer::from_seed_hex(DEVELOPMENT_MINER_SEED)?;
     let rows: Vec<toml::Value> = description
         .sites
@@ -171,15 +216,11 @@ fn configuration(
     };
     set("miner", "hotkey", miner.hotkey().to_string().into());
     set("miner", "seed_on_gpu_host", true.into());
-    if number == 1 {
-        set("miner", "seed_file", seed_file.display().to_string().into());
-    }
+    set("miner", "seed_file", seed_file.display().to_string().into());
     set("host", "name", format!("host-{number}").into());
     set("host", "id", server_id(number)?.to_string().into());
     set("host", "address", address.clone().into());
-    set("host", "coordinator", "127.0.1.1:4433".into());
-    set("coordinator", "enabled", (number == 1).into());
-    set("coordinator", "cluster", "dev".into());
+    set("coordinator", "enabled", true.into());
     set("coordinator", "hosts_listen", format!("{address}:4433").into());
     set("coordinator", "api_listen", format!("{address}:32000").into());
     set("coordinator", "tick", "3s".into());

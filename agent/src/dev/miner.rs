@@ -1,6 +1,7 @@
 //! The management API of the development cluster, asked as an operator would.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -24,25 +25,60 @@ const HOURLY_COST_USD: f64 = 0.01;
 /// The operator's side.
 #[derive(Debug)]
 pub(super) struct Miner {
-    base: String,
+    /// Every member answers; asked in turn until one does.
+    members: Vec<SocketAddr>,
+    /// The one that answered last.
+    last: AtomicUsize,
     key: Signer,
     validator: Hotkey,
     http: reqwest::Client,
 }
 
 impl Miner {
-    pub(super) fn new(api: SocketAddr, validator: Hotkey) -> anyhow::Result<Self> {
+    pub(super) fn new(members: Vec<SocketAddr>, validator: Hotkey) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder()
             .no_proxy()
             .connect_timeout(Duration::from_secs(2))
             .build()?;
         let key = Signer::from_seed_hex(DEVELOPMENT_MINER_SEED)?;
         Ok(Self {
-            base: format!("http://{api}"),
+            members,
+            last: AtomicUsize::new(0),
             key,
             validator,
             http,
         })
+    }
+
+    fn base(&self) -> String {
+        let last = self.last.load(Ordering::Relaxed) % self.members.len();
+        format!("http://{}", self.members[last])
+    }
+
+    /// A request with its time limit, at one member after the other until one answers.
+    async fn ask(&self, method: &Method, path: &str, body: Option<&[u8]>) -> anyhow::Result<Value> {
+        let mut asked = Err(anyhow::anyhow!("no member is known"));
+        for _ in &self.members {
+            let request = self.request(method.clone(), path, body);
+            let answer = request.timeout(Duration::from_secs(10)).send().await;
+            match answer.and_then(reqwest::Response::error_for_status) {
+                Ok(response) => return Ok(response.json().await?),
+                Err(error) if error.status().is_some_and(|status| status.is_client_error()) => {
+                    return Err(error.into());
+                }
+                Err(error) => asked = Err(error.into()),
+            }
+            self.last.fetch_add(1, Ordering::Relaxed);
+        }
+        asked
+    }
+
+    /// The host that leads, as far as any member knows.
+    pub(super) async fn leader(&self) -> anyhow::Result<Option<String>> {
+        let raft = self.get("/v1/raft").await?;
+        let members = raft["members"].as_array().map_or(&[][..], Vec::as_slice);
+        let leader = members.iter().find(|member| member["leads"] == true);
+        Ok(leader.and_then(|member| member["host"].as_str()).map(str::to_owned))
     }
 
     fn request(&self, method: Method, path: &str, body: Option<&[u8]>) -> reqwest::RequestBuilder {
@@ -52,7 +88,7 @@ impl Miner {
             body: body.unwrap_or_default(),
         };
         let headers = bound.sign(&self.key, WallClock.now(), fastrand::u128(..));
-        let mut request = self.http.request(method, format!("{}{path}", self.base));
+        let mut request = self.http.request(method, format!("{}{path}", self.base()));
         for (name, value) in headers {
             request = request.header(name, value);
         }
@@ -66,21 +102,13 @@ impl Miner {
 
     /// A signed read.
     pub(super) async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        let request = self
-            .request(Method::GET, path, None)
-            .timeout(Duration::from_secs(10));
-        let response = request.send().await?.error_for_status()?;
-        Ok(response.json().await?)
+        self.ask(&Method::GET, path, None).await
     }
 
-    /// A signed write; its answer is an acknowledgement.
+    /// A signed write; its answer is an acknowledgement. Whoever asks for one is fine with it being done twice.
     pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let body = serde_json::to_vec(body)?;
-        let request = self
-            .request(Method::POST, path, Some(&body))
-            .timeout(Duration::from_secs(10));
-        let response = request.send().await?.error_for_status()?;
-        Ok(response.json().await?)
+        self.ask(&Method::POST, path, Some(&body)).await
     }
 
     /// Waits until the API answers; an agent that ends meanwhile is an error that names its log.
@@ -88,7 +116,7 @@ impl Miner {
         loop {
             let ping = self
                 .http
-                .get(format!("{}/ping", self.base))
+                .get(format!("{}/ping", self.base()))
                 .timeout(Duration::from_secs(2))
                 .send()
                 .await;

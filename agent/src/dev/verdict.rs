@@ -76,9 +76,53 @@ pub(super) struct Oracle {
     writes_lost: u64,
     /// The last acknowledged write: the reason of a ban.
     promised_ban: Option<(String, String)>,
+    leader_kills: u64,
+    leader_kills_wanted: u64,
+    socket: SocketGaps,
+}
+
+/// Times in which no socket of the miner was authenticated at the validator.
+#[derive(Debug, Default)]
+struct SocketGaps {
+    open: BTreeSet<u64>,
+    /// Since when there is none; only after there was one.
+    none_since: Option<UnixMillis>,
+    longest_ms: u64,
+}
+
+impl SocketGaps {
+    fn note(&mut self, at: UnixMillis, record: &Record) {
+        match record {
+            Record::SocketAuthenticated { session, .. } => {
+                self.open.insert(*session);
+                if let Some(since) = self.none_since.take() {
+                    self.longest_ms = self.longest_ms.max(at.since(since));
+                }
+            }
+            Record::SocketClosed { session, .. } => {
+                if self.open.remove(session) && self.open.is_empty() {
+                    self.none_since = Some(at);
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 impl Oracle {
+    /// Remembers what was promised; the leader is to be killed at least so often.
+    pub(super) fn new(leader_kills_wanted: u64) -> Self {
+        Self {
+            leader_kills_wanted,
+            ..Self::default()
+        }
+    }
+
+    /// The leader was killed once more.
+    pub(super) fn leader_killed(&mut self) {
+        self.leader_kills += 1;
+    }
+
     /// Reads everything once, and makes one write of its own.
     pub(super) async fn look(
         &mut self,
@@ -112,6 +156,7 @@ impl Oracle {
     async fn read_ledger(&mut self, stand_in: &StandIn) -> anyhow::Result<()> {
         for entry in stand_in.ledger(self.ledger_read).await? {
             self.ledger_read = entry.id;
+            self.socket.note(entry.at, &entry.record);
             let Record::EventPublished { event, sent_to, .. } = entry.record else {
                 continue;
             };
@@ -221,11 +266,17 @@ impl Oracle {
             jobs_finished: number("jobs_finished"),
             paid_seconds: look.score["paid_seconds"].as_f64().unwrap_or_default(),
             event_to_running: running_times(look),
+            leader_kills: self.leader_kills,
+            socket_gap_ms_max: self.socket.longest_ms,
             invariants_checked: self.invariants_checked,
             violations: self.violations.iter().cloned().collect(),
             reasons: Vec::new(),
         };
         verdict.judge(look, stand_in, waiting);
+        if self.leader_kills < self.leader_kills_wanted {
+            let wanted = self.leader_kills_wanted;
+            verdict.complain(format!("{} leaders killed, {wanted} wanted", self.leader_kills));
+        }
         verdict
     }
 }
@@ -325,6 +376,8 @@ pub(super) struct Verdict {
     jobs_finished: u64,
     paid_seconds: f64,
     event_to_running: Vec<u64>,
+    leader_kills: u64,
+    socket_gap_ms_max: u64,
     invariants_checked: u64,
     violations: Vec<String>,
     /// Why it is not good; empty if it is.
@@ -418,6 +471,8 @@ impl Verdict {
             "jobs_finished": self.jobs_finished,
             "paid_seconds": self.paid_seconds,
             "event_to_running_ms": { "p50": times.get(times.len() / 2), "max": times.last() },
+            "leader_kills": self.leader_kills,
+            "socket_gap_ms_max": self.socket_gap_ms_max,
             "invariants_checked": self.invariants_checked,
             "invariant_violations": self.violations.len(),
             "reasons": self.reasons,

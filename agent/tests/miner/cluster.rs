@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use coordinator::clock::{Clock, WallClock};
-use coordinator::identity::Authority;
+use coordinator::join::admission;
 use coordinator_core::state_machine::desired::DISK_GB_DEFAULT;
 use protocol::hotkey::Signer;
 use protocol::id::ServerId;
@@ -60,9 +60,6 @@ impl Miner {
         );
         let seed_file = folder.path().join("seed");
         write_private(&seed_file, DEVELOPMENT_MINER_SEED);
-        let identity = folder.path().join("host-1/coordinator/identity");
-        std::fs::create_dir_all(&identity).expect("our own folder");
-        let authority = Authority::open_or_found(&identity).expect("a certificate authority");
         let key = Signer::from_seed_hex(DEVELOPMENT_MINER_SEED).expect("a seed");
         let mut member = None;
         let mut hosts = Vec::new();
@@ -70,10 +67,6 @@ impl Miner {
             let name = format!("host-{}", index + 1);
             let home = folder.path().join(&name);
             std::fs::create_dir_all(home.join("host")).expect("our own folder");
-            let id = ServerId::parse(&format!("{name}.test")).expect("an id");
-            authority
-                .issue_host(&id, &home.join("host"))
-                .expect("a certificate");
             let ports = Ports::free();
             let member = member.get_or_insert(ports);
             let mut config = configuration(&name, &home, ports, *member, plan.gpus);
@@ -92,22 +85,49 @@ impl Miner {
                 .expect("a text");
             }
             write_private(&home.join("config.toml"), &config);
-            let agent = spawn(&home);
-            hosts.push(Host { folder: home, agent });
+            if index == 0 {
+                let id = ServerId::parse(&format!("{name}.test")).expect("an id");
+                let door = member.hosts.to_string();
+                admission::found(&home.join("host"), "test", &id, &door, WallClock.now())
+                    .expect("a cluster");
+            }
+            hosts.push(home);
         }
-        let miner = Self {
-            hosts,
+        let mut homes = hosts.into_iter();
+        let first = homes.next().expect("one host at least");
+        let agent = spawn(&first);
+        let mut miner = Self {
+            hosts: vec![Host { folder: first, agent }],
             api: member.expect("one host at least").api,
             key,
             http: reqwest::Client::builder().no_proxy().build().expect("a client"),
             folder,
         };
+        for home in homes {
+            miner.join(home).await;
+        }
         for (index, plan) in plans.iter().enumerate() {
             miner
                 .add_node(&format!("host-{}", index + 1), plan.works_for)
                 .await;
         }
         miner
+    }
+
+    /// Lets a host in without a vote, and starts it.
+    async fn join(&mut self, home: PathBuf) {
+        let invited = until("a member invites", async || {
+            let (status, invited) = self.send(Method::POST, "/hosts/invites", None).await?;
+            status.is_success().then_some(invited)
+        })
+        .await;
+        let token = invited["token"].as_str().expect("an invitation has a token");
+        let mut join = Command::new(env!("CARGO_BIN_EXE_chutes-agent"));
+        join.args(["join", token, "--config"]).arg(home.join("config.toml"));
+        let joined = timeout(PATIENCE, join.output()).await.expect("soon").expect("it runs");
+        assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+        let agent = spawn(&home);
+        self.hosts.push(Host { folder: home, agent });
     }
 
     /// A signed request; its status and its body, which is JSON or text.

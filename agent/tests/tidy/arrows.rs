@@ -38,10 +38,10 @@ const ORDERS: &[Order] = &[
         source: "coordinator/src",
         rows: &[
             &["member"],
-            &["config", "api"],
+            &["config", "api", "door"],
             // The API shows what the leader last saw in the validators' listings.
-            &["leader"],
-            &["executor", "backup"],
+            &["leader", "membership"],
+            &["executor", "member_link", "join", "backup"],
             &["validator", "host_link", "sealed_worker"],
             &["signer", "store", "identity"],
             &["clock"],

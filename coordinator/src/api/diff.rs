@@ -31,13 +31,13 @@ use crate::validator::intake;
 
 /// What hosts reported last.
 pub trait HostReports: fmt::Debug + Send + Sync {
-    /// The last report of a host and when it came; none if it is not connected here.
+    /// The last report of a host and when it came; none if it is connected nowhere.
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)>;
 }
 
 impl HostReports for Hub {
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)> {
-        self.host(server)?.report
+        Self::last_report(self, server)
     }
 }
 

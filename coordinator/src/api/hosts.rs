@@ -10,17 +10,15 @@ use coordinator_core::state_machine::host::{HostRecord, Invite, InviteId, Pin};
 use coordinator_core::state_machine::{Command, Rejection, Reply, State as Record};
 use protocol::id::ServerId;
 use ring::rand::{SecureRandom, SystemRandom};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::Api;
 use super::auth::Caller;
 use super::error::{ApiError, Result};
 use super::operate::{invalid, parse};
 use super::raft::Roles;
+use crate::identity::fingerprint;
 use crate::join::Token;
 use crate::join::token::DOORS_MAX;
 
@@ -175,7 +173,7 @@ pub(super) async fn invite(
         let doors: Vec<String> = members.map(|host| host.host.address.clone()).collect();
         let is_open = |invite: &&Invite| invite.used_by.is_none() && invite.expires_at > now;
         let open = record.invites().values().filter(is_open).count();
-        Ok::<_, Rejection>((authority_hash(&cluster.authority_pem), doors, open))
+        Ok::<_, Rejection>((fingerprint(&cluster.authority_pem), doors, open))
     })?;
     let broken = |what: &str| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, what);
     let authority = authority.ok_or_else(|| broken("the cluster's certificate cannot be read"))?;
@@ -213,12 +211,6 @@ pub(super) async fn invite(
         "eligible": body.eligible,
         "expires_at": expires_at.iso8601(),
     })))
-}
-
-/// SHA-256 of the certificate's DER.
-fn authority_hash(pem: &str) -> Option<[u8; 32]> {
-    let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
-    Some(Sha256::digest(&certificate).into())
 }
 
 pub(super) async fn remove(

@@ -244,7 +244,7 @@ pub(super) async fn transfer(
     if roles.leader != Some(roles.own) {
         let leader = roles.leader.and_then(|leader| name_of(&api, leader));
         return Err(conflict(match leader {
-            Some(leader) => format!("host {leader} leads: ask its API"),
+            Some(leader) => format!("host {leader} leads and could not be asked: try again, or ask its API"),
             None => "this host does not lead, and does not know who does: try again in a moment".to_owned(),
         }));
     }

@@ -39,6 +39,9 @@ pub enum End {
     /// The state machine refused the host.
     #[error("the host was refused: {0}")]
     Refused(String),
+    /// This member is in touch with no leader: it could only tell the host what is out of date.
+    #[error("this member is cut off from the others: try another one")]
+    CutOff,
     /// A newer session of the same host took over.
     #[error("a newer connection of the same host took over")]
     Replaced,
@@ -55,6 +58,10 @@ pub struct Context {
     pub hub: Hub,
     /// Registry headers as they are renewed.
     pub headers: watch::Receiver<Vec<RegistryHeaders>>,
+    /// Members' doors, for hosts to know when this one dies.
+    pub doors: watch::Receiver<Vec<String>>,
+    /// False while this member is in touch with no leader.
+    pub in_touch: watch::Receiver<bool>,
 }
 
 /// Serves one host until either side ends. `is_identity` says whether the other end may claim to be a
@@ -88,7 +95,16 @@ pub async fn serve(
         recorded: None,
         recorded_at: Instant::now(),
     };
-    let end = served.run(facts, clock, session, &mut incoming, &outgoing).await;
+    let mut in_touch = context.in_touch.clone();
+    let cut_off = async {
+        // Its sender ends with the member.
+        let _ = in_touch.wait_for(|in_touch| !in_touch).await;
+    };
+    let end = tokio::select! {
+        biased;
+        () = cut_off => Err(End::CutOff),
+        end = served.run(facts, clock, session, &mut incoming, &outgoing) => end,
+    };
     context.hub.leave(&server, session);
     end
 }
@@ -115,8 +131,9 @@ impl Session<'_> {
         self.record_facts(facts).await?;
         self.judge_clock(clock).await?;
         let mut changes = self.context.store.changes();
-        let mut headers = self.context.headers.clone();
+        let (mut headers, mut doors) = (self.context.headers.clone(), self.context.doors.clone());
         headers.mark_changed();
+        doors.mark_changed();
         loop {
             if !self.context.hub.is_current(&self.server, session) {
                 return Err(End::Replaced);
@@ -129,6 +146,15 @@ impl Session<'_> {
                     None => return Err(End::Closed),
                 },
                 () = changes.changed() => {}
+                changed = doors.changed() => {
+                    if changed.is_err() {
+                        return Err(End::Closed);
+                    }
+                    let list = doors.borrow_and_update().clone();
+                    if !list.is_empty() {
+                        outgoing.send(ToHost::Doors(list)).await.map_err(|_| End::Closed)?;
+                    }
+                }
                 changed = headers.changed() => {
                     if changed.is_err() {
                         return Err(End::Closed);

@@ -54,8 +54,14 @@ impl Token {
     /// The secret as the cluster knows it.
     #[must_use]
     pub fn secret_hash(&self) -> [u8; 32] {
-        Sha256::digest(self.secret).into()
+        secret_hash(&self.secret)
     }
+}
+
+/// An invitation's secret as the cluster knows it.
+#[must_use]
+pub fn secret_hash(secret: &[u8; 32]) -> [u8; 32] {
+    Sha256::digest(secret).into()
 }
 
 impl fmt::Debug for Token {

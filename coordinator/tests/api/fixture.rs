@@ -8,6 +8,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
+    Alone,
     ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
     ValidatorListing, router,
 };
@@ -171,6 +172,7 @@ impl Fixture {
             validator_listing: Arc::new(listings.clone()),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
             backup: Door::default(),
+            leader: Arc::new(Alone),
         };
         let config = Config {
             miner: miner.hotkey().clone(),

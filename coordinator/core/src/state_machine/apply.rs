@@ -169,6 +169,7 @@ impl State {
             } => self.join_host(id, &secret_hash, host),
             Command::RemoveHost { server } => self.remove_host(&server),
             Command::PinHost { server, pin } => self.pin_host(&server, pin),
+            Command::RejoinHost { server } => self.rejoin_host(&server),
             Command::FinalizeFormat {
                 format,
                 program,

@@ -342,6 +342,11 @@ pub enum Command {
         /// What the operator wants.
         pin: Pin,
     },
+    /// A member that has lost its store comes back, under another member id.
+    RejoinHost {
+        /// Which.
+        server: ServerId,
+    },
     /// The operator is done with an upgrade: what came with it may be written, and the program before is refused.
     FinalizeFormat {
         /// Which format.

@@ -37,6 +37,14 @@ impl State {
         hosts.find(|record| record.is_in() && record.member == Some(member))
     }
 
+    /// True if a key that was this host's is worthless now.
+    #[must_use]
+    pub fn is_removed(&self, server: &ServerId, key: &KeyHash) -> bool {
+        self.hosts.get(server).is_some_and(|record| {
+            record.former_keys.contains(key) || (record.host.key_hash == *key && !record.is_in())
+        })
+    }
+
     /// What is known of the owner of a key.
     #[must_use]
     pub fn standing(&self, key: &KeyHash) -> Standing<'_> {
@@ -159,6 +167,21 @@ impl State {
         };
         self.hosts.insert(record.host.server.clone(), record);
         member
+    }
+
+    /// What a member without its store acknowledged before is lost with it: under its old id it could help to
+    /// elect a leader that lacks acknowledged writes.
+    pub(crate) fn rejoin_host(&mut self, server: &ServerId) -> Answer {
+        let record = self.hosts.get(server).filter(|record| record.is_in());
+        let record = record.ok_or_else(|| unknown(server))?;
+        if record.member.is_none() {
+            return Err(Rejection::NotEligible(server.clone()));
+        }
+        let member = self.next_member();
+        if let Some(record) = self.hosts.get_mut(server) {
+            record.member = member;
+        }
+        Ok(Reply::Joined { member })
     }
 
     fn next_member(&mut self) -> Option<u64> {
@@ -407,6 +430,8 @@ mod tests {
             "the old disk stays out"
         );
         assert!(matches!(world.0.standing(&[3; 32]), Standing::In(_)));
+        assert!(world.0.is_removed(&id("b"), &[2; 32]));
+        assert!(!world.0.is_removed(&id("b"), &[3; 32]));
     }
 
     #[test]
@@ -438,6 +463,27 @@ mod tests {
         assert_eq!(world.at(3000, pin("c", Pin::Voter)), Ok(Reply::Done));
         assert_eq!(world.at(3000, pin("c", Pin::Voter)), Ok(Reply::Unchanged));
         assert_eq!(world.at(3000, remove), Ok(Reply::Done));
+    }
+
+    #[test]
+    fn a_member_that_lost_its_store_gets_another_id() {
+        let mut world = World::founded();
+        world.invite(1, true);
+        world.invite(2, false);
+        assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
+        assert_eq!(world.at(3000, join(2, "c", 3)), joined(None));
+        let rejoin = |server| Command::RejoinHost { server: id(server) };
+        assert_eq!(world.at(4000, rejoin("b")), joined(Some(3)));
+        assert!(world.0.member(2).is_none(), "nobody is member 2 any more");
+        assert_eq!(world.record("b").host.key_hash, [2; 32], "the key is the same");
+        assert!(matches!(
+            world.at(4000, rejoin("c")),
+            Err(Rejection::NotEligible(_))
+        ));
+        assert!(matches!(
+            world.at(4000, rejoin("d")),
+            Err(Rejection::Unknown { .. })
+        ));
     }
 
     #[test]

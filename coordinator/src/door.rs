@@ -1,0 +1,182 @@
+//! The one UDP port of a member: hosts, other members and hosts that want to join come in here, each by the
+//! protocol that it names in the TLS handshake.
+//!
+//! ```text
+//! chutes-host/1    a host with a certificate     host_link: a session
+//! chutes-member/1  a member's certificate        the replica's and the coordinator's questions
+//! chutes-join/1    anybody                       join::gate: one question
+//! ```
+//! A certificate of a host that was removed is refused here, and its connections are closed as soon as this
+//! member knows of the removal.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::HandshakeData;
+use quinn::{Connection, Endpoint, Incoming};
+use replica::Replica;
+use replica::quic::{ALPN as MEMBER_ALPN, Peers, serve as serve_member};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use crate::host_link::quic as host_link;
+use crate::host_link::session;
+use crate::identity::{Bearer, Identity, IdentityError};
+use crate::join::Gate;
+use crate::join::wire::ALPN as JOIN_ALPN;
+use crate::member_link::Answering;
+use crate::store::Store;
+
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 8192;
+/// How long a handshake may take.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// Why the door cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The certificate or its key is unusable.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The address is taken or not ours.
+    #[error("listen on UDP {0}: {1}")]
+    Listen(SocketAddr, std::io::Error),
+}
+
+/// Binds the port. Nobody is served before [`serve`].
+///
+/// # Errors
+/// [`Error`].
+pub fn open(address: SocketAddr, identity: &Identity) -> Result<Endpoint, Error> {
+    Endpoint::server(server_config(identity)?, address).map_err(|error| Error::Listen(address, error))
+}
+
+/// Settings of the port, made anew when the certificate is.
+///
+/// # Errors
+/// [`IdentityError`].
+pub fn server_config(identity: &Identity) -> Result<quinn::ServerConfig, IdentityError> {
+    let tls = identity.quic_server(&[protocol::link::ALPN, MEMBER_ALPN, JOIN_ALPN])?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    config.transport_config(Arc::new(host_link::transport()));
+    Ok(config)
+}
+
+/// Connections to other members that leave from this port, with the certificate that lies in `folder` at the time.
+#[must_use]
+pub fn peers(endpoint: Endpoint, folder: PathBuf) -> Peers {
+    Peers::new(endpoint, move |_| {
+        let tls = Identity::of_host(&folder).and_then(|identity| identity.quic_client(MEMBER_ALPN));
+        let tls = tls.map_err(|error| error.to_string())?;
+        Ok(quinn::ClientConfig::new(Arc::new(tls)))
+    })
+}
+
+/// Who answers at the door.
+#[derive(Debug, Clone)]
+pub struct Services {
+    /// Hosts.
+    pub hosts: session::Context,
+    /// Members, about Raft.
+    pub replica: Replica,
+    /// Members, about everything else.
+    pub members: Answering,
+    /// Those who want to join.
+    pub gate: Gate,
+}
+
+/// Serves until cancelled.
+pub async fn serve(endpoint: Endpoint, services: Services, cancel: CancellationToken) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => break,
+            Some(ended) = connections.join_next() => {
+                if let Err(error) = ended
+                    && error.is_panic()
+                {
+                    tracing::error!(%error, "a connection ended abnormally");
+                }
+            }
+            incoming = endpoint.accept() => {
+                let Some(incoming) = incoming else { break };
+                if connections.len() >= CONNECTIONS_MAX {
+                    incoming.refuse();
+                } else {
+                    connections.spawn(admit(incoming, services.clone()));
+                }
+            }
+        }
+    }
+    endpoint.close(0_u8.into(), b"stopping");
+    connections.shutdown().await;
+    endpoint.wait_idle().await;
+}
+
+async fn admit(incoming: Incoming, services: Services) {
+    let remote = incoming.remote_address();
+    let connection = match timeout(HANDSHAKE_MAX, incoming).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => return tracing::info!(%remote, %error, "a connection was not made"),
+        Err(_) => return,
+    };
+    let bearer = match Bearer::of_peer(&connection) {
+        Ok(bearer) => bearer,
+        Err(error) => return tracing::warn!(%remote, %error, "a certificate is refused"),
+    };
+    let protocol = protocol_of(&connection);
+    let store = services.gate.store.clone();
+    let served = async {
+        match (protocol.as_deref(), bearer.as_ref()) {
+            (Some(JOIN_ALPN), bearer) => services.gate.serve(&connection, bearer).await,
+            (Some(MEMBER_ALPN), Some(Bearer { member: Some(member), .. })) => {
+                let (replica, members) = (services.replica, services.members);
+                let of_replica = move |from, bytes: Vec<u8>| {
+                    let replica = replica.clone();
+                    async move {
+                        let answer = replica.answer(from, &bytes).await;
+                        answer.map_err(|error| error.to_string())
+                    }
+                };
+                let of_coordinator = move |from, bytes| members.clone().answer(from, bytes);
+                serve_member(connection.clone(), *member, of_replica, of_coordinator).await;
+            }
+            (Some(protocol::link::ALPN), Some(bearer)) => {
+                let server = bearer.server.clone();
+                if let Err(error) = host_link::serve(&connection, server, services.hosts).await {
+                    tracing::info!(%remote, %error, "host disconnected");
+                }
+            }
+            _ => connection.close(1_u8.into(), b"a certificate of this cluster is needed"),
+        }
+    };
+    let Some(bearer) = &bearer else {
+        return served.await;
+    };
+    tokio::select! {
+        () = removed(&store, bearer) => {
+            tracing::warn!(%remote, server = %bearer.server, "a removed host is turned away");
+            connection.close(2_u8.into(), b"this host was removed from the cluster");
+        }
+        () = served => {}
+    }
+}
+
+fn protocol_of(connection: &Connection) -> Option<Vec<u8>> {
+    connection
+        .handshake_data()?
+        .downcast::<HandshakeData>()
+        .ok()?
+        .protocol
+}
+
+/// Waits until the owner of a key is known to be removed.
+async fn removed(store: &Store, bearer: &Bearer) {
+    let mut changes = store.changes();
+    while !store.read(|state| state.is_removed(&bearer.server, &bearer.key_hash)) {
+        changes.changed().await;
+    }
+}

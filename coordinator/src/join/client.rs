@@ -1,0 +1,126 @@
+//! The asking side of the gate: a host that joins, renews its certificate, or comes back.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Endpoint};
+use tokio::time::timeout;
+
+use super::{Admission, Token, admission};
+use super::wire::{ALPN, Answer, Granted, Question, read, write};
+use crate::identity::{COORDINATOR_NAME, Identity, IdentityError, JoinVerifier, LIFE_MS};
+use protocol::time::UnixMillis;
+
+/// How long one member may take.
+const EACH_MAX: Duration = Duration::from_secs(10);
+
+/// Why nothing was granted.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cluster said no.
+    #[error("the cluster refused: {0}")]
+    Refused(String),
+    /// No member could be asked, each with what went wrong.
+    #[error("no member could be asked: {}; is UDP open between here and there?", .0.join("; "))]
+    Unreachable(Vec<String>),
+    /// Our own certificate.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+}
+
+/// Asks with an invitation.
+///
+/// # Errors
+/// [`Error`].
+pub async fn join(token: &Token, question: &Question) -> Result<Granted, Error> {
+    let tls = JoinVerifier::quic_client(token.authority, ALPN)?;
+    granted(ask(&token.doors, tls, question).await?)
+}
+
+/// Asks with the certificate in `folder`.
+///
+/// # Errors
+/// [`Error`].
+pub async fn ask_as_host(doors: &[String], folder: &Path, question: &Question) -> Result<Answer, Error> {
+    let tls = Identity::of_host(folder)?.quic_client(ALPN)?;
+    ask(doors, tls, question).await
+}
+
+/// What was granted.
+///
+/// # Errors
+/// [`Error::Refused`] for every other answer.
+pub fn granted(answer: Answer) -> Result<Granted, Error> {
+    match answer {
+        Answer::Granted(granted) => Ok(*granted),
+        Answer::Refused(reason) | Answer::Unavailable(reason) => Err(Error::Refused(reason)),
+        Answer::Echoed { .. } => Err(Error::Refused("another question was answered".to_owned())),
+    }
+}
+
+/// Asks for a new certificate when a third of the life of the one in `folder` is left; true if there is a new one.
+///
+/// # Errors
+/// [`Error`]; the old certificate is still good for weeks.
+pub async fn renew_if_due(folder: &Path, now: UnixMillis) -> Result<bool, Error> {
+    let Some(admission) = Admission::read(folder)? else {
+        return Ok(false);
+    };
+    if admission.certificate_until.since(now) > LIFE_MS / 3 {
+        return Ok(false);
+    }
+    let answer = ask_as_host(&admission.doors, folder, &Question::Renew).await?;
+    let mut granted = granted(answer)?;
+    granted.admission.opened = admission.opened;
+    admission::keep(folder, &granted)?;
+    Ok(true)
+}
+
+/// Asks one member after the other until one decides.
+async fn ask(doors: &[String], tls: QuicClientConfig, question: &Question) -> Result<Answer, Error> {
+    let config = ClientConfig::new(Arc::new(tls));
+    let mut failures = Vec::new();
+    for door in doors {
+        match timeout(EACH_MAX, ask_one(door, config.clone(), question)).await {
+            Ok(Ok(Answer::Unavailable(reason))) => failures.push(format!("{door}: {reason}")),
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(reason)) => failures.push(format!("{door}: {reason}")),
+            Err(_) => failures.push(format!("{door}: no answer within {EACH_MAX:?}")),
+        }
+    }
+    if doors.is_empty() {
+        failures.push("none is known".to_owned());
+    }
+    Err(Error::Unreachable(failures))
+}
+
+async fn ask_one(door: &str, config: ClientConfig, question: &Question) -> Result<Answer, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let found = tokio::net::lookup_host(door).await.map_err(|error| text(&error))?;
+    let mut last = "the name has no address".to_owned();
+    for address in found {
+        let local: SocketAddr = match address {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let endpoint = Endpoint::client(local).map_err(|error| text(&error))?;
+        let connecting = endpoint.connect_with(config.clone(), address, COORDINATOR_NAME);
+        let connection = match connecting.map_err(|error| text(&error))?.await {
+            Ok(connection) => connection,
+            Err(error) => {
+                last = text(&error);
+                continue;
+            }
+        };
+        let (mut out, mut incoming) = connection.open_bi().await.map_err(|error| text(&error))?;
+        write(&mut out, question).await.map_err(|error| text(&error))?;
+        let answer = read(&mut incoming).await.map_err(|error| text(&error))?;
+        connection.close(0_u8.into(), b"thanks");
+        endpoint.wait_idle().await;
+        return Ok(answer);
+    }
+    Err(last)
+}

@@ -1,0 +1,216 @@
+//! The member's side: who asks is let in by a command in the log, and then gets its certificate. Every member can
+//! do it, since the authority's key is in the state, sealed for holders of the seed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator_core::state_machine::host::{HostRecord, InviteId, NewHost, Standing};
+use coordinator_core::state_machine::{Command, Reply};
+use quinn::Connection;
+use tokio::time::timeout;
+
+use super::wire::{Answer, Granted, Join, Question, read, write};
+use super::{Admission, token};
+use crate::identity::{Authority, Bearer, LIFE_MS, Names, key_hash};
+use crate::signer::{SealedKind, Sign};
+use crate::store::{Error as StoreError, Store};
+
+/// How long a question may take to arrive, and its answer to leave.
+const QUESTION_MAX: Duration = Duration::from_secs(10);
+/// A host whose clock is off by more is refused, in ms: certificates and signatures would not work.
+const CLOCK_OFFSET_MAX_MS: u64 = 20_000;
+/// Characters of a name or an address.
+const WORD_MAX: usize = 255;
+
+/// What answers at the gate.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    /// The state.
+    pub store: Store,
+    /// Opens the authority's key.
+    pub signer: Arc<dyn Sign>,
+    /// Id of the cluster.
+    pub cluster: String,
+}
+
+/// Why there is no yes.
+enum No {
+    Refused(String),
+    Unavailable(String),
+}
+
+impl From<StoreError> for No {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Rejected(rejection) => Self::Refused(rejection.to_string()),
+            StoreError::Unavailable(reason) => Self::Unavailable(reason),
+        }
+    }
+}
+
+fn refused(reason: impl Into<String>) -> No {
+    No::Refused(reason.into())
+}
+
+impl Gate {
+    /// Answers the one question of a connection. `bearer` is what the caller's certificate says, if it has one.
+    pub async fn serve(&self, connection: &Connection, bearer: Option<&Bearer>) {
+        let exchange = async {
+            let (mut out, mut incoming) = connection.accept_bi().await.ok()?;
+            let question = read(&mut incoming).await.ok()?;
+            let answer = self.answer(question, bearer).await;
+            write(&mut out, &answer).await.ok()?;
+            // The caller closes when it has the answer.
+            connection.closed().await;
+            Some(())
+        };
+        if timeout(QUESTION_MAX, exchange).await.ok().flatten().is_none() {
+            tracing::debug!(remote = %connection.remote_address(), "a question at the gate came to nothing");
+        }
+    }
+
+    async fn answer(&self, question: Question, bearer: Option<&Bearer>) -> Answer {
+        let granted = match question {
+            Question::Join(join) => self.join(*join).await,
+            Question::Renew => self.renew(bearer).await,
+            Question::Rejoin => self.rejoin(bearer).await,
+            Question::Probe { .. } => Err(refused("this member does not probe")),
+        };
+        match granted {
+            Ok(granted) => Answer::Granted(Box::new(granted)),
+            Err(No::Refused(reason)) => {
+                tracing::warn!(reason, "a host is not let in");
+                Answer::Refused(reason)
+            }
+            Err(No::Unavailable(reason)) => Answer::Unavailable(reason),
+        }
+    }
+
+    async fn join(&self, join: Join) -> Result<Granted, No> {
+        let now = self.store.clock().now();
+        let offset_ms = now.0.abs_diff(join.clock.0);
+        if offset_ms > CLOCK_OFFSET_MAX_MS {
+            return Err(refused(format!(
+                "the host's clock is {} s off: run a time service (chrony) on it, then join again",
+                offset_ms / 1000
+            )));
+        }
+        for (what, word) in [("name", &join.name), ("site", &join.site), ("address", &join.address)] {
+            if word.len() > WORD_MAX || word.chars().any(char::is_control) {
+                return Err(refused(format!("the host's {what} is no word of at most {WORD_MAX} bytes")));
+            }
+        }
+        self.store.linearizable().await?;
+        let invite = InviteId(join.invite);
+        let eligible = self
+            .store
+            .read(|state| state.invites().get(&invite).is_some_and(|invite| invite.eligible));
+        match &join.hotkey {
+            Some(hotkey) if hotkey != self.signer.hotkey() => {
+                return Err(refused(format!(
+                    "this cluster belongs to the miner {}, and the host is configured for {hotkey}: one cluster is \
+                     one hotkey",
+                    self.signer.hotkey()
+                )));
+            }
+            None if eligible => {
+                return Err(refused(
+                    "the invitation makes the host a member, which needs the miner's seed: set miner.seed_file and \
+                     coordinator.enabled = true, or invite it without --eligible",
+                ));
+            }
+            Some(_) | None => {}
+        }
+        let command = Command::JoinHost {
+            id: invite,
+            secret_hash: token::secret_hash(&join.secret),
+            host: NewHost {
+                server: join.server.clone(),
+                name: join.name,
+                site: join.site,
+                address: join.address,
+                key_hash: key_hash(&join.public_key),
+            },
+        };
+        let member = match self.store.propose(command).await? {
+            Reply::Joined { member } => member,
+            other => return Err(refused(format!("unexpected reply {other:?}"))),
+        };
+        tracing::info!(server = %join.server, ?member, "a host has joined");
+        let names = Names {
+            server: join.server,
+            member,
+        };
+        self.grant(names, &join.public_key).await
+    }
+
+    async fn renew(&self, bearer: Option<&Bearer>) -> Result<Granted, No> {
+        let (record, bearer) = self.known(bearer).await?;
+        let names = Names {
+            server: record.host.server,
+            member: record.member,
+        };
+        self.grant(names, &bearer.public_key).await
+    }
+
+    async fn rejoin(&self, bearer: Option<&Bearer>) -> Result<Granted, No> {
+        let (record, bearer) = self.known(bearer).await?;
+        if record.member.is_none() {
+            return Err(refused("this host is no member: it has no store that could be lost"));
+        }
+        let server = record.host.server;
+        let command = Command::RejoinHost {
+            server: server.clone(),
+        };
+        let member = match self.store.propose(command).await? {
+            Reply::Joined { member } => member,
+            other => return Err(refused(format!("unexpected reply {other:?}"))),
+        };
+        tracing::info!(%server, ?member, "a member comes back without its store");
+        self.grant(Names { server, member }, &bearer.public_key).await
+    }
+
+    /// The host that asks with a certificate, as the state knows it now.
+    async fn known<'a>(&self, bearer: Option<&'a Bearer>) -> Result<(HostRecord, &'a Bearer), No> {
+        let bearer = bearer.ok_or_else(|| refused("this needs the certificate of a host"))?;
+        self.store.linearizable().await?;
+        self.store.read(|state| match state.standing(&bearer.key_hash) {
+            Standing::In(record) => Ok((record.clone(), bearer)),
+            Standing::Removed(record) => Err(refused(format!(
+                "host {} was removed: to come back, delete its data folder and join with a new invitation",
+                record.host.name
+            ))),
+            Standing::Unknown => Err(refused("the cluster does not know this host's key")),
+        })
+    }
+
+    /// A certificate for a host that is in.
+    async fn grant(&self, names: Names, public_key: &[u8]) -> Result<Granted, No> {
+        let (cluster, doors) = self.store.read(|state| {
+            let members = state.hosts().values();
+            let members = members.filter(|host| host.is_in() && host.member.is_some());
+            let doors: Vec<String> = members.map(|host| host.host.address.clone()).collect();
+            (state.cluster().cloned(), doors)
+        });
+        let cluster = cluster.ok_or_else(|| No::Unavailable("the cluster is not founded yet".to_owned()))?;
+        let key = self.signer.unseal(SealedKind::ClusterCaKey, &cluster.sealed_key).await;
+        let key = key.map_err(|error| No::Unavailable(format!("the authority's key: {error}")))?;
+        let key = String::from_utf8(key).map_err(|_| refused("the authority's key is damaged"))?;
+        let authority = Authority::from_pem(cluster.authority_pem.clone(), &key)
+            .map_err(|error| refused(error.to_string()))?;
+        let now = self.store.clock().now();
+        let certificate = authority.issue(&names, public_key, now);
+        Ok(Granted {
+            admission: Admission {
+                cluster: self.cluster.clone(),
+                server: names.server,
+                member: names.member,
+                doors,
+                certificate_until: now + LIFE_MS,
+                opened: false,
+            },
+            certificate_pem: certificate.map_err(|error| refused(error.to_string()))?,
+            authority_pem: cluster.authority_pem,
+        })
+    }
+}

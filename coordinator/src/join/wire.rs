@@ -1,0 +1,134 @@
+//! What is asked at the gate, one question on a stream of its own, and answered there. Frames are those of
+//! [`protocol::link`].
+
+use protocol::hotkey::Hotkey;
+use protocol::id::ServerId;
+use protocol::link::{Decoder, FrameError, encode};
+use protocol::time::UnixMillis;
+use quinn::{RecvStream, SendStream};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::Admission;
+
+/// Protocol name of the gate in the TLS handshake.
+pub const ALPN: &[u8] = b"chutes-join/1";
+
+/// A question to a member. The last two need the certificate of a host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// Let me in.
+    Join(Box<Join>),
+    /// Sign my key again: the certificate ends soon.
+    Renew,
+    /// I am a member that has lost its store: give me another member id.
+    Rejoin,
+    /// Send datagrams to this address, `host:port`, and say whether they come back.
+    Probe {
+        /// Where the asking host believes that it is reached.
+        address: String,
+    },
+}
+
+/// A host that wants to join.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// Which invitation.
+    pub invite: u128,
+    /// What proves that it was given to this host.
+    pub secret: [u8; 32],
+    /// The host's id.
+    pub server: ServerId,
+    /// Its name.
+    pub name: String,
+    /// Provider or place; empty if it has none.
+    pub site: String,
+    /// `host:port` where members would reach it.
+    pub address: String,
+    /// A point of P-256, uncompressed.
+    pub public_key: Vec<u8>,
+    /// Whose seed it has; none without one.
+    pub hotkey: Option<Hotkey>,
+    /// Its wall clock.
+    pub clock: UnixMillis,
+}
+
+impl std::fmt::Debug for Join {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Join")
+            .field("invite", &format_args!("{:032x}", self.invite))
+            .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a host is given.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Granted {
+    /// Its place.
+    pub admission: Admission,
+    /// Its certificate.
+    pub certificate_pem: String,
+    /// The authority's certificate.
+    pub authority_pem: String,
+}
+
+/// The answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// Yes.
+    Granted(Box<Granted>),
+    /// No, and why, for a person.
+    Refused(String),
+    /// Not now: another try, or another member, may do.
+    Unavailable(String),
+    /// Of a probe: how many of the datagrams came back.
+    Echoed {
+        /// Sent.
+        sent: u32,
+        /// Came back.
+        back: u32,
+    },
+}
+
+/// Why a message did not get through.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// What arrived is no message.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The stream broke.
+    #[error("the connection broke: {0}")]
+    Lost(String),
+}
+
+/// Writes one message and ends the stream.
+///
+/// # Errors
+/// [`Error`].
+pub async fn write(stream: &mut SendStream, message: &impl Serialize) -> Result<(), Error> {
+    let frame = encode(message)?;
+    let lost = |error: &dyn std::fmt::Display| Error::Lost(error.to_string());
+    stream.write_all(&frame).await.map_err(|error| lost(&error))?;
+    stream.finish().map_err(|error| lost(&error))
+}
+
+/// Reads one message.
+///
+/// # Errors
+/// [`Error`].
+pub async fn read<T: DeserializeOwned>(stream: &mut RecvStream) -> Result<T, Error> {
+    let lost = |error: &dyn std::fmt::Display| Error::Lost(error.to_string());
+    let mut decoder = Decoder::default();
+    while let Some(chunk) = stream
+        .read_chunk(64 * 1024, true)
+        .await
+        .map_err(|error| lost(&error))?
+    {
+        decoder.push(&chunk.bytes);
+        if let Some(message) = decoder.take_next()? {
+            return Ok(message);
+        }
+    }
+    Err(Error::Lost("it ended in the middle of a message".to_owned()))
+}

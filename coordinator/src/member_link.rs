@@ -1,0 +1,182 @@
+//! What members ask each other besides Raft, over the same connections.
+//!
+//! - Every member tells the leader which hosts are connected to it and what they reported (`Heard`): the leader
+//!   judges who is silent, and none of it goes through the log. The answer also shows the member that it is in touch
+//!   with a leader; a member that is not turns its hosts away, since it could tell them nothing new.
+//! - A request to the management API that only the leader can answer is passed on to it (`Request`).
+//!
+//! Frames are postcard with the version in front, as on the host link.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use protocol::link::Versioned;
+use replica::Replica;
+use replica::quic::Peers;
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::host_link::{Heard, Hub};
+
+/// Between two of `Heard`.
+const TELL_EVERY: Duration = Duration::from_secs(2);
+/// How long the leader may take to answer that.
+const TELL_MAX: Duration = Duration::from_secs(2);
+/// A member that was not in touch with a leader for so long turns its hosts away.
+const CUT_OFF_AFTER: Duration = Duration::from_secs(10);
+
+/// A request to the management API whose signature the asking member has checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// `GET` and so on.
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// The body.
+    pub body: Vec<u8>,
+    /// The hash of the signature, which the command that it authorises carries.
+    pub guard: Option<[u8; 32]>,
+    /// Whether the signature binds the whole request.
+    pub is_bound: bool,
+}
+
+/// Its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Response {
+    /// HTTP status.
+    pub status: u16,
+    /// JSON.
+    pub body: Vec<u8>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Question {
+    Heard(Vec<Heard>),
+    Request(Request),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum Answer {
+    Heard,
+    Response(Response),
+}
+
+/// Answers a request of the management API on the leader.
+pub type AnswerRequest = dyn Fn(Request) -> BoxFuture<'static, Response> + Send + Sync;
+
+/// The answering side.
+#[derive(Clone)]
+pub struct Answering {
+    /// Where what others hear is kept.
+    pub hub: Hub,
+    /// Tells whether this member leads.
+    pub replica: Replica,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// The management API.
+    pub requests: Arc<AnswerRequest>,
+}
+
+impl std::fmt::Debug for Answering {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Answering").finish_non_exhaustive()
+    }
+}
+
+fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, String> {
+    postcard::to_stdvec(&Versioned::V1(message)).map_err(|error| error.to_string())
+}
+
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
+    let read = postcard::from_bytes::<Versioned<T>>(bytes);
+    read.map(Versioned::into_latest).map_err(|error| error.to_string())
+}
+
+impl Answering {
+    /// Answers one question of a member.
+    ///
+    /// # Errors
+    /// For the asking member, in words.
+    pub async fn answer(self, from: u64, question: Vec<u8>) -> Result<Vec<u8>, String> {
+        if !self.replica.leads_now() {
+            return Err("this member does not lead".to_owned());
+        }
+        match decode(&question)? {
+            Question::Heard(hosts) => {
+                self.hub.hear_of(from, hosts, self.clock.now());
+                encode(&Answer::Heard)
+            }
+            Question::Request(request) => encode(&Answer::Response((self.requests)(request).await)),
+        }
+    }
+}
+
+/// The asking side.
+#[derive(Debug, Clone)]
+pub struct Asking {
+    /// The connections.
+    pub peers: Peers,
+    /// Tells who leads, and where that is.
+    pub replica: Replica,
+}
+
+impl Asking {
+    /// Another member that leads, with its address.
+    #[must_use]
+    pub fn leader(&self) -> Option<(u64, String)> {
+        let leader = self.replica.leadership().borrow().leader?;
+        if leader == self.replica.member() {
+            return None;
+        }
+        let address = self.replica.membership().address(leader)?.to_owned();
+        Some((leader, address))
+    }
+
+    async fn ask(&self, question: &Question, within: Duration) -> Result<Answer, String> {
+        let (leader, address) = self.leader().ok_or_else(|| "no other member leads".to_owned())?;
+        let answer = self.peers.ask(leader, &address, encode(question)?, within).await;
+        decode(&answer.map_err(|error| error.to_string())?)
+    }
+
+    /// Passes a request on to the leader.
+    ///
+    /// # Errors
+    /// Nobody leads, or the leader did not answer; the request may have been carried out.
+    pub async fn pass_on(&self, request: Request, within: Duration) -> Result<Response, String> {
+        match self.ask(&Question::Request(request), within).await? {
+            Answer::Response(response) => Ok(response),
+            Answer::Heard => Err("the leader answered another question".to_owned()),
+        }
+    }
+
+    /// Tells the leader what `hub` hears, until cancelled, and keeps `in_touch` right.
+    pub async fn tell(self, hub: Hub, in_touch: watch::Sender<bool>, cancel: CancellationToken) {
+        let mut ticks = interval(TELL_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = (None, 0);
+        let mut touched = Instant::now();
+        while cancel.run_until_cancelled(ticks.tick()).await.is_some() {
+            if self.replica.leads_now() {
+                touched = Instant::now();
+            } else {
+                let leader = self.leader().map(|(leader, _)| leader);
+                // Another leader knows nothing of what its predecessor was told.
+                let known = if told.0 == leader { told.1 } else { 0 };
+                let (hosts, news) = hub.heard_since(known);
+                match self.ask(&Question::Heard(hosts), TELL_MAX).await {
+                    Ok(_) => {
+                        told = (leader, news);
+                        touched = Instant::now();
+                    }
+                    Err(error) => tracing::debug!(error, "the leader was not told who is connected"),
+                }
+            }
+            let now = touched.elapsed() < CUT_OFF_AFTER;
+            in_touch.send_if_modified(|before| std::mem::replace(before, now) != now);
+        }
+    }
+}
