@@ -95,7 +95,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let clock: Arc<dyn Clock> = Arc::new(WallClock);
     let folder = config.link.certificates.clone();
     coordinator::join::Admission::read(&folder)?.ok_or(Error::NotJoined)?;
-    tokio::spawn(link::keep_certificate(folder, Arc::clone(&clock), shutdown.clone()));
+    tokio::spawn(link::keep_certificate(
+        folder,
+        Arc::clone(&clock),
+        shutdown.clone(),
+    ));
     let link = Box::new(Quic::new(config.link.clone(), Arc::clone(&clock)));
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use coordinator::clock::Clock;
-use coordinator::host_link::quic::transport;
+use coordinator::host_link::quic::{KEEP_ALIVE, transport};
 use coordinator::identity::{Identity, IdentityError};
 use coordinator::join::{Admission, client};
 
@@ -224,6 +224,7 @@ impl Quic {
         let mut transport = transport();
         // The host opens the only stream; the member opens none.
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        transport.keep_alive_interval(Some(KEEP_ALIVE));
         config.transport_config(Arc::new(transport));
         let addresses = tokio::net::lookup_host(member)
             .await

@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+mod doctor;
 mod restore;
 mod setup;
 
@@ -57,6 +58,9 @@ enum Command {
         /// The token
         token: String,
     },
+    /// Find what is wrong around this host
+    #[command(subcommand)]
+    Doctor(DoctorCommand),
     /// Come back into the cluster as a new member after the store of this one was lost
     Rejoin,
     /// Make this machine the only member of a lost cluster, with a snapshot of it
@@ -77,6 +81,12 @@ enum Command {
     #[cfg(feature = "dev")]
     #[command(hide = true)]
     ValidatorStandIn(Box<validator_stand_in::command::Arguments>),
+}
+
+#[derive(Debug, Subcommand)]
+enum DoctorCommand {
+    /// Whether UDP gets through between this host and the members, both ways
+    Net,
 }
 
 #[derive(Debug, Subcommand)]
@@ -122,6 +132,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
         Command::Join { token } => setup::join(&settings.sources(), &token),
+        Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
@@ -149,7 +160,6 @@ fn called_as_chute() -> bool {
     called_as.is_some_and(|path| path.file_name().is_some_and(|name| name == "chutes"))
 }
 
-#[cfg(feature = "dev")]
 fn multi_thread() -> anyhow::Result<tokio::runtime::Runtime> {
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.enable_all().build().context("start the async runtime")

@@ -65,7 +65,10 @@ pub(crate) fn init(mut sources: Sources) -> anyhow::Result<()> {
     } else {
         say("next: chutes-agent join TOKEN, with a token from `chutes-miner host invite` on a member")?;
     }
-    say(&format!("next: chutes-agent --config {} config check", file.display()))
+    say(&format!(
+        "next: chutes-agent --config {} config check",
+        file.display()
+    ))
 }
 
 /// Enters the cluster that a token invites to.
@@ -120,7 +123,9 @@ pub(crate) fn join(sources: &Sources, token: &str) -> anyhow::Result<()> {
         None => "a host without a vote".to_owned(),
     };
     let cluster = &granted.admission.cluster;
-    say(&format!("joined the cluster {cluster} as {what}: start the agent"))?;
+    say(&format!(
+        "joined the cluster {cluster} as {what}: start the agent"
+    ))?;
     if granted.admission.member.is_some() && !written.coordinator.enabled {
         say("it was invited as a member: set coordinator.enabled = true")?;
     }
@@ -154,7 +159,9 @@ pub(crate) fn rejoin(sources: &Sources) -> anyhow::Result<()> {
     }
     admission::keep(&folder, &granted)?;
     let member = granted.admission.member.unwrap_or_default();
-    say(&format!("comes back as member {member}: start the agent, and it learns everything anew"))
+    say(&format!(
+        "comes back as member {member}: start the agent, and it learns everything anew"
+    ))
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {

@@ -41,6 +41,7 @@ fn sections() -> Vec<(&'static str, &'static str, &'static str)> {
         ("egress", include_str!("../src/egress.rs"), "RawConfig"),
         ("cache", include_str!("../src/cache.rs"), "RawConfig"),
         ("runtime", written, "Runtime"),
+        ("raft", written, "Raft"),
         ("log", written, "Log"),
     ]
 }

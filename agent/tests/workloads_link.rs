@@ -11,6 +11,7 @@ use agent::link::{Config, Ends, Link, Quic};
 use axum::Router;
 use axum::http::{Method, Uri};
 use coordinator::clock::ManualClock;
+use coordinator::join::Admission;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, ServerId};
 use protocol::link::{ALPN, Decoder, FromHost, RegistryHeaders, ToHost, encode};
@@ -266,6 +267,15 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
     let authority = Authority::new();
     authority.write_host(data, &authority);
     let listener = authority.listen();
+    let admission = Admission {
+        cluster: "test-1".to_owned(),
+        server: ServerId::parse("server-1").expect("valid"),
+        member: None,
+        doors: Vec::new(),
+        certificate_until: UnixMillis(u64::MAX),
+        opened: false,
+    };
+    admission.write(data).expect("ours");
     std::fs::create_dir(data.join("run")).expect("ours");
     let (told, mut telling) = mpsc::channel(64);
     neighbour(&data.join("run/proof.sock"), told.clone());

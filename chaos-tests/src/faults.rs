@@ -1,6 +1,7 @@
 //! Faults for real processes, where a simulation cannot go: the network, the disk and the clock that they see.
 //!
 //! - `relay.rs`: a UDP relay that delays, loses, cuts one way or flaps; all traffic between members is QUIC;
+//! - `gate.rs`: a TCP relay that can be cut;
 //! - `network.rs`: hosts in network namespaces of their own, cut off from each other by nftables;
 //! - `fsync.rs`: a preloaded library that counts, slows and fails fsync;
 //! - `disk.rs`: a small file system that can be full;
@@ -16,6 +17,7 @@ use anyhow::Context;
 pub mod clock;
 pub mod disk;
 pub mod fsync;
+pub mod gate;
 pub mod network;
 pub mod relay;
 pub mod signal;

@@ -1,28 +1,37 @@
-//! The deterministic simulation: the coordinator's real leader, executor, host sessions and replica, between
-//! models of the hosts and of the validator, on simulated time. Everything follows from one seed.
+//! The deterministic simulation: three to five coordinator members with their real leaders, executors, host
+//! sessions and replicas, between models of the hosts and of the validator, on simulated time, network and
+//! randomness. Everything follows from one seed.
 //!
 //! ```text
-//! operator --propose--> Store --> Log --> Replica --> disks that lose power
-//!                         |                  +--> Machine, watched: invariants after every command
-//! hosts <--channels--> session::serve        Leader: executor, followers, scheduler, deadlines
-//!   |  chutes                                   |  ValidatorApi, Dial + websocket
+//! clients, operator --propose--> Store --> Log --> Replica <--network--> the other members' replicas
+//!                                   |                 |  disks that lose power
+//!                                   |                 +--> Machine, watched: invariants after every command
+//! hosts <--pipes--> session::serve on any member    member::lead: executor, followers, scheduler, membership
+//!   |  chutes                                          |  ValidatorApi, Dial + websocket
 //!   +-----claim, verify, activate-----> validator model
 //! ```
-//! In reading order: `recorder.rs` (trace, counts, violations), `clock.rs`, `disk.rs`, `watched.rs` (the state
-//! machine and the log under watch), `member.rs`, `validator.rs` with `api.rs` and `socket.rs`, `host.rs`,
-//! `operator.rs`, `market.rs` (what the validator does of itself), `fault.rs`, `liveness.rs`, `world.rs`.
+//! In reading order: `recorder.rs` (trace, counts, violations), `clock.rs`, `disk.rs`, `network.rs`, `ledger.rs`
+//! (the same state at the same index), `watched.rs` (the state machine and the log under watch), `member.rs`,
+//! `validator.rs` with `api.rs` and `socket.rs`, `host.rs`, `client.rs` with `founding.rs` and `operator.rs`,
+//! `market.rs` (what the validator does of itself), `fault.rs`, `plant.rs`, `liveness.rs`, `world.rs`.
 //!
-//! Not simulated: QUIC, the management API, redb's writer threads, several members.
+//! Not simulated: QUIC, the management API, redb's writer threads, identity and certificates. A member that
+//! stands still does so on the network only, see `network.rs`.
 
 mod api;
+mod client;
 mod clock;
 mod disk;
 mod fault;
+mod founding;
 mod host;
+mod ledger;
 mod liveness;
 mod market;
 mod member;
+mod network;
 mod operator;
+mod plant;
 mod recorder;
 mod socket;
 mod validator;
@@ -31,7 +40,7 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use coordinator_core::state_machine::Faults;
+pub use plant::{NAMES as PLANTS, Planted, planted};
 
 /// What to run.
 #[derive(Debug, Clone, Copy)]
@@ -42,8 +51,8 @@ pub struct Options {
     pub seconds: u64,
     /// Keep the lines of the trace, not only their hash.
     pub keep_trace: bool,
-    /// Faults planted in the state machine, to show that they are found.
-    pub planted: Faults,
+    /// Faults planted to show that they are found.
+    pub planted: Planted,
 }
 
 impl Options {
@@ -54,7 +63,7 @@ impl Options {
             seed,
             seconds: 120,
             keep_trace: false,
-            planted: Faults::none(),
+            planted: Planted::default(),
         }
     }
 }
@@ -64,13 +73,15 @@ impl Options {
 pub struct Report {
     /// Its seed.
     pub seed: u64,
+    /// How many members there were.
+    pub members: usize,
     /// Virtual time that passed, healing included, in ms.
     pub virtual_ms: u64,
     /// Injected faults by kind.
     pub faults: BTreeMap<&'static str, u64>,
-    /// Commands applied, replays after restarts included.
+    /// Commands applied; each counts once, on however many members.
     pub commands: u64,
-    /// Acknowledged writes that were looked for after restarts.
+    /// Acknowledged writes that were looked for in the state of every later leader.
     pub acknowledged: u64,
     /// What happened that makes a run worth its time, by kind.
     pub events: BTreeMap<&'static str, u64>,
@@ -97,49 +108,6 @@ impl Report {
             self.seed
         )
     }
-}
-
-/// The fault of the state machine with this name. Effects out of order are not among them: the executor takes
-/// the oldest of each subject, whatever the state machine would accept.
-///
-/// # Errors
-/// The names that there are.
-pub fn planted(name: &str) -> Result<Faults, String> {
-    let none = Faults::none();
-    let known = [
-        (
-            "double_allocation",
-            Faults {
-                double_allocation: true,
-                ..none
-            },
-        ),
-        (
-            "late_config_revives",
-            Faults {
-                late_config_revives: true,
-                ..none
-            },
-        ),
-        (
-            "gpu_freed_early",
-            Faults {
-                gpu_freed_early: true,
-                ..none
-            },
-        ),
-        (
-            "unknown_is_empty",
-            Faults {
-                unknown_is_empty: true,
-                ..none
-            },
-        ),
-    ];
-    let found = known.iter().find(|(other, _)| *other == name);
-    found
-        .map(|(_, faults)| *faults)
-        .ok_or_else(|| known.map(|(name, _)| name).join(", "))
 }
 
 /// Runs one seed to its end, or to its first violation.

@@ -1,4 +1,5 @@
-//! The storm: a development cluster in real processes, `kill -9` of one after the other at moments from a seed,
+//! The storm: a development cluster of three in real processes, `kill -9` of one process of the leading host after
+//! the other at moments from a seed,
 //! writes all the time, and what must hold in spite of it.
 //!
 //! ```text
@@ -18,11 +19,11 @@ use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use validator_stand_in::ledger::{Entry, Record};
 
-mod checks;
-mod cluster;
-mod doors;
-mod processes;
-mod writes;
+pub(crate) mod checks;
+pub(crate) mod cluster;
+pub(crate) mod doors;
+pub(crate) mod processes;
+pub(crate) mod writes;
 
 use checks::Endings;
 use cluster::{Cluster, Victim};
@@ -34,6 +35,8 @@ use writes::Promises;
 const SERVING_FIRST: usize = 2;
 /// Chutes that nothing here can run, for writes that change nothing else.
 const BANNED_CHUTES: usize = 4;
+/// Who writes at the same time.
+const WRITERS: usize = 2;
 const CALM_PATIENCE: Duration = Duration::from_secs(120);
 const RECOVERY_PATIENCE: Duration = Duration::from_secs(60);
 /// A kill comes at most so long after something was given to do, in ms: launches take about as long.
@@ -82,11 +85,12 @@ pub struct Report {
     development: Value,
 }
 
-/// `median` and `max`, or nothing.
-fn spread(times: &[u64]) -> Value {
+/// `median`, `p99` and `max`, or nothing.
+pub(crate) fn spread(times: &[u64]) -> Value {
     let mut times = times.to_vec();
     times.sort_unstable();
-    json!({ "count": times.len(), "median": times.get(times.len() / 2), "max": times.last() })
+    let p99 = times.get((times.len() * 99).div_ceil(100).saturating_sub(1));
+    json!({ "count": times.len(), "median": times.get(times.len() / 2), "p99": p99, "max": times.last() })
 }
 
 impl Report {
@@ -148,6 +152,7 @@ async fn shake(kills: u32, seed: u64, agent: &Path, folder: &Path) -> anyhow::Re
     let writer = tokio::spawn(writes::keep_writing(
         storm.doors.clone(),
         storm.promises.clone(),
+        WRITERS,
         stop.clone(),
     ));
     let mut random = fastrand::Rng::with_seed(seed);
@@ -329,7 +334,8 @@ impl Storm {
         let before = self.look_when_it_answers().await?;
         let kept_before: BTreeSet<String> = self.remember_running(&before);
         let ledger_before = self.ledger.last().map_or(0, |entry| entry.id);
-        let killed = until(RECOVERY_PATIENCE, || cluster.find(victim)).await;
+        let (host, _) = self.doors.leader().await?.context("nobody leads")?;
+        let killed = until(RECOVERY_PATIENCE, || cluster.find(&host, victim)).await;
         let killed = killed.context("there is no such process")?;
 
         let began = Instant::now();
@@ -338,7 +344,7 @@ impl Storm {
         *self.report.kills.entry(victim.subcommand()).or_default() += 1;
 
         let deadline = began + RECOVERY_PATIENCE;
-        while !self.doors.answers().await {
+        while self.doors.state().await.is_err() {
             cluster.must_run()?;
             anyhow::ensure!(Instant::now() < deadline, "the management API does not answer");
             sleep(ASK_EVERY).await;
@@ -346,7 +352,7 @@ impl Storm {
         if victim.takes_the_coordinator() {
             self.report.answers_ms.push(ms(began));
         }
-        let new = until(RECOVERY_PATIENCE, || cluster.find(victim)).await;
+        let new = until(RECOVERY_PATIENCE, || cluster.find(&host, victim)).await;
         new.context("it was not started again")?;
         self.report.started_ms.push(ms(began));
         if victim.takes_the_coordinator() {

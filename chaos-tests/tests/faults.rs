@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use chaos_tests::faults::fsync::Fsync;
+use chaos_tests::faults::gate::Gate;
 use chaos_tests::faults::network::Network;
 use chaos_tests::faults::probe;
 use chaos_tests::faults::relay::{Direction, Quality, Relay};
@@ -209,4 +210,45 @@ fn a_paused_process_stands_still_and_goes_on() {
     signal::kill(child.id()).unwrap();
     assert!(!child.wait().unwrap().success());
     assert!(signal::kill(child.id()).is_err(), "it is gone");
+}
+
+#[tokio::test]
+async fn a_relay_treats_clients_at_one_address_apart() {
+    let (relay, client) = through_a_relay(3).await;
+    let own = client.local_addr().expect("bound").ip();
+    relay.set_for([127, 77, 0, 1].into(), Direction::There, Quality::CUT);
+    assert!(answer(&client, b"another", SOON).await.is_some());
+    relay.set_for(own, Direction::There, Quality::CUT);
+    assert!(answer(&client, b"lost", NEVER).await.is_none());
+    relay.heal();
+    assert!(answer(&client, b"healed", SOON).await.is_some());
+}
+
+#[tokio::test]
+async fn a_gate_that_is_cut_keeps_what_it_is_given_until_it_is_healed() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let echo = tokio::net::TcpListener::bind("127.0.0.1:0")
+        .await
+        .expect("a free port");
+    let gate = Gate::start(echo.local_addr().expect("bound"))
+        .await
+        .expect("a free port");
+    tokio::spawn(async move {
+        let (mut stream, _) = echo.accept().await.expect("a client");
+        let (mut from, mut to) = stream.split();
+        let _ = tokio::io::copy(&mut from, &mut to).await;
+    });
+    let mut client = tokio::net::TcpStream::connect(gate.address())
+        .await
+        .expect("it listens");
+    let mut byte = [0];
+    client.write_all(b"1").await.expect("sent");
+    client.read_exact(&mut byte).await.expect("answered");
+    gate.cut(true);
+    client.write_all(b"2").await.expect("sent");
+    assert!(timeout(NEVER, client.read_exact(&mut byte)).await.is_err());
+    gate.cut(false);
+    let answered = timeout(SOON, client.read_exact(&mut byte)).await;
+    answered.expect("in time").expect("answered");
+    assert_eq!(&byte, b"2");
 }

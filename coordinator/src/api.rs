@@ -224,7 +224,10 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
     let routes = Router::new()
         .merge(guarded(reads.merge(on_leader(leader::reads())), Access::Read))
         .merge(guarded(writes, Access::Write))
-        .merge(guarded(bound_writes.merge(on_leader(leader::writes())), Access::BoundWrite))
+        .merge(guarded(
+            bound_writes.merge(on_leader(leader::writes())),
+            Access::BoundWrite,
+        ))
         .merge(open)
         // Without it the guards of the routes would answer for methods that no route has.
         .method_not_allowed_fallback(|| std::future::ready(StatusCode::METHOD_NOT_ALLOWED))

@@ -132,7 +132,12 @@ async fn admit(incoming: Incoming, services: Services) {
     let served = async {
         match (protocol.as_deref(), bearer.as_ref()) {
             (Some(JOIN_ALPN), bearer) => services.gate.serve(&connection, bearer).await,
-            (Some(MEMBER_ALPN), Some(Bearer { member: Some(member), .. })) => {
+            (
+                Some(MEMBER_ALPN),
+                Some(Bearer {
+                    member: Some(member), ..
+                }),
+            ) => {
                 let (replica, members) = (services.replica, services.members);
                 let of_replica = move |from, bytes: Vec<u8>| {
                     let replica = replica.clone();

@@ -129,7 +129,10 @@ impl Hub {
     /// These hosts are connected to another member.
     pub fn hear_of(&self, member: u64, hosts: Vec<Heard>, now: UnixMillis) {
         let mut inner = self.lock();
-        let mut before = inner.elsewhere.remove(&member).map_or_else(BTreeMap::new, |it| it.hosts);
+        let mut before = inner
+            .elsewhere
+            .remove(&member)
+            .map_or_else(BTreeMap::new, |it| it.hosts);
         let mut connected = BTreeMap::new();
         for Heard { server, report } in hosts {
             inner.heard.insert(server.clone(), now);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use replica::{Replica, RowChange, Start, StateMachine, Storage};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,7 +20,7 @@ use crate::door;
 use crate::executor::Validators;
 use crate::host_link::{Hub, headers, session};
 use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, key_hash, read_text};
-use crate::join::{Admission, Gate, client};
+use crate::join::{Admission, Gate, client, gate};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership;
@@ -112,7 +112,7 @@ pub async fn run(
     let mut random = fastrand::Rng::new();
     let scheduling = Scheduling::new(&config.strategy, config.tick_every)
         .map_err(|known| Error::Strategy(config.strategy.clone(), known))?;
-    let (admission, member) = admission(&config)?;
+    let (mut admission, member) = admission(&config)?;
     let identity = Identity::of_host(&config.identity)?;
     let founding = founding(&config, &admission, signer.as_ref()).await?;
     let endpoint = door::open(config.hosts_listen, &identity)?;
@@ -125,13 +125,13 @@ pub async fn run(
     let mut replica_config = replica::Config::new(&admission.cluster, member, storage);
     replica_config.address.clone_from(&config.advertise);
     replica_config.timing = config.timing;
-    replica_config.start = if founding.is_some() { Start::Found } else { Start::Join };
-    let replica = Replica::open(
-        replica_config,
-        Box::new(machine.clone()),
-        Arc::new(peers.clone()),
-    )
-    .await?;
+    replica_config.start = if founding.is_some() {
+        Start::Found
+    } else {
+        Start::Join
+    };
+    let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(peers.clone())).await?;
+    note_opened(&config, &mut admission)?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
 
@@ -154,7 +154,7 @@ pub async fn run(
     let services = TaskTracker::new();
     let stop = CancellationToken::new();
     let asking = member_link::Asking {
-        peers: peers.clone(),
+        peers: Arc::new(peers.clone()),
         replica: replica.clone(),
     };
     let (header_sets, header_sets_followed) = watch::channel(Vec::new());
@@ -223,6 +223,9 @@ pub async fn run(
             store: store.clone(),
             signer: Arc::clone(&signer),
             cluster: admission.cluster.clone(),
+            endpoint: endpoint.clone(),
+            identity: config.identity.clone(),
+            joins: Arc::new(Semaphore::new(gate::JOINS_MAX)),
         },
     };
     // Raft needs the door until the lead is handed over: it closes after the rest.
@@ -279,18 +282,25 @@ pub async fn run(
     Err(Error::Failed(reason))
 }
 
-/// This host's place in the cluster and its member id, noting that the store is in use from now on.
+/// This host's place in the cluster and its member id; refused when the store was opened once and is gone.
 fn admission(config: &Config) -> Result<(Admission, u64), Error> {
-    let mut admission = Admission::read(&config.identity)?.ok_or(Error::NotJoined)?;
+    let admission = Admission::read(&config.identity)?.ok_or(Error::NotJoined)?;
     let member = admission.member.ok_or(Error::NotEligible)?;
     let folder = config.data.join("raft");
-    if !admission.opened {
-        admission.opened = true;
-        admission.write(&config.identity)?;
-    } else if !folder.join("raft-log.redb").exists() {
+    if admission.opened && !folder.join("raft-log.redb").exists() {
         return Err(Error::StoreLost { member, folder });
     }
     Ok((admission, member))
+}
+
+/// Notes that the store is in use, before anybody is served: from now on others may count on what is in it. Not
+/// earlier: a store that could not be made, on a full disk say, is not lost.
+fn note_opened(config: &Config, admission: &mut Admission) -> Result<(), Error> {
+    if !admission.opened {
+        admission.opened = true;
+        admission.write(&config.identity)?;
+    }
+    Ok(())
 }
 
 /// The command that founds the cluster, on its founder, until the state holds the authority.
@@ -390,7 +400,7 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
 
 /// Leads whenever this member is the leader, until `stop`. `first` is written into the state before anything else:
 /// what the configuration says.
-pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
+pub async fn lead(mut leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
     let mut leadership = replica.leadership();
     loop {
         let waited = stop
@@ -401,10 +411,11 @@ pub async fn lead(leader: Leader, first: Vec<Command>, replica: Replica, stop: C
         };
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
+        let this_time = leader.next_time();
         let leading = async {
-            if write_first(&leader, &first, &ended).await {
+            if write_first(&this_time, &first, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
-                tokio::join!(leader.clone().run(ended.clone()), members);
+                tokio::join!(this_time.run(ended.clone()), members);
             }
         };
         let mut lost = leadership.clone();

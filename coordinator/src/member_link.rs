@@ -93,7 +93,8 @@ fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, String> {
 
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, String> {
     let read = postcard::from_bytes::<Versioned<T>>(bytes);
-    read.map(Versioned::into_latest).map_err(|error| error.to_string())
+    read.map(Versioned::into_latest)
+        .map_err(|error| error.to_string())
 }
 
 impl Answering {
@@ -115,11 +116,38 @@ impl Answering {
     }
 }
 
+/// Carries a question to another member and its answer back: QUIC, or a simulation's network.
+pub trait Carry: std::fmt::Debug + Send + Sync {
+    /// Asks `member` at `address`; gives up after `within`.
+    fn ask<'a>(
+        &'a self,
+        member: u64,
+        address: &'a str,
+        question: Vec<u8>,
+        within: Duration,
+    ) -> BoxFuture<'a, Result<Vec<u8>, String>>;
+}
+
+impl Carry for Peers {
+    fn ask<'a>(
+        &'a self,
+        member: u64,
+        address: &'a str,
+        question: Vec<u8>,
+        within: Duration,
+    ) -> BoxFuture<'a, Result<Vec<u8>, String>> {
+        Box::pin(async move {
+            let answer = Self::ask(self, member, address, question, within).await;
+            answer.map_err(|error| error.to_string())
+        })
+    }
+}
+
 /// The asking side.
 #[derive(Debug, Clone)]
 pub struct Asking {
     /// The connections.
-    pub peers: Peers,
+    pub peers: Arc<dyn Carry>,
     /// Tells who leads, and where that is.
     pub replica: Replica,
 }
@@ -139,7 +167,7 @@ impl Asking {
     async fn ask(&self, question: &Question, within: Duration) -> Result<Answer, String> {
         let (leader, address) = self.leader().ok_or_else(|| "no other member leads".to_owned())?;
         let answer = self.peers.ask(leader, &address, encode(question)?, within).await;
-        decode(&answer.map_err(|error| error.to_string())?)
+        decode(&answer?)
     }
 
     /// Passes a request on to the leader.

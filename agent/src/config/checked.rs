@@ -347,16 +347,24 @@ pub fn joining(written: &Written) -> Result<Joining, String> {
 fn advertised(written: &Written) -> Result<String, String> {
     let (settings, listen) = (&written.coordinator, written.coordinator.hosts_listen);
     if let Some(address) = settings.advertise.as_deref() {
-        let port = address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+        let port = address
+            .rsplit_once(':')
+            .and_then(|(_, port)| port.parse::<u16>().ok());
         return match port {
             Some(port) if port != 0 => Ok(address.to_owned()),
-            _ => Err(format!("{address:?}: write \"address:port\", such as \"192.0.2.1:4433\"")),
+            _ => Err(format!(
+                "{address:?}: write \"address:port\", such as \"192.0.2.1:4433\""
+            )),
         };
     }
     if !listen.ip().is_unspecified() {
         return Ok(listen.to_string());
     }
-    let address = written.host.address.as_deref().filter(|address| !address.trim().is_empty());
+    let address = written
+        .host
+        .address
+        .as_deref()
+        .filter(|address| !address.trim().is_empty());
     let address = address.ok_or(
         "is missing: where other machines reach coordinator.hosts_listen, as \"address:port\"; host.address would do too",
     )?;

@@ -299,9 +299,7 @@ pub struct Raft {
 
 impl Default for Raft {
     fn default() -> Self {
-        Self {
-            timing: Timing::Auto,
-        }
+        Self { timing: Timing::Auto }
     }
 }
 

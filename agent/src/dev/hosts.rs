@@ -81,7 +81,9 @@ impl Hosts {
     pub(super) async fn join(&mut self, miner: &Miner, account: &mut Account) -> anyhow::Result<()> {
         for host in self.hosts.iter_mut().filter(|host| host.child.is_none()) {
             let invited = miner.post("/hosts/invites", &json!({ "eligible": true })).await?;
-            let token = invited["token"].as_str().context("an invitation without a token")?;
+            let token = invited["token"]
+                .as_str()
+                .context("an invitation without a token")?;
             let mut command = Command::new(std::env::current_exe().context("find this executable")?);
             command.arg("join").arg(token);
             command.arg("--config").arg(host.folder.join("config.toml"));
@@ -144,7 +146,9 @@ impl Hosts {
     /// Starts agents that have ended again, as systemd or Kubernetes would.
     pub(super) fn restart_dead(&mut self, account: &mut Account) -> anyhow::Result<()> {
         for host in &mut self.hosts {
-            let Some(child) = host.child.as_mut() else { continue };
+            let Some(child) = host.child.as_mut() else {
+                continue;
+            };
             if let Some(status) = child.try_wait()? {
                 account.restarted(&host.name, &status.to_string());
                 *child = spawn(&host.folder)?;

@@ -78,7 +78,9 @@ impl Miner {
         let raft = self.get("/v1/raft").await?;
         let members = raft["members"].as_array().map_or(&[][..], Vec::as_slice);
         let leader = members.iter().find(|member| member["leads"] == true);
-        Ok(leader.and_then(|member| member["host"].as_str()).map(str::to_owned))
+        Ok(leader
+            .and_then(|member| member["host"].as_str())
+            .map(str::to_owned))
     }
 
     fn request(&self, method: Method, path: &str, body: Option<&[u8]>) -> reqwest::RequestBuilder {

@@ -99,10 +99,8 @@ impl SocketGaps {
                     self.longest_ms = self.longest_ms.max(at.since(since));
                 }
             }
-            Record::SocketClosed { session, .. } => {
-                if self.open.remove(session) && self.open.is_empty() {
-                    self.none_since = Some(at);
-                }
+            Record::SocketClosed { session, .. } if self.open.remove(session) && self.open.is_empty() => {
+                self.none_since = Some(at);
             }
             _ => {}
         }

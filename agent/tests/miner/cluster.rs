@@ -88,8 +88,7 @@ impl Miner {
             if index == 0 {
                 let id = ServerId::parse(&format!("{name}.test")).expect("an id");
                 let door = member.hosts.to_string();
-                admission::found(&home.join("host"), "test", &id, &door, WallClock.now())
-                    .expect("a cluster");
+                admission::found(&home.join("host"), "test", &id, &door, WallClock.now()).expect("a cluster");
             }
             hosts.push(home);
         }
@@ -123,9 +122,17 @@ impl Miner {
         .await;
         let token = invited["token"].as_str().expect("an invitation has a token");
         let mut join = Command::new(env!("CARGO_BIN_EXE_chutes-agent"));
-        join.args(["join", token, "--config"]).arg(home.join("config.toml"));
-        let joined = timeout(PATIENCE, join.output()).await.expect("soon").expect("it runs");
-        assert!(joined.status.success(), "{}", String::from_utf8_lossy(&joined.stderr));
+        join.args(["join", token, "--config"])
+            .arg(home.join("config.toml"));
+        let joined = timeout(PATIENCE, join.output())
+            .await
+            .expect("soon")
+            .expect("it runs");
+        assert!(
+            joined.status.success(),
+            "{}",
+            String::from_utf8_lossy(&joined.stderr)
+        );
         let agent = spawn(&home);
         self.hosts.push(Host { folder: home, agent });
     }
@@ -308,7 +315,6 @@ address = "{address}"
 coordinator = "{coordinator}"
 [coordinator]
 enabled = {is_member}
-cluster = "test"
 hosts_listen = "{hosts}"
 api_listen = "{api}"
 tick = "1s"

@@ -16,7 +16,7 @@ const VALIDATOR: &str = "5Dt7HZ7Zpw4DppPxFM7Ke3Cm7sDAWhsZXmM5ZAmE7dSVJbcQ";
 /// Far above what is needed, on machines that have much else to do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A data folder with a configuration whose ports are all free ones.
+/// A data folder with a configuration whose ports are all free ones, and a cluster of one.
 pub(crate) fn prepare(folder: &Path, validator: &str) {
     use std::os::unix::fs::PermissionsExt as _;
     let seed = folder.join("seed");
@@ -62,7 +62,15 @@ format = "json"
         data = folder.join("data").display(),
         seed = seed.display(),
     );
-    std::fs::write(folder.join("config.toml"), config).expect("our own folder");
+    let file = folder.join("config.toml");
+    std::fs::write(&file, config).expect("our own folder");
+    let mut init = std::process::Command::new(env!("CARGO_BIN_EXE_chutes-agent"));
+    let init = init
+        .args(["init", "--config"])
+        .arg(&file)
+        .output()
+        .expect("the program runs");
+    assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
 }
 
 /// A running agent, and the lines that it and its children log.

@@ -20,6 +20,7 @@ const ORDERS: &[Order] = &[
                 "observe",
                 "lifecycle",
                 "enrolment",
+                "joining",
                 "restoring",
                 "upgrading",
             ],
@@ -29,7 +30,7 @@ const ORDERS: &[Order] = &[
             &["command", "outbox"],
             &["effect"],
             // The nouns know nothing of the state; a noun may name another noun's key.
-            &["job", "server", "deployment", "format"],
+            &["job", "server", "deployment", "host", "format"],
             &["chute"],
             &["table"],
         ],
@@ -50,7 +51,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "restore"],
+            &["main", "setup", "doctor", "restore"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

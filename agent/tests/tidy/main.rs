@@ -65,6 +65,7 @@ const SEAMS: &[&str] = &[
 /// Files of the product that open or accept connections. All others are handed streams, or know only bytes.
 const DOORS: &[&str] = &[
     "agent/src/data_plane.rs",
+    "agent/benches/replication/load.rs",
     "agent/src/egress.rs",
     "agent/src/egress/network.rs",
     "agent/src/egress/proxy.rs",
@@ -79,8 +80,12 @@ const DOORS: &[&str] = &[
     "agent/src/signer.rs",
     "coordinator/replica/src/quic.rs",
     "coordinator/src/api.rs",
+    "coordinator/src/door.rs",
     "coordinator/src/host_link/quic.rs",
-    "coordinator/src/identity.rs",
+    "coordinator/src/identity/certificate.rs",
+    "coordinator/src/join/client.rs",
+    "coordinator/src/join/gate.rs",
+    "coordinator/src/join/wire.rs",
     "coordinator/src/member.rs",
     "coordinator/src/signer/client.rs",
     "coordinator/src/validator/socket/dial.rs",

@@ -4,7 +4,7 @@
 //! in memory for as long as they are delayed; how many is bounded, as in a real router.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +81,8 @@ struct Shared {
 struct Inner {
     there: Quality,
     back: Quality,
+    /// Of clients at these addresses, instead: there, back.
+    special: BTreeMap<IpAddr, (Quality, Quality)>,
     random: fastrand::Rng,
     counts: Counts,
 }
@@ -91,11 +93,16 @@ impl Shared {
     }
 
     /// When a datagram arrives; never if it is lost.
-    fn fate(&self, direction: Direction) -> Option<Instant> {
+    fn fate(&self, client: IpAddr, direction: Direction) -> Option<Instant> {
         let mut inner = self.lock();
+        let (there, back) = inner
+            .special
+            .get(&client)
+            .copied()
+            .unwrap_or((inner.there, inner.back));
         let quality = match direction {
-            Direction::There => inner.there,
-            Direction::Back => inner.back,
+            Direction::There => there,
+            Direction::Back => back,
         };
         if quality.cut || inner.random.f64() < quality.loss {
             inner.counts.lost += 1;
@@ -121,6 +128,7 @@ impl Relay {
             inner: Mutex::new(Inner {
                 there: Quality::default(),
                 back: Quality::default(),
+                special: BTreeMap::new(),
                 random: fastrand::Rng::with_seed(seed),
                 counts: Counts::default(),
             }),
@@ -156,6 +164,23 @@ impl Relay {
         self.set(Direction::Back, quality);
     }
 
+    /// Changes one direction for clients at one address, whatever holds for all others.
+    pub fn set_for(&self, client: IpAddr, direction: Direction, quality: Quality) {
+        let mut inner = self.shared.lock();
+        let all = (inner.there, inner.back);
+        let (there, back) = inner.special.entry(client).or_insert(all);
+        match direction {
+            Direction::There => *there = quality,
+            Direction::Back => *back = quality,
+        }
+    }
+
+    /// Everything passes at once from now on, for all clients.
+    pub fn heal(&self) {
+        self.shared.lock().special.clear();
+        self.set_both(Quality::default());
+    }
+
     /// How many there were so far, both ways together.
     #[must_use]
     pub fn counts(&self) -> Counts {
@@ -189,10 +214,10 @@ async fn relay(door: Arc<UdpSocket>, shared: Arc<Shared>) {
             tasks.spawn(deliver(waiting_back, move |bytes: &[u8]| {
                 let _ = to_client.try_send_to(bytes, client);
             }));
-            tasks.spawn(take_back(upstream, back, Arc::clone(&shared)));
+            tasks.spawn(take_back(upstream, client.ip(), back, Arc::clone(&shared)));
             clients.insert(client, there);
         }
-        if let (Some(there), Some(at)) = (clients.get(&client), shared.fate(Direction::There)) {
+        if let (Some(there), Some(at)) = (clients.get(&client), shared.fate(client.ip(), Direction::There)) {
             // A full queue loses it.
             let _ = there.try_send((at, buffer[..bytes].to_vec()));
         }
@@ -205,14 +230,19 @@ async fn upstream(target: SocketAddr) -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
-async fn take_back(upstream: Arc<UdpSocket>, back: mpsc::Sender<Datagram>, shared: Arc<Shared>) {
+async fn take_back(
+    upstream: Arc<UdpSocket>,
+    client: IpAddr,
+    back: mpsc::Sender<Datagram>,
+    shared: Arc<Shared>,
+) {
     let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
     loop {
         // A target that does not listen answers with an error; it may listen later.
         let Ok(bytes) = upstream.recv(&mut buffer).await else {
             continue;
         };
-        if let Some(at) = shared.fate(Direction::Back)
+        if let Some(at) = shared.fate(client, Direction::Back)
             && let Err(mpsc::error::TrySendError::Closed(_)) = back.try_send((at, buffer[..bytes].to_vec()))
         {
             return;

@@ -21,6 +21,9 @@ use tokio::time::sleep;
 
 use super::validator::{Config, Inner, Instance, Node, Task, Validator};
 
+/// A call that gets no answer for so long has failed.
+const CALL_MAX: Duration = Duration::from_secs(15);
+
 /// What the network does to one call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Luck {
@@ -82,20 +85,26 @@ impl Validator {
     }
 
     async fn call<T>(&self, what: &'static str, deed: impl FnOnce(&Self) -> Result<T> + Send) -> Result<T> {
+        if let Some((member, network)) = &self.seen_by {
+            network.check_acts(*member, what);
+        }
         let (luck, before, after) = self.luck(what);
         sleep(before).await;
+        if !self.is_reached(CALL_MAX).await {
+            return Err(unreachable());
+        }
         match luck {
             Luck::Refused(status) => return Err(refused(status, "simulated")),
             Luck::Unreachable => return Err(unreachable()),
             Luck::Timeout => {
-                sleep(Duration::from_secs(15)).await;
+                sleep(CALL_MAX).await;
                 return Err(unreachable());
             }
             Luck::Good | Luck::AnswerLost => {}
         }
         let done = deed(self);
         sleep(after).await;
-        if luck == Luck::AnswerLost {
+        if luck == Luck::AnswerLost || !self.is_reached(CALL_MAX).await {
             return Err(unreachable());
         }
         done

@@ -11,22 +11,46 @@ pub(super) struct Disk(Arc<Mutex<DiskState>>);
 
 /// The power of a machine: its disks lose it at the same moment.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Power(Arc<Mutex<Option<u64>>>);
+pub(super) struct Power(Arc<Mutex<Supply>>);
+
+#[derive(Debug, Default)]
+enum Supply {
+    #[default]
+    Good,
+    /// It goes after so many more writes and syncs.
+    GoesAfter(u64),
+    /// The power stays, but no sync succeeds.
+    NoSync,
+}
 
 impl Power {
-    /// Fails after that many more writes and syncs; `None` is never.
-    pub(super) fn fail_after(&self, steps: Option<u64>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = steps;
+    fn supply(&self) -> std::sync::MutexGuard<'_, Supply> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn step(&self) -> io::Result<()> {
-        match &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(0) => Err(io::Error::other("the power is gone")),
-            Some(left) => {
+    /// Fails after that many more writes and syncs.
+    pub(super) fn fail_after(&self, steps: u64) {
+        *self.supply() = Supply::GoesAfter(steps);
+    }
+
+    /// Fails every sync from now on.
+    pub(super) fn fail_syncs(&self) {
+        *self.supply() = Supply::NoSync;
+    }
+
+    fn restore(&self) {
+        *self.supply() = Supply::Good;
+    }
+
+    fn step(&self, is_sync: bool) -> io::Result<()> {
+        match &mut *self.supply() {
+            Supply::GoesAfter(0) => Err(io::Error::other("the power is gone")),
+            Supply::GoesAfter(left) => {
                 *left -= 1;
                 Ok(())
             }
-            None => Ok(()),
+            Supply::NoSync if is_sync => Err(io::Error::other("the disk does not sync")),
+            Supply::NoSync | Supply::Good => Ok(()),
         }
     }
 }
@@ -152,7 +176,7 @@ impl StorageBackend for Mounted {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         let mut state = self.state()?;
-        state.power.step()?;
+        state.power.step(false)?;
         let length = Change::Length(len);
         change(&mut state.current, &length);
         state.unsynced.push(length);
@@ -161,7 +185,7 @@ impl StorageBackend for Mounted {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.state()?;
-        state.power.step()?;
+        state.power.step(true)?;
         let state = &mut *state;
         for unsynced in state.unsynced.drain(..) {
             change(&mut state.synced, &unsynced);
@@ -171,7 +195,7 @@ impl StorageBackend for Mounted {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.state()?;
-        state.power.step()?;
+        state.power.step(false)?;
         let write = Change::Write(offset, data.to_vec());
         change(&mut state.current, &write);
         state.unsynced.push(write);
@@ -183,9 +207,9 @@ impl StorageBackend for Mounted {
 #[derive(Debug, Clone)]
 pub(super) struct Disks {
     pub(super) power: Power,
-    pub(super) log: Disk,
-    pub(super) state: Disk,
-    pub(super) snapshots: MemorySnapshots,
+    log: Disk,
+    state: Disk,
+    snapshots: MemorySnapshots,
 }
 
 impl Disks {
@@ -211,7 +235,7 @@ impl Disks {
 
     /// The machine comes back after a loss of power.
     pub(super) fn restart(&self) {
-        self.power.fail_after(None);
+        self.power.restore();
         self.log.restart();
         self.state.restart();
     }

@@ -1,5 +1,5 @@
 //! A host model: it keeps the desired set, starts and stops workloads with delays, and reports, over a link
-//! that is cut and made again. Its chutes claim, verify and activate themselves at the validator.
+//! that is cut and made again, with any member. Its chutes claim, verify and activate themselves at the validator.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,7 +18,8 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::clock::SimulatedClock;
-use super::member::Member;
+use super::member::Members;
+use super::network::{Network, Place};
 use super::recorder::Recorder;
 use super::validator::Validator;
 
@@ -26,6 +27,14 @@ use super::validator::Validator;
 const MESSAGES_MAX: usize = 16;
 /// A report is sent again so often although nothing has changed.
 const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// For a new connection.
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// A member that is silent for so long is left for another one.
+const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// Between two looks whether it is.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// The other end gives a silent connection up after so long.
+const IDLE_MAX: Duration = Duration::from_secs(20);
 
 /// What runs, or did.
 #[derive(Debug)]
@@ -61,6 +70,60 @@ struct Shared {
     clock: Arc<SimulatedClock>,
     inner: Mutex<Inner>,
     changed: Notify,
+    /// A planted fault.
+    revision_not_checked: bool,
+}
+
+/// The way between a host and the member that it is connected to.
+#[derive(Debug, Clone)]
+struct Way {
+    network: Network,
+    member: Place,
+}
+
+impl Way {
+    async fn is_open(&self) -> bool {
+        self.network
+            .until_it_passes(Place::Hosts, self.member, CONNECT_MAX)
+            .await
+            && self.network.passes(self.member, Place::Hosts)
+    }
+
+    /// Returns when nothing has passed for a while.
+    async fn is_silent(&self) {
+        loop {
+            sleep(LOOK_EVERY).await;
+            let there = self
+                .network
+                .until_it_passes(Place::Hosts, self.member, SILENCE_MAX);
+            if !there.await {
+                return;
+            }
+            let back = self
+                .network
+                .until_it_passes(self.member, Place::Hosts, SILENCE_MAX);
+            if !back.await {
+                return;
+            }
+        }
+    }
+
+    /// Messages in order, each when it passes.
+    fn pipe<T: Send + 'static>(&self, from: Place, to: Place) -> (mpsc::Sender<T>, mpsc::Receiver<T>) {
+        let (sender, mut sent) = mpsc::channel(MESSAGES_MAX);
+        let (deliver, receiver) = mpsc::channel(MESSAGES_MAX);
+        let network = self.network.clone();
+        tokio::spawn(async move {
+            while let Some(message) = sent.recv().await {
+                sleep(Duration::from_millis(2)).await;
+                if !network.until_it_passes(from, to, IDLE_MAX).await || deliver.send(message).await.is_err()
+                {
+                    return;
+                }
+            }
+        });
+        (sender, receiver)
+    }
 }
 
 /// Why a workload's life ended before it was stopped.
@@ -74,6 +137,7 @@ impl Host {
         validator: Validator,
         clock: Arc<SimulatedClock>,
         random: fastrand::Rng,
+        revision_not_checked: bool,
     ) -> Self {
         let devices = (0..gpu_count).map(|gpu| DeviceInfo {
             uuid: GpuId::from_device_uuid(&format!("{number:02x}{gpu:02x}{}", "0".repeat(28)))
@@ -111,6 +175,7 @@ impl Host {
             clock,
             inner: Mutex::new(inner),
             changed: Notify::new(),
+            revision_not_checked,
         }))
     }
 
@@ -181,28 +246,38 @@ impl Host {
         }
     }
 
-    /// Keeps a link to the member for ever.
-    pub(super) async fn run(self, member: Member) {
+    /// Keeps a link to some member for ever, and moves to another one when it is silent.
+    pub(super) async fn run(self, members: Members, network: Network) {
         loop {
             self.while_paused().await;
-            let (up, incoming) = mpsc::channel(MESSAGES_MAX);
-            let (outgoing, down) = mpsc::channel(MESSAGES_MAX);
-            let me = self.server().clone();
-            let recorder = self.0.recorder.clone();
-            let served = member.serve(|context| async move {
-                let name = me.clone();
-                let end = Box::pin(session::serve(context, move |id| *id == me, incoming, outgoing)).await;
-                recorder.note(format_args!("session of {name} ends: {end:?}"));
-            });
-            if served {
-                self.0.recorder.event("sessions");
-                self.talk(up, down).await;
+            let member = members.any(&mut self.lock().random).clone();
+            let way = Way {
+                network: network.clone(),
+                member: Place::Member(member.number()),
+            };
+            if way.is_open().await {
+                let (up, incoming) = way.pipe(Place::Hosts, way.member);
+                let (outgoing, down) = way.pipe(way.member, Place::Hosts);
+                let me = self.server().clone();
+                let recorder = self.0.recorder.clone();
+                let served = member.serve(|context| async move {
+                    let name = me.clone();
+                    let end =
+                        Box::pin(session::serve(context, move |id| *id == me, incoming, outgoing)).await;
+                    recorder.note(format_args!("session of {name} ends: {end:?}"));
+                });
+                if served {
+                    self.0.recorder.event("sessions");
+                    let what = format!("{}: connected to member {}", self.server(), member.number());
+                    self.0.recorder.note(what);
+                    self.talk(up, down, &way).await;
+                }
             }
-            sleep(self.draw_ms(200..3000)).await;
+            sleep(self.draw_ms(200..2000)).await;
         }
     }
 
-    async fn talk(&self, up: mpsc::Sender<FromHost>, mut down: mpsc::Receiver<ToHost>) {
+    async fn talk(&self, up: mpsc::Sender<FromHost>, mut down: mpsc::Receiver<ToHost>, way: &Way) {
         let link = CancellationToken::new();
         let hello = {
             let mut inner = self.lock();
@@ -231,11 +306,15 @@ impl Host {
                     }
                     return;
                 }
+                () = way.is_silent() => {
+                    self.0.recorder.note(format_args!("{}: the member is silent", self.server()));
+                    return;
+                }
                 message = down.recv() => {
                     self.while_paused().await;
                     match message {
                         Some(ToHost::Desired { fence, workloads }) => self.take(fence, workloads),
-                        Some(ToHost::RegistryHeaders(_)) => {}
+                        Some(ToHost::RegistryHeaders(_) | ToHost::Doors(_)) => {}
                         None => return,
                     }
                 }
@@ -252,11 +331,18 @@ impl Host {
     /// Takes a set over unless it is of a lower fence, and makes it true.
     fn take(&self, fence: Fence, workloads: Vec<WorkloadSpec>) {
         let mut inner = self.lock();
-        if fence < inner.fence {
+        if fence < inner.fence && !self.0.revision_not_checked {
+            self.0.recorder.event("sets of a lower fence refused");
             self.0
                 .recorder
                 .note(format_args!("{}: set {fence} refused", self.server()));
             return;
+        }
+        if fence < inner.fence {
+            let (me, newer) = (self.server(), inner.fence);
+            self.0
+                .recorder
+                .violation(format_args!("{me} took set {fence} after {newer}"));
         }
         inner.fence = fence;
         inner.desired = workloads

@@ -1,5 +1,5 @@
-//! The only member: opened on the same disks life after life, killed at once or by a loss of power in the
-//! middle of a write.
+//! A member: opened on the same disks life after life, killed at once or by a loss of power in the middle of a
+//! write. Each life runs what a real one runs: sessions of hosts, and `member::lead`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,47 +8,47 @@ use std::time::Duration;
 use coordinator::executor::Validators;
 use coordinator::host_link::{Hub, session};
 use coordinator::leader::{Leader, Listings, Scheduling};
-use coordinator::member::ReplicatedLog;
+use coordinator::member::{self, ReplicatedLog};
+use coordinator::member_link::{Answering, Asking, Response};
 use coordinator::signer::Sign;
 use coordinator::store::{Machine, Store};
-use coordinator::validator::Directory;
-use coordinator::validator::socket::Dial;
+use coordinator::validator::{Directory, ValidatorApi};
+use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::command::PayProfile;
-use coordinator_core::state_machine::{Command, Faults};
+use futures_util::FutureExt;
 use protocol::link::RegistryHeaders;
-use replica::{Config, Health, Pace, Replica, SnapshotPolicy, Timing, Writer};
+use replica::{Config, Health, Pace, Replica, SnapshotPolicy, Start, Timing, Writer};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::Planted;
 use super::clock::SimulatedClock;
 use super::disk::Disks;
+use super::ledger::Ledger;
+use super::network::{Door, End, Network, address_of};
 use super::recorder::Recorder;
+use super::socket::ModelDial;
 use super::validator::Validator;
 use super::watched::{Oracle, Watched, WatchedLog};
 
-/// One voter beats for nobody; slower beats cost fewer steps.
-const TIMING: Pace = Pace {
-    heartbeat_ms: 2_000,
-    election_min_ms: 6_000,
-    election_max_ms: 12_000,
-};
+/// Slower than in production, since every beat is a step: failover takes about two seconds.
+const TIMING: Pace = Pace::of_heartbeat(250);
 
-/// What every life of the member is made of.
+/// What all members are made of.
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) recorder: Recorder,
     pub(super) clock: Arc<SimulatedClock>,
     pub(super) signer: Arc<dyn Sign>,
     pub(super) directory: Directory,
-    pub(super) validators: Arc<Validators>,
-    pub(super) dial: Arc<dyn Dial>,
     pub(super) validator: Validator,
-    pub(super) planted: Faults,
+    pub(super) network: Network,
+    pub(super) planted: Planted,
     pub(super) pay_profile: PayProfile,
-    pub(super) disks: Disks,
     pub(super) oracle: Oracle,
+    pub(super) ledger: Ledger,
 }
 
 /// The member; clones are the same one.
@@ -57,31 +57,38 @@ pub(super) struct Member(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    parts: Parts,
+    number: u64,
+    parts: Arc<Parts>,
+    disks: Disks,
     random: Mutex<fastrand::Rng>,
     life: Mutex<Option<Life>>,
-    killed: Notify,
-    power_goes: AtomicBool,
+    killed: Arc<Notify>,
+    /// Its disks are about to fail.
+    is_doomed: AtomicBool,
 }
 
 /// A member that is up.
 #[derive(Debug)]
 struct Life {
-    store: Store,
+    machine: Machine,
+    replica: Replica,
     context: session::Context,
-    /// Sessions end with it. It stays empty: hosts are models and pull nothing.
+    /// Sessions end with them. They stay empty: hosts are models, which pull nothing and know the members.
     _header_sets: watch::Sender<Vec<RegistryHeaders>>,
+    _doors: watch::Sender<Vec<String>>,
     tasks: Vec<AbortHandle>,
 }
 
 impl Member {
-    pub(super) fn new(parts: Parts, random: fastrand::Rng) -> Self {
+    pub(super) fn new(number: u64, parts: Arc<Parts>, mut random: fastrand::Rng) -> Self {
         Self(Arc::new(Shared {
+            number,
             parts,
+            disks: Disks::new(random.u64(..)),
             random: Mutex::new(random),
             life: Mutex::new(None),
-            killed: Notify::new(),
-            power_goes: AtomicBool::new(false),
+            killed: Arc::default(),
+            is_doomed: AtomicBool::new(false),
         }))
     }
 
@@ -93,18 +100,43 @@ impl Member {
         draw(&mut self.0.random.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The store, while the member is up.
-    pub(super) fn store(&self) -> Option<Store> {
-        self.life().as_ref().map(|life| life.store.clone())
+    pub(super) fn number(&self) -> u64 {
+        self.0.number
     }
 
-    /// Starts a host's session, which dies with the member; none while it is down.
+    /// The store, while the member is up.
+    pub(super) fn store(&self) -> Option<Store> {
+        self.life().as_ref().map(|life| life.context.store.clone())
+    }
+
+    /// Whether it has heard of one in this life.
+    pub(super) fn knows_a_leader(&self) -> bool {
+        self.inside()
+            .is_some_and(|(_, replica)| replica.leadership().borrow().leader.is_some())
+    }
+
+    /// Machine and replica, while the member is up.
+    pub(super) fn inside(&self) -> Option<(Machine, Replica)> {
+        let life = self.life();
+        life.as_ref()
+            .map(|life| (life.machine.clone(), life.replica.clone()))
+    }
+
+    /// Whether it leads, as it sees it.
+    pub(super) fn leads(&self) -> bool {
+        self.inside().is_some_and(|(_, replica)| replica.leads_now())
+    }
+
+    /// Starts a host's session, which dies with the member; none while it is down or knows of no leader.
     pub(super) fn serve<F>(&self, session: impl FnOnce(session::Context) -> F) -> bool
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let mut life = self.life();
         let Some(life) = life.as_mut() else { return false };
+        if life.replica.leadership().borrow().leader.is_none() {
+            return false;
+        }
         life.tasks.retain(|task| !task.is_finished());
         let task = tokio::spawn(session(life.context.clone()));
         life.tasks.push(task.abort_handle());
@@ -116,59 +148,80 @@ impl Member {
         self.0.killed.notify_one();
     }
 
+    /// The same, as soon as it has voted.
+    pub(super) fn kill_after_a_vote(&self) {
+        let killed = Arc::clone(&self.0.killed);
+        self.0.parts.network.kill_after_a_vote(self.0.number, killed);
+    }
+
     /// The power goes after so many more writes and syncs.
     pub(super) fn fail_power_after(&self, steps: u64) {
-        self.0.power_goes.store(true, Ordering::Relaxed);
-        self.0.parts.disks.power.fail_after(Some(steps));
+        self.0.is_doomed.store(true, Ordering::Relaxed);
+        self.0.disks.power.fail_after(steps);
+    }
+
+    /// The disks stop taking syncs; the power stays.
+    pub(super) fn fail_syncs(&self) {
+        self.0.is_doomed.store(true, Ordering::Relaxed);
+        self.0.disks.power.fail_syncs();
     }
 
     /// Lives, dies and lives again.
     pub(super) async fn run(self) {
-        let Parts { disks, recorder, .. } = &self.0.parts;
+        let (me, recorder) = (self.0.number, &self.0.parts.recorder);
         for number in 0_u64.. {
-            recorder.note(format_args!("member: life {number} begins"));
+            recorder.note(format_args!("member {me}: life {number} begins"));
             let alive = Arc::new(AtomicBool::new(true));
-            match self.live(number, &alive).await {
+            match self.live(&alive).await {
                 Ok(()) => {}
-                Err(why) if self.0.power_goes.load(Ordering::Relaxed) => {
-                    recorder.note(format_args!("member: {why}"));
+                Err(why) if self.0.is_doomed.load(Ordering::Relaxed) => {
+                    recorder.note(format_args!("member {me}: {why}"));
                 }
                 Err(why) => {
-                    recorder.violation(format_args!("2: the member fails for no reason: {why}"));
+                    recorder.violation(format_args!("2: member {me} fails for no reason: {why}"));
                     return;
                 }
             }
             alive.store(false, Ordering::Relaxed);
-            self.0.power_goes.store(false, Ordering::Relaxed);
-            disks.restart();
+            self.0.is_doomed.store(false, Ordering::Relaxed);
+            self.0.disks.restart();
             recorder.event("restarts");
-            let down = self.draw(|random| random.u64(100..6000));
+            let down = self.draw(|random| random.u64(50..6000));
             sleep(Duration::from_millis(down)).await;
         }
     }
 
-    async fn live(&self, number: u64, alive: &Arc<AtomicBool>) -> Result<(), String> {
-        let parts = &self.0.parts;
-        let machine = Machine::new(parts.planted);
-        let watched = Watched {
-            machine: machine.clone(),
-            recorder: parts.recorder.clone(),
-            validator: parts.validator.clone(),
-            alive: Arc::clone(alive),
-        };
-        let mut config = Config::new("simulation", 1, parts.disks.storage());
+    fn config(&self) -> Config {
+        let me = self.0.number;
+        let mut config = Config::new("simulation", me, self.0.disks.storage());
+        config.address = address_of(me);
+        config.start = if me == 1 { Start::Found } else { Start::Join };
         config.writer = Writer::Inline;
         config.timing = Timing::Exact(TIMING);
         config.seed = Some(self.draw(|random| random.u64(..)));
+        config.faults = self.0.parts.planted.replica;
         config.snapshots = SnapshotPolicy {
             every_entries: Some(200),
             keep_entries: 20,
             ..SnapshotPolicy::default()
         };
-        let replica = Replica::open(config, Box::new(watched), Arc::new(replica::Unconnected))
+        config
+    }
+
+    async fn live(&self, alive: &Arc<AtomicBool>) -> Result<(), String> {
+        let (me, parts) = (self.0.number, &self.0.parts);
+        let machine = Machine::new(parts.planted.state_machine);
+        let watched = Watched::new(me, machine.clone(), parts, Arc::clone(alive));
+        let end = End {
+            member: me,
+            network: parts.network.clone(),
+            alive: Arc::clone(alive),
+        };
+        let replica = Replica::open(self.config(), Box::new(watched), Arc::new(end.clone()))
             .await
             .map_err(|error| error.to_string())?;
-        let end = Box::pin(self.lead(number, &replica, machine)).await;
+        let ended = self.work(&replica, machine, end).await;
+        parts.network.leave(me);
         // The dead member's tasks end now; what they held on the disks is out of reach already.
         if let Some(life) = self.life().take() {
             for task in &life.tasks {
@@ -176,73 +229,160 @@ impl Member {
             }
         }
         alive.store(false, Ordering::Relaxed);
-        parts.disks.restart();
+        self.0.disks.restart();
         tokio::spawn(async move {
             let _ = timeout(Duration::from_secs(60), replica.shutdown()).await;
         });
-        end
+        ended
     }
 
     /// Until it is killed (well) or fails.
-    async fn lead(&self, number: u64, replica: &Replica, machine: Machine) -> Result<(), String> {
+    async fn work(&self, replica: &Replica, machine: Machine, end: End) -> Result<(), String> {
         let parts = &self.0.parts;
-        replica.linearizable().await.map_err(|error| error.to_string())?;
-        parts.oracle.check(&machine, &parts.recorder);
         let log = WatchedLog {
             log: ReplicatedLog::new(replica.clone()),
             oracle: parts.oracle.clone(),
             recorder: parts.recorder.clone(),
         };
         let clock = Arc::clone(&parts.clock);
-        let store = Store::new(machine, Arc::new(log), clock, self.draw(|random| random.u64(..)));
+        let seed = self.draw(|random| random.u64(..));
+        let store = Store::new(machine.clone(), Arc::new(log), clock, seed);
+        let (header_sets, headers) = watch::channel(Vec::new());
+        let (doors_known, doors) = watch::channel(Vec::new());
+        let (touches, in_touch) = watch::channel(true);
+        let hub = Hub::default();
+        let context = session::Context {
+            store,
+            signer: Arc::clone(&parts.signer),
+            hub: hub.clone(),
+            headers,
+            doors,
+            in_touch,
+        };
+        parts.network.join(self.0.number, self.door(replica, hub.clone()));
+        let asking = Asking {
+            peers: Arc::new(end),
+            replica: replica.clone(),
+        };
+        let telling = tokio::spawn(asking.tell(hub, touches, CancellationToken::new()));
         let configure = Command::Configure {
             miner: parts.signer.hotkey().clone(),
             validators: parts.directory.iter().map(|v| v.hotkey.clone()).collect(),
             pay_profile: parts.pay_profile,
         };
-        store
-            .propose(configure)
-            .await
-            .map_err(|error| error.to_string())?;
-        let (header_sets, headers) = watch::channel(Vec::new());
-        let hub = Hub::default();
-        let context = session::Context {
-            store: store.clone(),
-            signer: Arc::clone(&parts.signer),
-            hub: hub.clone(),
-            headers,
-        };
-        let leader = Leader {
-            store: store.clone(),
-            signer: Arc::clone(&parts.signer),
-            directory: parts.directory.clone(),
-            validators: Arc::clone(&parts.validators),
-            dial: Arc::clone(&parts.dial),
-            hub,
-            listings: Listings::default(),
-            observe_every: Duration::from_secs(15),
-            scheduling: Scheduling::new("value_per_cost", Duration::from_secs(10))?,
-            seed: self.draw(|random| random.u64(..)),
-        };
-        let leading = tokio::spawn(Box::pin(leader.run(CancellationToken::new())));
-        let recorder = parts.recorder.clone();
-        let life = Life {
-            store,
+        let leader = self.leader(&context)?;
+        let lead = member::lead(leader, vec![configure], replica.clone(), CancellationToken::new());
+        let leading = tokio::spawn(Box::pin(lead));
+        let observed = tokio::spawn(observe(self.clone(), replica.clone(), machine.clone()));
+        *self.life() = Some(Life {
+            machine,
+            replica: replica.clone(),
             context,
             _header_sets: header_sets,
-            tasks: vec![leading.abort_handle()],
-        };
-        *self.life() = Some(life);
-        recorder.note(format_args!("member: life {number} leads"));
+            _doors: doors_known,
+            tasks: [
+                leading.abort_handle(),
+                observed.abort_handle(),
+                telling.abort_handle(),
+            ]
+            .into(),
+        });
         let mut health = replica.health();
         tokio::select! {
             biased;
             () = self.0.killed.notified() => Ok(()),
-            ended = leading => Err(format!("the leader ended by itself: {ended:?}")),
+            ended = leading => Err(format!("leading ended by itself: {ended:?}")),
             sick = health.wait_for(|health| !health.is_well()) => Err(match sick.as_deref() {
                 Ok(Health::Failed { reason }) => reason.clone(),
                 other => format!("{other:?}"),
             }),
         }
+    }
+
+    fn door(&self, replica: &Replica, hub: Hub) -> Door {
+        let clock = Arc::clone(&self.0.parts.clock);
+        let no_api = |_| {
+            let (status, body) = (503, Vec::new());
+            std::future::ready(Response { status, body }).boxed()
+        };
+        Door {
+            replica: replica.clone(),
+            answering: Answering {
+                hub,
+                replica: replica.clone(),
+                clock,
+                requests: Arc::new(no_api),
+            },
+        }
+    }
+
+    fn leader(&self, context: &session::Context) -> Result<Leader, String> {
+        let (me, parts) = (self.0.number, &self.0.parts);
+        let validator = parts.validator.seen_by(me, parts.network.clone());
+        let api: Arc<dyn ValidatorApi> = Arc::new(validator.clone());
+        let validators: Validators = [(validator.hotkey.clone(), api)].into_iter().collect();
+        let clock = Arc::clone(&parts.clock);
+        Ok(Leader {
+            store: context.store.clone(),
+            signer: Arc::clone(&parts.signer),
+            directory: parts.directory.clone(),
+            validators: Arc::new(validators),
+            dial: Arc::new(ModelDial { validator, clock }),
+            hub: context.hub.clone(),
+            listings: Listings::default(),
+            observe_every: Duration::from_secs(15),
+            scheduling: Scheduling::new("value_per_cost", Duration::from_secs(10))?,
+            seed: self.draw(|random| random.u64(..)),
+        })
+    }
+}
+
+/// Checks what holds whenever this member begins to lead.
+async fn observe(member: Member, replica: Replica, machine: Machine) {
+    let (me, parts) = (member.number(), &member.0.parts);
+    let mut leadership = replica.leadership();
+    loop {
+        let Ok(term) = leadership.wait_for(|now| now.leads).await.map(|now| now.term) else {
+            return;
+        };
+        parts
+            .recorder
+            .note(format_args!("member {me}: leads in term {term}"));
+        parts.recorder.event("leader changes");
+        parts.network.leads_in(me, term);
+        parts.network.check_leaders();
+        parts.oracle.check(&machine, &parts.recorder);
+        let ended = leadership.wait_for(|now| !now.leads || now.term != term).await;
+        if ended.is_err() {
+            return;
+        }
+        parts
+            .recorder
+            .note(format_args!("member {me}: leads no more in term {term}"));
+    }
+}
+
+/// All members of a world.
+#[derive(Debug, Clone)]
+pub(super) struct Members(pub(super) Arc<[Member]>);
+
+impl Members {
+    /// Only the one that founds the cluster.
+    pub(super) fn founder(&self) -> Self {
+        Self(self.0.iter().take(1).cloned().collect())
+    }
+
+    pub(super) fn all(&self) -> &[Member] {
+        &self.0
+    }
+
+    /// The one that leads.
+    pub(super) fn leader(&self) -> Option<&Member> {
+        self.0.iter().find(|member| member.leads())
+    }
+
+    /// Any one of them, up or down.
+    pub(super) fn any(&self, random: &mut fastrand::Rng) -> &Member {
+        &self.0[random.usize(..self.0.len())]
     }
 }

@@ -1,29 +1,24 @@
-//! The operator: enrols the hosts, then locks, bans, stops and removes, each command under a request id that
-//! it repeats until there is an answer, and sometimes once more.
+//! The operator: enrols the hosts, then locks, bans, stops and removes.
 
 use std::time::Duration;
 
-use coordinator::store::{Error, Store};
 use coordinator_core::state_machine::chute::ChuteKey;
-use coordinator_core::state_machine::command::{Allowance, RequestId};
+use coordinator_core::state_machine::command::Allowance;
 use coordinator_core::state_machine::deployment::{Phase, StopReason};
-use coordinator_core::state_machine::{Command, Rejection, Reply};
+use coordinator_core::state_machine::{Command, Rejection};
 use protocol::hotkey::Hotkey;
 use protocol::id::{DeploymentId, ServerId};
 use tokio::time::sleep;
 
-use super::member::Member;
-use super::recorder::Recorder;
+use super::client::Client;
 
 #[derive(Debug)]
 pub(super) struct Operator {
-    pub(super) member: Member,
-    pub(super) recorder: Recorder,
+    pub(super) client: Client,
     pub(super) validator: Hotkey,
     pub(super) servers: Vec<ServerId>,
     /// Stretches its pauses.
     pub(super) calm: u64,
-    pub(super) random: fastrand::Rng,
 }
 
 impl Operator {
@@ -34,8 +29,8 @@ impl Operator {
                 sleep(Duration::from_millis(300)).await;
             }
         }
-        while self.recorder.faults_are_on() {
-            let pause = self.random.u64(1500..8000) * self.calm;
+        while self.client.recorder.faults_are_on() {
+            let pause = self.client.random.u64(1500..8000) * self.calm;
             sleep(Duration::from_millis(pause)).await;
             self.act().await;
         }
@@ -56,19 +51,19 @@ impl Operator {
             gpu_short_ref: "a6000".to_owned(),
             hourly_cost_usd_micros: 300_000,
         };
-        !matches!(self.propose(command).await, Err(Rejection::Unknown { .. }))
+        !matches!(self.client.propose(command).await, Err(Rejection::Unknown { .. }))
     }
 
     async fn act(&mut self) {
-        let server = self.servers[self.random.usize(..self.servers.len())].clone();
-        let Some(store) = self.member.store() else { return };
-        match self.random.u8(..14) {
+        let server = self.servers[self.client.random.usize(..self.servers.len())].clone();
+        let Some(store) = self.client.store() else { return };
+        match self.client.random.u8(..14) {
             0..=1 => {
-                let locked = self.random.bool();
+                let locked = self.client.random.bool();
                 self.order(Command::LockServer { server, locked }).await;
             }
             2 => {
-                let jobs = self.random.bool();
+                let jobs = self.client.random.bool();
                 self.order(Command::RemoveServer { server, jobs }).await;
             }
             3..=4 => {
@@ -76,8 +71,8 @@ impl Operator {
                 if chutes.is_empty() {
                     return;
                 }
-                let chute = chutes[self.random.usize(..chutes.len())].clone();
-                let reason = (self.random.u8(..3) == 0).then(|| "simulated".to_owned());
+                let chute = chutes[self.client.random.usize(..chutes.len())].clone();
+                let reason = (self.client.random.u8(..3) == 0).then(|| "simulated".to_owned());
                 self.order(Command::BanChute { chute, reason }).await;
             }
             5 => self.stop_one_that_is_asked_for().await,
@@ -87,10 +82,10 @@ impl Operator {
                 if all.is_empty() {
                     return;
                 }
-                let deployments = vec![all[self.random.usize(..all.len())].clone()];
+                let deployments = vec![all[self.client.random.usize(..all.len())].clone()];
                 let allowance = Allowance {
                     loss: true,
-                    jobs: self.random.bool(),
+                    jobs: self.client.random.bool(),
                     budgeted: false,
                 };
                 let reason = StopReason::Operator("simulated".to_owned());
@@ -111,7 +106,7 @@ impl Operator {
     async fn stop_one_that_is_asked_for(&mut self) {
         for _ in 0..200 {
             sleep(Duration::from_millis(50)).await;
-            let Some(store) = self.member.store() else { return };
+            let Some(store) = self.client.store() else { return };
             let requested = store.read(|state| {
                 let mut all = state.deployments().values();
                 all.find(|d| d.phase == Phase::Requested).map(|d| d.id.clone())
@@ -133,61 +128,12 @@ impl Operator {
         }
     }
 
-    async fn once(
-        store: &Store,
-        request: RequestId,
-        command: &Command,
-    ) -> Result<Result<Reply, Rejection>, String> {
-        match store.propose_as(request, None, command.clone()).await {
-            Ok(reply) => Ok(Ok(reply)),
-            Err(Error::Rejected(rejection)) => Ok(Err(rejection)),
-            Err(Error::Unavailable(why)) => Err(why),
-        }
-    }
-
     /// Proposes what may well be refused.
     async fn order(&mut self, command: Command) {
-        if let Err(rejection) = self.propose(command).await {
-            self.recorder.note(format_args!("operator: refused: {rejection}"));
-        }
-    }
-
-    async fn propose(&mut self, command: Command) -> Result<Reply, Rejection> {
-        let request = RequestId(self.random.u128(..));
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let Some(store) = self.member.store() else {
-                sleep(Duration::from_millis(250)).await;
-                continue;
-            };
-            match Self::once(&store, request, &command).await {
-                Ok(answer) => {
-                    if tries > 1 {
-                        self.recorder.event("writes repeated after an unknown outcome");
-                    }
-                    if self.random.u8(..4) == 0 {
-                        self.repeat(request, &command, &answer).await;
-                    }
-                    return answer;
-                }
-                Err(why) => {
-                    self.recorder.note(format_args!("operator: no answer: {why}"));
-                    sleep(Duration::from_millis(400)).await;
-                }
-            }
-        }
-    }
-
-    /// The same write again: the same answer, and no second deed.
-    async fn repeat(&self, request: RequestId, command: &Command, first: &Result<Reply, Rejection>) {
-        let Some(store) = self.member.store() else { return };
-        if let Ok(again) = Self::once(&store, request, command).await
-            && again != *first
-        {
-            self.recorder.violation(format_args!(
-                "2: a repeated write is answered {again:?}, first {first:?}"
-            ));
+        if let Err(rejection) = self.client.propose(command).await {
+            self.client
+                .recorder
+                .note(format_args!("operator: refused: {rejection}"));
         }
     }
 }

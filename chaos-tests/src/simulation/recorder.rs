@@ -1,5 +1,8 @@
 //! What happened: the trace with its hash, counts of faults and events, violations. And whether faults are
 //! still on.
+//!
+//! What happens in one millisecond has no order: a watch channel wakes its receivers, such as the replications to
+//! two followers, in a random one. So the hash is over the lines of each millisecond, sorted.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -24,6 +27,9 @@ struct Shared {
 struct Inner {
     keep: bool,
     hash: Sha256,
+    /// The last millisecond, and its lines.
+    at_ms: u64,
+    instant: Vec<String>,
     lines: Vec<String>,
     faults: BTreeMap<&'static str, u64>,
     events: BTreeMap<&'static str, u64>,
@@ -39,6 +45,27 @@ pub(super) struct Recorded {
     pub(super) events: BTreeMap<&'static str, u64>,
     pub(super) violations: Vec<String>,
     pub(super) commands: u64,
+}
+
+impl Inner {
+    fn note(&mut self, at_ms: u64, line: String) {
+        if at_ms != self.at_ms {
+            self.end_instant();
+            self.at_ms = at_ms;
+        }
+        if self.keep {
+            self.lines.push(line.clone());
+        }
+        self.instant.push(line);
+    }
+
+    fn end_instant(&mut self) {
+        self.instant.sort_unstable();
+        for line in self.instant.drain(..) {
+            self.hash.update(line.as_bytes());
+            self.hash.update(b"\n");
+        }
+    }
 }
 
 impl Recorder {
@@ -64,13 +91,9 @@ impl Recorder {
 
     /// Adds a line to the trace.
     pub(super) fn note(&self, what: impl Display) {
-        let line = format!("{:>8} {what}", self.now_ms());
-        let mut inner = self.lock();
-        inner.hash.update(line.as_bytes());
-        inner.hash.update(b"\n");
-        if inner.keep {
-            inner.lines.push(line);
-        }
+        let at_ms = self.now_ms();
+        let line = format!("{at_ms:>8} {what}");
+        self.lock().note(at_ms, line);
     }
 
     /// Counts an injected fault and notes it.
@@ -86,6 +109,10 @@ impl Recorder {
 
     pub(super) fn command(&self) {
         self.lock().commands += 1;
+    }
+
+    pub(super) fn commands(&self) -> u64 {
+        self.lock().commands
     }
 
     /// Something does not hold.
@@ -112,7 +139,8 @@ impl Recorder {
     }
 
     pub(super) fn finish(&self) -> Recorded {
-        let inner = std::mem::take(&mut *self.lock());
+        let mut inner = std::mem::take(&mut *self.lock());
+        inner.end_instant();
         Recorded {
             hash: hex::encode(inner.hash.finalize()),
             lines: inner.lines,

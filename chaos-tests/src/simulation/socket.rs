@@ -25,6 +25,8 @@ use super::validator::{Session, Validator};
 const WINDOW_BYTES: usize = 64 * 1024;
 /// Packets that wait for a slow reader.
 const PACKETS_MAX: usize = 1024;
+/// A socket through which nothing passes for so long is closed.
+const SILENCE_MAX: Duration = Duration::from_secs(40);
 const PING_EVERY: Duration = Duration::from_secs(25);
 
 /// Dials the model.
@@ -44,7 +46,7 @@ impl Dial for ModelDial {
                 (delay_ms, inner.trouble.socket_down_until_ms > now)
             };
             sleep(Duration::from_millis(delay_ms)).await;
-            if down {
+            if down || !self.validator.is_reached(Duration::from_secs(5)).await {
                 self.validator.recorder.fault("socket refused", "");
                 return Err(io::ErrorKind::ConnectionRefused.into());
             }
@@ -82,7 +84,7 @@ impl ModelDial {
         let number = {
             let mut inner = self.validator.lock();
             inner.name("session");
-            let number = inner.session.as_ref().map_or(0, |session| session.number) + 1;
+            let number = inner.next_session();
             inner.session = Some(Session {
                 number,
                 out,
@@ -90,7 +92,8 @@ impl ModelDial {
             });
             number
         };
-        let end = self.talk(&mut socket, &mut packets, &kick).await;
+        let end = self.talk(&mut socket, &mut packets, &kick, number).await;
+        self.validator.lock().authenticated.remove(&number);
         // The closing of any session of a hotkey is noticed late and stops what is meant for it.
         let (validator, late_ms) = (self.validator.clone(), self.validator.lock().random.u64(0..5000));
         tokio::spawn(async move {
@@ -113,9 +116,13 @@ impl ModelDial {
         socket: &mut Socket,
         packets: &mut mpsc::Receiver<Packet>,
         kick: &Notify,
+        number: u64,
     ) -> Result<(), String> {
         let mut ping_at = Instant::now() + PING_EVERY;
         loop {
+            if !self.validator.is_reached(SILENCE_MAX).await {
+                return Err("the other end is silent".to_owned());
+            }
             tokio::select! {
                 biased;
                 () = kick.notified() => return Err("kicked".to_owned()),
@@ -134,7 +141,7 @@ impl ModelDial {
                     match Packet::parse(&text).map_err(|error| error.to_string())? {
                         Packet::Connect(_) => send(socket, &Packet::Connect(Some(json!({"sid": "s"})))).await?,
                         Packet::Event { name, args, .. } if name == "authenticate" => {
-                            self.authenticate(socket, args.first()).await?;
+                            self.authenticate(socket, args.first(), number).await?;
                         }
                         Packet::Disconnect => return Ok(()),
                         _ => {}
@@ -144,7 +151,12 @@ impl ModelDial {
         }
     }
 
-    async fn authenticate(&self, socket: &mut Socket, headers: Option<&Value>) -> Result<(), String> {
+    async fn authenticate(
+        &self,
+        socket: &mut Socket,
+        headers: Option<&Value>,
+        number: u64,
+    ) -> Result<(), String> {
         let recorder = &self.validator.recorder;
         let header = |name: &str| headers?.get(name)?.as_str();
         let tail = Tail::Purpose(Purpose::Sockets);
@@ -167,7 +179,15 @@ impl ModelDial {
             )
             .await;
         }
-        self.validator.lock().targeted = true;
+        if let Some((member, network)) = &self.validator.seen_by {
+            {
+                let mut inner = self.validator.lock();
+                inner.targeted = true;
+                inner.authenticated.insert(number, *member);
+            }
+            recorder.note(format_args!("validator: member {member} is authenticated"));
+            self.validator.check_sockets(network);
+        }
         send(socket, &Packet::event("auth_success", json!({}))).await
     }
 }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
 
+use super::network::{Network, Place};
 use super::recorder::Recorder;
 
 /// A launch config.
@@ -119,6 +120,9 @@ pub(super) struct Inner {
     pub(super) tasks: BTreeMap<String, Task>,
     pub(super) deletions_asked: BTreeSet<InstanceId>,
     pub(super) session: Option<Session>,
+    /// Sockets that are open and authenticated, and whose they are.
+    pub(super) authenticated: BTreeMap<u64, u64>,
+    sessions: u64,
     /// Whether targeted events reach the hotkey: the closing of any of its sessions ends that.
     pub(super) targeted: bool,
     pub(super) trouble: Trouble,
@@ -130,6 +134,12 @@ impl Inner {
     pub(super) fn name(&mut self, prefix: &str) -> String {
         self.next += 1;
         format!("{prefix}-{}", self.next)
+    }
+
+    /// The number of a new session.
+    pub(super) fn next_session(&mut self) -> u64 {
+        self.sessions += 1;
+        self.sessions
     }
 
     /// True once in `of` times, while faults are on.
@@ -145,6 +155,8 @@ pub(super) struct Validator {
     pub(super) hotkey: Hotkey,
     pub(super) miner: Hotkey,
     pub(super) recorder: Recorder,
+    /// From where it is seen.
+    pub(super) seen_by: Option<(u64, Network)>,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -161,6 +173,8 @@ impl Validator {
             tasks: BTreeMap::new(),
             deletions_asked: BTreeSet::new(),
             session: None,
+            authenticated: BTreeMap::new(),
+            sessions: 0,
             targeted: false,
             trouble: Trouble::default(),
             next: 0,
@@ -169,8 +183,27 @@ impl Validator {
             hotkey,
             miner,
             recorder,
+            seen_by: None,
             inner: Arc::new(Mutex::new(inner)),
         }
+    }
+
+    /// The same validator at the other end of a member's network.
+    pub(super) fn seen_by(&self, member: u64, network: Network) -> Self {
+        let seen_by = Some((member, network));
+        Self {
+            seen_by,
+            ..self.clone()
+        }
+    }
+
+    /// Waits until the way to the member that looks is open; false if that takes too long.
+    pub(super) async fn is_reached(&self, within: Duration) -> bool {
+        let Some((member, network)) = &self.seen_by else {
+            return true;
+        };
+        let member = Place::Member(*member);
+        network.until_it_passes(member, Place::Validator, within).await
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -180,6 +213,20 @@ impl Validator {
     /// True if it lists this instance.
     pub(super) fn has(&self, instance: &InstanceId) -> bool {
         self.lock().instances.contains_key(instance)
+    }
+
+    /// Of the members with an authenticated socket, at most one may take itself for the leader.
+    pub(super) fn check_sockets(&self, network: &Network) {
+        let owners: BTreeSet<u64> = self.lock().authenticated.values().copied().collect();
+        let leading = network.leading();
+        let both: Vec<u64> = owners
+            .into_iter()
+            .filter(|owner| leading.contains(owner))
+            .collect();
+        if both.len() > 1 {
+            let what = format!("5: members {both:?} act on the socket at the same time");
+            self.recorder.violation(what);
+        }
     }
 
     pub(super) fn end_trouble(&self) {

@@ -1,31 +1,110 @@
 //! The state machine and the log under watch: after every command the invariants are checked, and every
-//! answer that the log has acknowledged is remembered, to be looked for after each restart.
+//! answer that the log has acknowledged is remembered, to be looked for in the state of every later leader and
+//! in every linearizable read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coordinator::member::ReplicatedLog;
 use coordinator::store::{BoxFuture, Log, Machine};
 use coordinator_core::state_machine::codec::{decode_answer, decode_proposal};
 use coordinator_core::state_machine::command::{Answer, REQUEST_MEMORY_MS, RequestId};
 use coordinator_core::state_machine::deployment::{Phase, StopReason};
-use coordinator_core::state_machine::{Command, Proposal, State, invariant};
+use coordinator_core::state_machine::effect::EffectId;
+use coordinator_core::state_machine::{Command, Proposal, Rejection, State, invariant};
 use protocol::id::DeploymentId;
 use replica::{RowChange, StateMachine};
 
+use super::ledger::Rows;
+use super::member::Parts;
 use super::recorder::Recorder;
 use super::validator::Validator;
+
+/// Log entries after which the rows are read back.
+const REREAD_EVERY: u64 = 128;
 
 /// A member's machine for one life.
 #[derive(Debug)]
 pub(super) struct Watched {
-    pub(super) machine: Machine,
-    pub(super) recorder: Recorder,
-    pub(super) validator: Validator,
+    member: u64,
+    machine: Machine,
+    parts: Arc<Parts>,
+    rows: Rows,
+    /// Effects that have ended in this life.
+    ended: BTreeSet<EffectId>,
     /// False after the member's death: what its tasks still do reaches nobody.
-    pub(super) alive: Arc<AtomicBool>,
+    alive: Arc<AtomicBool>,
+}
+
+impl Watched {
+    pub(super) fn new(member: u64, machine: Machine, parts: &Arc<Parts>, alive: Arc<AtomicBool>) -> Self {
+        Self {
+            member,
+            machine,
+            parts: Arc::clone(parts),
+            rows: Rows::default(),
+            ended: BTreeSet::new(),
+            alive,
+        }
+    }
+
+    /// The rows, read back, are the state in memory.
+    fn reread(&self, index: u64) {
+        let faults = self.parts.planted.state_machine;
+        let same = match State::from_rows(&mut self.rows.iter(), faults) {
+            Ok(read) => self.machine.read(|state| *state == read),
+            Err(_) => false,
+        };
+        if !same {
+            let what = format!(
+                "11: at index {index} the rows of member {} are not its state",
+                self.member
+            );
+            self.parts.recorder.violation(what);
+        }
+    }
+
+    /// Applies a command and says what does not hold any more.
+    fn apply_watched(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> (Vec<u8>, Vec<String>) {
+        let (oracle, validator) = (&self.parts.oracle, &self.parts.validator);
+        let proposal = decode_proposal(command).expect("we have encoded it");
+        let before = self.machine.read(Before::of);
+        let mut found: Vec<String> = self
+            .machine
+            .read(|state| out_of_order(state, &proposal))
+            .into_iter()
+            .collect();
+        let answer = StateMachine::apply(&mut self.machine, command, changed);
+        let said = decode_answer(&answer);
+        let line = format!(
+            "member {} applied {:?} -> {said:?}",
+            self.member, proposal.command
+        );
+        self.parts.recorder.note(line);
+        let is_new = oracle.is_new(&proposal);
+        if is_new {
+            self.parts.recorder.command();
+        }
+        if let (Command::FinishEffect { effect, .. }, Ok(Ok(_))) = (&proposal.command, &said) {
+            self.ended.insert(*effect);
+        }
+        if let (Command::PlaceDeployment(placement), Ok(Err(why))) = (&proposal.command, &said)
+            && is_new
+            && why.to_string().contains("exists already")
+        {
+            found.push(format!("the name {} was given twice", placement.deployment));
+        }
+        found.extend(said.err().map(|error| error.to_string()));
+        self.machine.read(|state| {
+            found.extend(invariant::violations(state));
+            found.extend(before.violations(state, validator));
+            found.extend(done_again(state, &self.ended));
+        });
+        (answer, found)
+    }
 }
 
 impl StateMachine for Watched {
@@ -33,36 +112,35 @@ impl StateMachine for Watched {
         if !self.alive.load(Ordering::Relaxed) {
             return StateMachine::apply(&mut self.machine, command, changed);
         }
-        let proposal = decode_proposal(command).expect("we have encoded it");
-        let before = self.machine.read(Before::of);
-        if let Some(effect) = self.machine.read(|state| out_of_order(state, &proposal)) {
-            self.recorder.violation(effect);
-        }
-        let answer = StateMachine::apply(&mut self.machine, command, changed);
-        self.recorder.command();
-        match decode_answer(&answer) {
-            Ok(answer) => self
-                .recorder
-                .note(format_args!("applied {:?} -> {answer:?}", proposal.command)),
-            Err(error) => self.recorder.violation(error),
-        }
-        let found = self.machine.read(|state| {
-            let mut found = invariant::violations(state);
-            found.extend(before.violations(state, &self.validator));
-            found
-        });
+        let first = changed.len();
+        let (answer, found) = self.apply_watched(command, changed);
+        self.rows.change(&changed[first..]);
         for violation in found {
-            self.recorder.violation(violation);
+            self.parts.recorder.violation(violation);
         }
         answer
     }
 
     fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
-        StateMachine::load(&mut self.machine, rows)
+        self.rows = Rows::default();
+        let mut rows = rows.inspect(|(table, key, value)| {
+            self.rows.put((*table, key.clone()), value.clone());
+        });
+        StateMachine::load(&mut self.machine, &mut rows)
     }
 
     fn applied(&mut self, index: u64) {
         StateMachine::applied(&mut self.machine, index);
+        if !self.alive.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Some(difference) = self.parts.ledger.reached(self.member, index, &self.rows) {
+            self.parts.recorder.violation(difference);
+        }
+        if index.is_multiple_of(REREAD_EVERY) {
+            self.reread(index);
+        }
+        self.parts.network.check_leaders();
     }
 }
 
@@ -79,6 +157,12 @@ fn out_of_order(state: &State, proposal: &Proposal) -> Option<String> {
             effect.id, effect.subject
         )
     })
+}
+
+/// An effect that has ended and waits to be done once more.
+fn done_again(state: &State, ended: &BTreeSet<EffectId>) -> Option<String> {
+    let again = state.outbox().iter().find(|effect| ended.contains(&effect.id));
+    again.map(|effect| format!("effect {} has ended and is in the outbox", effect.id))
 }
 
 /// What is remembered of the state before a command.
@@ -128,42 +212,85 @@ impl Before {
     }
 }
 
-/// What callers were promised.
+/// What callers were promised, and what was done.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Oracle(Arc<Mutex<BTreeMap<RequestId, (u64, Answer)>>>);
+pub(super) struct Oracle(Arc<Mutex<Promised>>);
+
+#[derive(Debug, Default)]
+struct Promised {
+    answers: BTreeMap<RequestId, (u64, Answer)>,
+    /// Their requests in order of acknowledgement.
+    order: Vec<RequestId>,
+    /// Requests that were applied somewhere.
+    seen: BTreeSet<RequestId>,
+    /// Signatures by the request that used them up.
+    guards: BTreeMap<[u8; 32], RequestId>,
+}
+
+/// So many of the newest acknowledged writes are looked for in a read.
+const LOOKED_FOR: usize = 64;
 
 impl Oracle {
-    fn acknowledged(&self, request: RequestId, at_ms: u64, answer: Answer, recorder: &Recorder) {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, first)) = known.get(&request) {
+    fn lock(&self) -> MutexGuard<'_, Promised> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_new(&self, proposal: &Proposal) -> bool {
+        self.lock().seen.insert(proposal.request)
+    }
+
+    fn acknowledged(&self, proposal: &Proposal, at_ms: u64, answer: Answer, recorder: &Recorder) {
+        let mut promised = self.lock();
+        let request = proposal.request;
+        if let Some((_, first)) = promised.answers.get(&request) {
             if *first != answer {
                 recorder.violation(format!("2: a request was answered {first:?}, then {answer:?}"));
             }
             return;
         }
-        known.insert(request, (at_ms, answer));
+        if let Some(guard) = proposal.guard
+            && answer != Err(Rejection::Replayed)
+        {
+            let first = *promised.guards.entry(guard).or_insert(request);
+            if first != request {
+                recorder.violation(format!("one signature was good for two writes: {answer:?}"));
+            }
+        }
+        promised.answers.insert(request, (at_ms, answer));
+        promised.order.push(request);
     }
 
     pub(super) fn len(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.lock().order.len()
     }
 
     /// Every acknowledged write must be in the state, with the answer that was given.
     pub(super) fn check(&self, machine: &Machine, recorder: &Recorder) {
-        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let everything = self.len();
+        self.look(machine, recorder, 0..everything, "2: a write is lost");
+    }
+
+    /// What was acknowledged before a linearizable read began, as so many writes, must be seen by it.
+    pub(super) fn check_read(&self, machine: &Machine, recorder: &Recorder, before: usize) {
+        let newest = before.saturating_sub(LOOKED_FOR)..before;
+        self.look(machine, recorder, newest, "2: a linearizable read misses a write");
+    }
+
+    fn look(&self, machine: &Machine, recorder: &Recorder, which: Range<usize>, what: &str) {
+        let promised = self.lock();
         let now = recorder.now_ms();
+        let asked = promised.order[which].iter();
+        let known = asked.filter_map(|request| promised.answers.get(request).map(|known| (request, known)));
         // The state forgets answers by its own clock, which may be a little ahead of the acknowledgement.
-        let recent = known
-            .iter()
-            .filter(|(_, (at_ms, _))| at_ms + REQUEST_MEMORY_MS > now + 60_000);
+        let recent = known.filter(|(_, (at_ms, _))| at_ms + REQUEST_MEMORY_MS > now + 60_000);
         let lost: BTreeSet<String> = machine.read(|state| {
             recent
                 .filter(|(request, (_, answer))| state.answer_to(**request) != Some(answer))
                 .map(|(_, (at_ms, answer))| format!("acknowledged at {at_ms} ms with {answer:?}"))
                 .collect()
         });
-        for what in lost {
-            recorder.violation(format!("2: a write is lost: {what}"));
+        for lost in lost {
+            recorder.violation(format!("{what}: {lost}"));
         }
     }
 }
@@ -184,13 +311,11 @@ impl fmt::Debug for WatchedLog {
 impl Log for WatchedLog {
     fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
         Box::pin(async move {
-            let request = decode_proposal(&command)
-                .map_err(|error| error.to_string())?
-                .request;
+            let proposal = decode_proposal(&command).map_err(|error| error.to_string())?;
             let bytes = self.log.propose(command).await?;
             let answer = decode_answer(&bytes).map_err(|error| error.to_string())?;
             let at_ms = self.recorder.now_ms();
-            self.oracle.acknowledged(request, at_ms, answer, &self.recorder);
+            self.oracle.acknowledged(&proposal, at_ms, answer, &self.recorder);
             Ok(bytes)
         })
     }

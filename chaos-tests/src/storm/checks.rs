@@ -22,7 +22,7 @@ fn text<'a>(row: &'a Value, member: &str) -> &'a str {
 }
 
 /// Deployments that run twice, launch configs and GPUs that the validator has in two instances.
-pub(super) fn doubled(validator: &Value, chutes: &BTreeMap<&str, usize>) -> Vec<String> {
+pub(crate) fn doubled(validator: &Value, chutes: &BTreeMap<&str, usize>) -> Vec<String> {
     let mut found: Vec<String> = chutes
         .iter()
         .filter(|(_, count)| **count > 1)
@@ -46,7 +46,7 @@ pub(super) fn doubled(validator: &Value, chutes: &BTreeMap<&str, usize>) -> Vec<
 }
 
 /// Launch configs that more than one instance was ever granted.
-pub(super) fn claimed_twice(ledger: &[Entry]) -> Vec<String> {
+pub(crate) fn claimed_twice(ledger: &[Entry]) -> Vec<String> {
     let mut granted: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for entry in ledger {
         if let Record::ClaimGranted { config, instance, .. } = &entry.record {
@@ -61,7 +61,7 @@ pub(super) fn claimed_twice(ledger: &[Entry]) -> Vec<String> {
 }
 
 /// What has no other side. A launch under way has none for a moment, so this must be empty in the end only.
-pub(super) fn orphaned(state: &Value, validator: &Value, chutes: &BTreeMap<&str, usize>) -> Vec<String> {
+pub(crate) fn orphaned(state: &Value, validator: &Value, chutes: &BTreeMap<&str, usize>) -> Vec<String> {
     let mut found = Vec::new();
     let instances: BTreeSet<&str> = rows(validator, "instances")
         .iter()
@@ -95,7 +95,7 @@ pub(super) fn orphaned(state: &Value, validator: &Value, chutes: &BTreeMap<&str,
 }
 
 /// Deployments on the way to serving, or away from it.
-pub(super) fn under_way(state: &Value) -> Vec<String> {
+pub(crate) fn under_way(state: &Value) -> Vec<String> {
     let moving = rows(state, "deployments")
         .iter()
         .filter(|row| row["phase"] != "serving");
@@ -113,7 +113,7 @@ pub(super) fn under_way(state: &Value) -> Vec<String> {
 
 /// What validator, owners and users ended, by the ledger.
 #[derive(Debug, Default)]
-pub(super) struct Endings {
+pub(crate) struct Endings {
     instances: BTreeSet<String>,
     chutes: BTreeSet<String>,
     jobs: BTreeSet<String>,
@@ -122,7 +122,7 @@ pub(super) struct Endings {
 }
 
 impl Endings {
-    pub(super) fn of(ledger: &[Entry]) -> Self {
+    pub(crate) fn of(ledger: &[Entry]) -> Self {
         let mut endings = Self::default();
         for entry in ledger {
             match &entry.record {
@@ -155,7 +155,7 @@ impl Endings {
     }
 
     /// Whether somebody else than the miner wanted this deployment's end.
-    pub(super) fn explain(&self, deployment: &Value) -> bool {
+    pub(crate) fn explain(&self, deployment: &Value) -> bool {
         let named = |set: &BTreeSet<String>, member: &str| {
             deployment[member].as_str().is_some_and(|id| set.contains(id))
         };
@@ -169,7 +169,7 @@ impl Endings {
 }
 
 /// The row of a deployment, also when it is over.
-pub(super) fn row_of<'a>(state: &'a Value, deployment: &str) -> Option<&'a Value> {
+pub(crate) fn row_of<'a>(state: &'a Value, deployment: &str) -> Option<&'a Value> {
     let mut all = rows(state, "deployments").iter().chain(rows(state, "audits"));
     all.find(|row| row["deployment_id"] == deployment)
 }

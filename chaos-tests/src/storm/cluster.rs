@@ -3,7 +3,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io::Read as _;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -13,19 +13,21 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 
-use super::doors::{Doors, MANAGEMENT};
+use super::doors::Doors;
 use super::processes::Process;
 
 /// All development clusters of a machine use the same addresses: tests that start one wait for each other.
 const LOCK_FILE: &str = "chutes-development-cluster.lock";
 const LOCK_PATIENCE: Duration = Duration::from_secs(900);
+/// Hosts of a development cluster; all are members.
+const HOSTS: u8 = 3;
 const START_PATIENCE: Duration = Duration::from_secs(90);
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A process of a host's agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Victim {
+pub(crate) enum Victim {
     /// With it all others die.
     Supervisor,
     Coordinator,
@@ -37,7 +39,7 @@ pub(super) enum Victim {
 
 impl Victim {
     /// In this order they are killed.
-    pub(super) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::Supervisor,
         Self::Coordinator,
         Self::Host,
@@ -46,7 +48,7 @@ impl Victim {
         Self::Proof,
     ];
 
-    pub(super) fn subcommand(self) -> &'static str {
+    pub(crate) fn subcommand(self) -> &'static str {
         match self {
             Self::Supervisor => "run",
             Self::Coordinator => "coordinator",
@@ -58,28 +60,29 @@ impl Victim {
     }
 
     /// Whether the management API and the validator's socket go with it.
-    pub(super) fn takes_the_coordinator(self) -> bool {
+    pub(crate) fn takes_the_coordinator(self) -> bool {
         matches!(self, Self::Supervisor | Self::Coordinator)
     }
 }
 
 #[derive(Debug)]
-pub(super) struct Cluster {
+pub(crate) struct Cluster {
     agent: PathBuf,
-    pub(super) data: PathBuf,
+    pub(crate) data: PathBuf,
     child: Child,
     _lock: File,
 }
 
 impl Cluster {
     /// Starts one once the machine is free, and waits until its validator serves.
-    pub(super) async fn start(agent: &Path, data: &Path, limit: Duration) -> anyhow::Result<Self> {
+    pub(crate) async fn start(agent: &Path, data: &Path, limit: Duration) -> anyhow::Result<Self> {
         let lock = take_the_machine().await?;
         let data = data.canonicalize().context("the data folder")?;
         let file = |name: &str| File::create(data.join(name)).context("write into the data folder");
         let child = Command::new(agent)
             .args(["dev", "--output", "json", "--data"])
             .arg(&data)
+            .args(["--hosts", &HOSTS.to_string()])
             .args(["--for", &format!("{}s", limit.as_secs())])
             .stdin(Stdio::null())
             .stdout(file("dev.out")?)
@@ -95,10 +98,10 @@ impl Cluster {
     }
 
     /// The doors, once there are any.
-    pub(super) async fn doors(&mut self) -> anyhow::Result<Doors> {
+    pub(crate) async fn doors(&mut self) -> anyhow::Result<Doors> {
         let deadline = Instant::now() + START_PATIENCE;
         loop {
-            if let Ok(doors) = Doors::of(&self.data)
+            if let Ok(doors) = Doors::of(&self.data, (1..=HOSTS).map(management).collect())
                 && doors.answers().await
             {
                 return Ok(doors);
@@ -113,7 +116,7 @@ impl Cluster {
         }
     }
 
-    pub(super) fn must_run(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn must_run(&mut self) -> anyhow::Result<()> {
         if let Some(status) = self.child.try_wait()? {
             let said = std::fs::read_to_string(self.data.join("dev.err")).unwrap_or_default();
             let last: Vec<&str> = said.lines().rev().take(3).collect();
@@ -122,9 +125,9 @@ impl Cluster {
         Ok(())
     }
 
-    /// The first host's process of this kind, if it runs now.
-    pub(super) fn find(&self, victim: Victim) -> Option<Process> {
-        let host = self.data.join("host-1");
+    /// A host's process of this kind, if it runs now.
+    pub(crate) fn find(&self, host: &str, victim: Victim) -> Option<Process> {
+        let host = self.data.join(host);
         let ours = |process: &Process| {
             process.subcommand() == victim.subcommand()
                 && process
@@ -137,7 +140,7 @@ impl Cluster {
     }
 
     /// Asks it to stop as an operator would, and gives the last line that it printed.
-    pub(super) async fn stop(mut self) -> anyhow::Result<(bool, String)> {
+    pub(crate) async fn stop(mut self) -> anyhow::Result<(bool, String)> {
         signal(self.child.id(), Signal::TERM);
         let ended = tokio::time::timeout(STOP_PATIENCE, self.child.wait()).await;
         let status = ended.context("the development cluster does not stop")??;
@@ -187,9 +190,14 @@ fn kill(pid: i32) {
 }
 
 /// `kill -9` of one process.
-pub(super) fn kill_one(process: &Process) -> anyhow::Result<()> {
+pub(crate) fn kill_one(process: &Process) -> anyhow::Result<()> {
     let pid = Pid::from_raw(process.pid).context("a process id")?;
     kill_process(pid, Signal::KILL).context("kill")
+}
+
+/// Where a host of a development cluster has its management API.
+fn management(host: u8) -> SocketAddr {
+    SocketAddr::from(([127, 0, 1, host], 32000))
 }
 
 /// Waits until no other test has a development cluster, and nobody else its ports.
@@ -204,7 +212,7 @@ async fn take_the_machine() -> anyhow::Result<File> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         match lock.try_lock() {
-            Ok(()) if TcpListener::bind(MANAGEMENT).is_ok() => return Ok(lock),
+            Ok(()) if TcpListener::bind(management(1)).is_ok() => return Ok(lock),
             Ok(()) => lock.unlock()?,
             Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => return Err(error).context("lock"),
@@ -218,7 +226,7 @@ async fn take_the_machine() -> anyhow::Result<File> {
 }
 
 /// The executable of the workspace's agent, built with the same profile as this program.
-pub(super) fn agent_beside_us() -> anyhow::Result<PathBuf> {
+pub(crate) fn agent_beside_us() -> anyhow::Result<PathBuf> {
     let own = std::env::current_exe().context("find this program")?;
     // A test lies one folder deeper than a program.
     let folders = own.ancestors().skip(1).take(2);

@@ -10,21 +10,21 @@ const CODE_VARIABLE: &str = "CHUTES_CODE_FILE";
 
 /// A process that lives; one that has ended and was not waited for counts as gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Process {
-    pub(super) pid: i32,
-    pub(super) parent: i32,
+pub(crate) struct Process {
+    pub(crate) pid: i32,
+    pub(crate) parent: i32,
     /// Since boot, in ticks: with the pid it names one process for ever.
-    pub(super) started: u64,
-    pub(super) arguments: Vec<String>,
+    pub(crate) started: u64,
+    pub(crate) arguments: Vec<String>,
     /// The deployment, if it is a chute.
-    pub(super) deployment: Option<String>,
+    pub(crate) deployment: Option<String>,
     /// Where its code lies, if it is a chute.
-    pub(super) code: Option<String>,
+    pub(crate) code: Option<String>,
 }
 
 impl Process {
     /// Reads one; nothing if there is no such process any more.
-    pub(super) fn read(pid: i32) -> Option<Self> {
+    pub(crate) fn read(pid: i32) -> Option<Self> {
         let folder = format!("/proc/{pid}");
         let stat = std::fs::read_to_string(format!("{folder}/stat")).ok()?;
         // The name in parentheses may hold anything.
@@ -57,23 +57,23 @@ impl Process {
     }
 
     /// All that live.
-    pub(super) fn all() -> Vec<Self> {
+    pub(crate) fn all() -> Vec<Self> {
         let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         pids.filter_map(Self::read).collect()
     }
 
     /// Whether it is still the same process.
-    pub(super) fn lives(&self) -> bool {
+    pub(crate) fn lives(&self) -> bool {
         Self::read(self.pid).is_some_and(|now| now.started == self.started)
     }
 
     /// The subcommand of an agent's process.
-    pub(super) fn subcommand(&self) -> &str {
+    pub(crate) fn subcommand(&self) -> &str {
         self.arguments.get(1).map_or("", String::as_str)
     }
 
-    pub(super) fn is_chute_of(&self, data: &Path) -> bool {
+    pub(crate) fn is_chute_of(&self, data: &Path) -> bool {
         self.code
             .as_deref()
             .is_some_and(|code| Path::new(code).starts_with(data))
@@ -82,7 +82,7 @@ impl Process {
 
 /// The chutes of a data folder: the processes of each deployment that were not started by another one of the
 /// same deployment. More than one of them is one chute twice.
-pub(super) fn chutes<'a>(processes: &'a [Process], data: &Path) -> BTreeMap<&'a str, Vec<&'a Process>> {
+pub(crate) fn chutes<'a>(processes: &'a [Process], data: &Path) -> BTreeMap<&'a str, Vec<&'a Process>> {
     let mut found: BTreeMap<&str, Vec<&Process>> = BTreeMap::new();
     let deployment_of: BTreeMap<i32, &Option<String>> =
         processes.iter().map(|p| (p.pid, &p.deployment)).collect();

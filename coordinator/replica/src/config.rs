@@ -1,6 +1,7 @@
 //! Settings of a replica, as checked: plain numbers, no parsing.
 
 use crate::error::Error;
+use crate::faults::Faults;
 use crate::proposer::Proposals;
 use crate::storage::{Storage, Writer};
 
@@ -116,6 +117,8 @@ pub struct Config {
     pub log_tail_bytes_max: usize,
     /// Seed of the Raft library's random numbers; `None` takes one from the operating system.
     pub seed: Option<u64>,
+    /// Planted faults; none but in tests of the tests.
+    pub faults: Faults,
 }
 
 impl Config {
@@ -134,6 +137,7 @@ impl Config {
             proposals: Proposals::default(),
             log_tail_bytes_max: 16 * 1024 * 1024,
             seed: None,
+            faults: Faults::none(),
         }
     }
 

@@ -58,11 +58,17 @@ pub(crate) async fn propose(
 
 /// Returns a moment after another member than `leader` leads.
 async fn deposed(raft: &Raft, leader: u64) {
+    succeeded(raft, leader).await;
+    sleep(OLD_LEADER_MAX).await;
+}
+
+/// Returns once another member than `leader` leads, or this one ends.
+async fn succeeded(raft: &Raft, leader: u64) {
     let mut metrics = raft.metrics();
     loop {
         let current = metrics.borrow_watched().current_leader;
         if current.is_some_and(|current| current != leader) {
-            return sleep(OLD_LEADER_MAX).await;
+            return;
         }
         if metrics.changed().await.is_err() {
             return;
@@ -70,12 +76,23 @@ async fn deposed(raft: &Raft, leader: u64) {
     }
 }
 
-/// Asks the leader up to which index everything is acknowledged; `None` when it does not lead.
-pub(crate) async fn read_index(leader: &Peer, deadline: Instant) -> Result<Option<u64>, CallError> {
+/// Asks the leader up to which index everything is acknowledged; `None` when it does not lead, or another one leads
+/// before it answers.
+pub(crate) async fn read_index(
+    raft: &Raft,
+    leader: &Peer,
+    deadline: Instant,
+) -> Result<Option<u64>, CallError> {
     let left = deadline.saturating_duration_since(Instant::now());
     let within = left.min(READ_INDEX_MAX);
     let within_ms = u64::try_from(within.as_millis() * 9 / 10).unwrap_or(u64::MAX);
-    match leader.ask(&Request::ReadIndex { within_ms }, within).await? {
+    let request = Request::ReadIndex { within_ms };
+    let answered = tokio::select! {
+        biased;
+        answered = leader.ask(&request, within) => answered,
+        () = succeeded(raft, leader.member) => return Ok(None),
+    };
+    match answered? {
         Answer::ReadAt { index } => Ok(Some(index)),
         Answer::NotReadable { .. } => Ok(None),
         _ => Err(leader.unexpected()),

@@ -29,6 +29,7 @@ pub mod backup;
 mod compaction;
 mod config;
 mod error;
+mod faults;
 mod format;
 mod forward;
 mod health;
@@ -50,6 +51,7 @@ mod wire;
 
 pub use config::{Config, Pace, SnapshotPolicy, Start, Timing};
 pub use error::{Error, ProposeError, WAY_BACK};
+pub use faults::Faults;
 pub use health::{Health, Metrics};
 pub use leadership::Leadership;
 pub use machine::StateMachine;
@@ -90,6 +92,7 @@ struct Inner {
     /// Where [`Lease::length`] comes from.
     lease_length: watch::Sender<Duration>,
     seed: Seed,
+    faults: Faults,
     /// Marks requests of this cluster.
     cluster: u32,
     network: Network,
@@ -159,6 +162,7 @@ impl Replica {
         let (node_id, address, start) = (config.node_id, config.address.clone(), config.start);
         let (cluster, writer, timing) = (config.cluster.clone(), config.writer, config.timing);
         let every_bytes = config.snapshots.every_bytes;
+        let faults = config.faults;
         let seed = Seed::new(config.seed.unwrap_or_else(|| fastrand::u64(..)));
         let shared = Shared::new();
         let open::Opened {
@@ -247,6 +251,7 @@ impl Replica {
             ways,
             lease_length: length_out,
             seed,
+            faults,
             cluster: wire::cluster_mark(&cluster),
             network,
             receiver: Receiver::new(cluster, place, writer),
@@ -314,6 +319,9 @@ impl Replica {
     /// # Errors
     /// `NotLeader`, `Timeout`, `Stopped` or `Failed`.
     pub async fn linearizable(&self) -> Result<(), Error> {
+        if self.0.faults.stale_read {
+            return Ok(());
+        }
         let deadline = Instant::now() + self.0.timeout;
         let mut backoff = Backoff::new();
         loop {
@@ -333,7 +341,7 @@ impl Replica {
             let other = leader.filter(|leader| *leader != self.member());
             let peer = other.and_then(|leader| forward::leader(&raft, &self.0.network, leader));
             if let Some(peer) = peer
-                && let Ok(Some(index)) = forward::read_index(&peer, deadline).await
+                && let Ok(Some(index)) = forward::read_index(&raft, &peer, deadline).await
             {
                 return self.applied(index, deadline).await;
             }

@@ -14,6 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{MutexGuard, OwnedMutexGuard, oneshot};
 
+use crate::faults::Faults;
 use crate::health::{Shared, count};
 use crate::raft::{RaftLogId, RaftMembership, RaftSnapshotMeta, Replies, Types};
 use crate::snapshot::{self, Header, Place, Row, SnapshotData, SnapshotReader};
@@ -57,6 +58,7 @@ struct Body {
     writer: Writer,
     shared: Shared,
     snapshot_lock: SnapshotLock,
+    faults: Faults,
     /// Generation of the adapter that may use this.
     generation: u64,
 }
@@ -79,6 +81,7 @@ pub(crate) struct Parts {
     pub(crate) writer: Writer,
     pub(crate) shared: Shared,
     pub(crate) snapshot_lock: SnapshotLock,
+    pub(crate) faults: Faults,
 }
 
 impl Machine {
@@ -92,6 +95,7 @@ impl Machine {
             writer,
             shared,
             snapshot_lock,
+            faults,
         } = parts;
         let body = Body {
             machine,
@@ -102,6 +106,7 @@ impl Machine {
             writer,
             shared,
             snapshot_lock,
+            faults,
             generation: 0,
         };
         Self {
@@ -226,6 +231,7 @@ impl RaftStateMachine<Types> for Machine {
             writer: body.writer,
             shared: body.shared.clone(),
             lock: body.snapshot_lock.clone(),
+            left_out: body.faults.snapshot_misses_table,
         }
     }
 
@@ -337,6 +343,8 @@ pub(crate) struct SnapshotBuilder {
     writer: Writer,
     shared: Shared,
     lock: SnapshotLock,
+    /// A planted fault.
+    left_out: Option<u8>,
 }
 
 impl SnapshotBuilder {
@@ -345,10 +353,10 @@ impl SnapshotBuilder {
         let ordered = ordered.ok_or_else(|| io::Error::other("a builder builds one snapshot"))??;
         let lock = self.lock.clone().lock_owned().await;
         let view = ordered.await.map_err(io::Error::other)??;
-        let (place, header) = (self.place.clone(), self.header.clone());
+        let (place, header, left_out) = (self.place.clone(), self.header.clone(), self.left_out);
         let snapshot = self
             .writer
-            .blocking(move || write_view(&place, header, &view, lock))
+            .blocking(move || write_view(&place, header, &view, left_out, lock))
             .await??;
         self.shared.note_snapshot(&snapshot.snapshot);
         // The snapshot lets the library purge the log: first put the state itself on the disk.
@@ -374,11 +382,13 @@ fn write_view(
     place: &Place,
     header: Header,
     view: &ReadTransaction,
+    left_out: Option<u8>,
     _lock: OwnedMutexGuard<()>,
 ) -> io::Result<SnapshotOf<Types, SnapshotData>> {
     let mut rows = Rows::of(view).map_err(io::Error::other)?;
     place.replace(|out| {
         let each = rows.by_ref().map(|(table, key, value)| Row { table, key, value });
+        let each = each.filter(|row| Some(row.table) != left_out);
         snapshot::write(out, &header, each)?;
         rows.fault().map_or(Ok(()), |fault| Err(io::Error::other(fault)))
     })?;

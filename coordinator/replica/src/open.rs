@@ -48,6 +48,7 @@ pub(crate) async fn open(
 ) -> Result<Opened, Error> {
     let writer = config.writer;
     let (cluster, tail_bytes_max) = (config.cluster.clone(), config.log_tail_bytes_max);
+    let faults = config.faults;
     let for_check = shared.clone();
     let checked = writer.blocking(move || check(config, machine, &for_check)).await;
     let checked = checked.map_err(|_| Error::Load("the state machine panicked".into()))??;
@@ -67,7 +68,11 @@ pub(crate) async fn open(
     let lane = Lane::start(writer, "raft-state", worker).map_err(thread(state_name))?;
     let state = StateLane::new(lane, durable_end);
     let log = LogStore::new(stored, tail_bytes_max, shared.clone(), state.clone(), |tail| {
-        Lane::start(writer, "raft-log", LogFile::new(log, tail, shared.clone()))
+        Lane::start(
+            writer,
+            "raft-log",
+            LogFile::new(log, tail, shared.clone(), faults),
+        )
     });
     let log = log.map_err(thread(log_name))?;
     let snapshot_lock = SnapshotLock::default();
@@ -80,6 +85,7 @@ pub(crate) async fn open(
         writer,
         shared: shared.clone(),
         snapshot_lock: snapshot_lock.clone(),
+        faults,
     };
     Ok(Opened {
         log,

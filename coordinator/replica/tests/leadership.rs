@@ -48,6 +48,35 @@ async fn a_leader_that_is_cut_off_stops_leading_before_another_leads() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_read_that_asked_a_dead_leader_asks_the_next_one_at_once() {
+    let mut cluster = Cluster::of(22, 3).await;
+    let dead = cluster.leader().await;
+    cluster.kill(dead);
+    let mut reads = tokio::task::JoinSet::new();
+    let survivors: Vec<_> = cluster.up.values().cloned().collect();
+    let another_leads = |replica: &replica::Replica| {
+        let leader = replica.leadership().borrow().leader;
+        leader.is_some_and(|leader| leader != dead)
+    };
+    while !survivors.iter().all(another_leads) {
+        for replica in &survivors {
+            let replica = replica.clone();
+            reads.spawn(async move { replica.linearizable().await.map(|()| Instant::now()) });
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    let known = Instant::now();
+    assert!(reads.len() > 10, "{}", reads.len());
+    while let Some(read) = reads.join_next().await {
+        let late = read.unwrap().unwrap().saturating_duration_since(known);
+        assert!(
+            late < Duration::from_millis(700),
+            "{late:?} after a leader was known"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_follower_that_was_cut_off_unseats_nobody() {
     let cluster = Cluster::of(21, 3).await;
     let leader = cluster.leader().await;

@@ -179,6 +179,10 @@ pub(super) async fn add(
         let detail = format!("validator {} is not configured", asked.validator);
         ApiError::new(StatusCode::BAD_REQUEST, detail)
     };
+    if api.store.read(|record| record.settings().validators.is_empty()) {
+        let detail = "the leader has not recorded its configuration yet: try again in a moment";
+        return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, detail));
+    }
     let validator = Hotkey::parse(&asked.validator).map_err(|_| not_configured())?;
     if !api
         .store

@@ -47,7 +47,11 @@ impl ToLeader for member_link::Asking {
         request: member_link::Request,
     ) -> Option<BoxFuture<'_, Result<member_link::Response, String>>> {
         self.leader()?;
-        Some(Box::pin(member_link::Asking::pass_on(self, request, super::PASS_ON_MAX)))
+        Some(Box::pin(member_link::Asking::pass_on(
+            self,
+            request,
+            super::PASS_ON_MAX,
+        )))
     }
 }
 
@@ -74,7 +78,11 @@ pub(super) async fn or_pass_on(State(api): State<Arc<Api>>, request: Request, ne
     let caller = head.extensions.get::<Caller>().copied();
     let passed = member_link::Request {
         method: head.method.to_string(),
-        path: head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
+        path: head
+            .uri
+            .path_and_query()
+            .map_or("/", |path| path.as_str())
+            .to_owned(),
         body: body.to_vec(),
         guard: caller.and_then(|caller| caller.guard),
         is_bound: caller.is_some_and(|caller| caller.is_bound),

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use coordinator_core::state_machine::host::{Cluster, NewHost};
 use coordinator_core::state_machine::{Faults, Rejection, State};
+use protocol::hotkey::Hotkey;
 use protocol::snapshot_file::{Head, Opened, ReadError, Sealed, SnapshotKey, Summary};
 use protocol::time::UnixMillis;
 use replica::{RowChange, Storage};
@@ -137,12 +138,10 @@ impl Restoring {
         Ok(self.state.cluster().ok_or(Rejection::NotFounded)?)
     }
 
-    /// The id that the new member will have.
-    ///
-    /// # Errors
-    /// [`Rejection::NotFounded`].
-    pub fn member(&self) -> Result<u64> {
-        Ok(self.cluster()?.next_member)
+    /// The miner whose state it is, if that was recorded.
+    #[must_use]
+    pub fn miner(&self) -> Option<&Hotkey> {
+        self.state.settings().miner.as_ref()
     }
 
     /// Makes the store, with `host` as its cluster's only member. Returns its member id.

@@ -15,10 +15,10 @@ const QUEUE: usize = 16;
 /// Silence after which a connection is dead: a host is to find another member within a second or so. Longer where
 /// the way is longer: QUIC waits three of its own timeouts at least.
 pub const IDLE_TIMEOUT: Duration = Duration::from_millis(1200);
-/// How often either side says that it is there.
-pub const KEEP_ALIVE: Duration = Duration::from_millis(300);
+/// How often a host says that it is there; the member's answer to that is enough for both sides.
+pub const KEEP_ALIVE: Duration = Duration::from_millis(400);
 
-/// Transport settings that both ends of the link use.
+/// Transport settings that both ends of the link use; the host's end also keeps it alive.
 ///
 /// # Panics
 /// Never: the timeout fits.
@@ -26,7 +26,6 @@ pub const KEEP_ALIVE: Duration = Duration::from_millis(300);
 pub fn transport() -> quinn::TransportConfig {
     let mut transport = quinn::TransportConfig::default();
     transport.max_idle_timeout(Some(IDLE_TIMEOUT.try_into().expect("it fits")));
-    transport.keep_alive_interval(Some(KEEP_ALIVE));
     transport.max_concurrent_bidi_streams(1_u8.into());
     transport.max_concurrent_uni_streams(0_u8.into());
     transport
@@ -57,10 +56,7 @@ pub async fn serve(connection: &Connection, server: ServerId, context: Context) 
     end
 }
 
-async fn read(
-    mut stream: RecvStream,
-    messages: mpsc::Sender<FromHost>,
-) -> Result<(), Failure> {
+async fn read(mut stream: RecvStream, messages: mpsc::Sender<FromHost>) -> Result<(), Failure> {
     let mut decoder = Decoder::default();
     while let Some(chunk) = stream.read_chunk(64 * 1024, true).await? {
         decoder.push(&chunk.bytes);
@@ -71,10 +67,7 @@ async fn read(
     Ok(())
 }
 
-async fn write(
-    mut stream: SendStream,
-    mut messages: mpsc::Receiver<ToHost>,
-) -> Result<(), Failure> {
+async fn write(mut stream: SendStream, mut messages: mpsc::Receiver<ToHost>) -> Result<(), Failure> {
     while let Some(message) = messages.recv().await {
         stream.write_all(&encode(&message)?).await?;
     }

@@ -87,6 +87,11 @@ pub async fn serve(
     }
     let now = context.store.clock().now();
     let session = context.hub.join(server.clone(), now);
+    let _presence = Presence {
+        hub: context.hub.clone(),
+        server: server.clone(),
+        session,
+    };
     tracing::info!(host = facts.name, %server, %fence, "host connected");
     let mut served = Session {
         context: &context,
@@ -100,13 +105,24 @@ pub async fn serve(
         // Its sender ends with the member.
         let _ = in_touch.wait_for(|in_touch| !in_touch).await;
     };
-    let end = tokio::select! {
+    tokio::select! {
         biased;
         () = cut_off => Err(End::CutOff),
         end = served.run(facts, clock, session, &mut incoming, &outgoing) => end,
-    };
-    context.hub.leave(&server, session);
-    end
+    }
+}
+
+/// A host counts as connected as long as this exists. A session whose connection is lost does not end, it is dropped.
+struct Presence {
+    hub: Hub,
+    server: ServerId,
+    session: u64,
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.hub.leave(&self.server, self.session);
+    }
 }
 
 struct Session<'a> {
@@ -324,4 +340,59 @@ fn without_progress(report: &WorkloadReport, last: &WorkloadReport) -> WorkloadR
         }
     }
     report
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::signer::{Key, LocalSigner, Seed};
+
+    #[tokio::test]
+    async fn a_host_whose_connection_is_lost_is_not_connected_any_more() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let key = Key::new(&Seed::new([1; 32]));
+        let hub = Hub::default();
+        // Their senders live as long as the member.
+        let (headers, doors) = (watch::channel(Vec::new()), watch::channel(Vec::new()));
+        let in_touch = watch::channel(true);
+        let context = Context {
+            store: Store::in_memory(clock.clone()),
+            signer: Arc::new(LocalSigner::new(key, clock.clone())),
+            hub: hub.clone(),
+            headers: headers.1,
+            doors: doors.1,
+            in_touch: in_touch.1,
+        };
+        let server = ServerId::parse("host-1").expect("valid");
+        let facts = HostFacts {
+            server: server.clone(),
+            name: "host-1".to_owned(),
+            address: "192.0.2.1".to_owned(),
+            proof_port: 443,
+            devices: Vec::new(),
+            cpu_count: 1,
+            memory_gb: 1,
+            disk_free_gb: 1,
+            agent_version: "1".to_owned(),
+        };
+        let hello = FromHost::Hello {
+            facts,
+            fence: Fence::default(),
+            clock: UnixMillis(1_000_000),
+        };
+        let (to_session, incoming) = mpsc::channel(1);
+        let (outgoing, mut from_session) = mpsc::channel(1);
+        to_session.send(hello).await.expect("there is room");
+        let mut session = Box::pin(serve(context, |_| true, incoming, outgoing));
+        tokio::select! {
+            end = &mut session => panic!("{end:?}"),
+            told = from_session.recv() => assert!(told.is_some()),
+        }
+        assert!(hub.host(&server).is_some());
+        // This is what a lost connection does to it.
+        drop(session);
+        assert!(hub.host(&server).is_none());
+        assert!(hub.heard_since(0).0.is_empty());
+    }
 }

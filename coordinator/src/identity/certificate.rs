@@ -279,12 +279,18 @@ mod tests {
     #[test]
     fn an_authority_is_found_once_and_read_back_from_its_texts() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Authority::found(folder.path()).unwrap().certificate_pem().to_owned();
+        let first = Authority::found(folder.path())
+            .unwrap()
+            .certificate_pem()
+            .to_owned();
         let again = Authority::found(folder.path()).unwrap();
         assert_eq!(again.certificate_pem(), first);
         let key = read_text(&folder.path().join(CA_KEY)).unwrap();
         let unsealed = Authority::from_pem(first, &key).unwrap();
-        let error = unsealed.issue(&names(None), b"short", NOW).unwrap_err().to_string();
+        let error = unsealed
+            .issue(&names(None), b"short", NOW)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("public key"), "{error}");
         issued(&unsealed, folder.path(), None);
     }

@@ -8,7 +8,8 @@ use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{
-    Authority, CA_CERTIFICATE, HOST_CERTIFICATE, HostKey, IdentityError, LIFE_MS, Names, read_text, write_secret,
+    Authority, CA_CERTIFICATE, HOST_CERTIFICATE, HostKey, IdentityError, LIFE_MS, Names, read_text,
+    write_secret,
 };
 
 /// File with the admission.

@@ -9,8 +9,8 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Endpoint};
 use tokio::time::timeout;
 
-use super::{Admission, Token, admission};
 use super::wire::{ALPN, Answer, Granted, Question, read, write};
+use super::{Admission, Token, admission};
 use crate::identity::{COORDINATOR_NAME, Identity, IdentityError, JoinVerifier, LIFE_MS};
 use protocol::time::UnixMillis;
 
@@ -57,7 +57,7 @@ pub fn granted(answer: Answer) -> Result<Granted, Error> {
     match answer {
         Answer::Granted(granted) => Ok(*granted),
         Answer::Refused(reason) | Answer::Unavailable(reason) => Err(Error::Refused(reason)),
-        Answer::Echoed { .. } => Err(Error::Refused("another question was answered".to_owned())),
+        Answer::Probed { .. } => Err(Error::Refused("another question was answered".to_owned())),
     }
 }
 
@@ -99,7 +99,9 @@ async fn ask(doors: &[String], tls: QuicClientConfig, question: &Question) -> Re
 
 async fn ask_one(door: &str, config: ClientConfig, question: &Question) -> Result<Answer, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
-    let found = tokio::net::lookup_host(door).await.map_err(|error| text(&error))?;
+    let found = tokio::net::lookup_host(door)
+        .await
+        .map_err(|error| text(&error))?;
     let mut last = "the name has no address".to_owned();
     for address in found {
         let local: SocketAddr = match address {
@@ -115,9 +117,15 @@ async fn ask_one(door: &str, config: ClientConfig, question: &Question) -> Resul
                 continue;
             }
         };
-        let (mut out, mut incoming) = connection.open_bi().await.map_err(|error| text(&error))?;
-        write(&mut out, question).await.map_err(|error| text(&error))?;
-        let answer = read(&mut incoming).await.map_err(|error| text(&error))?;
+        let exchange = async {
+            let (mut out, mut incoming) = connection.open_bi().await.map_err(|error| text(&error))?;
+            write(&mut out, question).await.map_err(|error| text(&error))?;
+            read(&mut incoming).await.map_err(|error| text(&error))
+        };
+        let answer = exchange.await;
+        // The member says why when it ends the connection.
+        let why = |error: String| connection.close_reason().map_or(error, |reason| text(&reason));
+        let answer = answer.map_err(why)?;
         connection.close(0_u8.into(), b"thanks");
         endpoint.wait_idle().await;
         return Ok(answer);

@@ -1,17 +1,19 @@
 //! The member's side: who asks is let in by a command in the log, and then gets its certificate. Every member can
 //! do it, since the authority's key is in the state, sealed for holders of the seed.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator_core::state_machine::host::{HostRecord, InviteId, NewHost, Standing};
 use coordinator_core::state_machine::{Command, Reply};
-use quinn::Connection;
+use quinn::{Connection, ConnectionError, Endpoint};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::wire::{Answer, Granted, Join, Question, read, write};
 use super::{Admission, token};
-use crate::identity::{Authority, Bearer, LIFE_MS, Names, key_hash};
+use crate::identity::{Authority, Bearer, COORDINATOR_NAME, Identity, LIFE_MS, Names, key_hash};
 use crate::signer::{SealedKind, Sign};
 use crate::store::{Error as StoreError, Store};
 
@@ -19,6 +21,8 @@ use crate::store::{Error as StoreError, Store};
 const QUESTION_MAX: Duration = Duration::from_secs(10);
 /// A host whose clock is off by more is refused, in ms: certificates and signatures would not work.
 const CLOCK_OFFSET_MAX_MS: u64 = 20_000;
+/// How long a probe may take.
+const PROBE_MAX: Duration = Duration::from_secs(4);
 /// Characters of a name or an address.
 const WORD_MAX: usize = 255;
 
@@ -31,6 +35,23 @@ pub struct Gate {
     pub signer: Arc<dyn Sign>,
     /// Id of the cluster.
     pub cluster: String,
+    /// Where probes leave from.
+    pub endpoint: Endpoint,
+    /// Folder with the certificate that they show.
+    pub identity: PathBuf,
+    /// Limits how many join at a time.
+    pub joins: Arc<Semaphore>,
+}
+
+/// A limit for [`Gate::joins`].
+pub const JOINS_MAX: usize = 16;
+
+/// How a probe can end badly.
+enum Dial {
+    /// Somebody is there, and says no.
+    Answered(String),
+    /// Nobody can be heard.
+    Failed(String),
 }
 
 /// Why there is no yes.
@@ -74,7 +95,10 @@ impl Gate {
             Question::Join(join) => self.join(*join).await,
             Question::Renew => self.renew(bearer).await,
             Question::Rejoin => self.rejoin(bearer).await,
-            Question::Probe { .. } => Err(refused("this member does not probe")),
+            Question::Probe => match self.known(bearer).await {
+                Ok((record, _)) => return self.probe(record.host.address).await,
+                Err(no) => Err(no),
+            },
         };
         match granted {
             Ok(granted) => Answer::Granted(Box::new(granted)),
@@ -95,16 +119,28 @@ impl Gate {
                 offset_ms / 1000
             )));
         }
-        for (what, word) in [("name", &join.name), ("site", &join.site), ("address", &join.address)] {
+        for (what, word) in [
+            ("name", &join.name),
+            ("site", &join.site),
+            ("address", &join.address),
+        ] {
             if word.len() > WORD_MAX || word.chars().any(char::is_control) {
-                return Err(refused(format!("the host's {what} is no word of at most {WORD_MAX} bytes")));
+                return Err(refused(format!(
+                    "the host's {what} is no word of at most {WORD_MAX} bytes"
+                )));
             }
         }
+        let few = self.joins.try_acquire();
+        let _few = few.map_err(|_| No::Unavailable("too many hosts join at this moment".to_owned()))?;
         self.store.linearizable().await?;
-        let invite = InviteId(join.invite);
-        let eligible = self
-            .store
-            .read(|state| state.invites().get(&invite).is_some_and(|invite| invite.eligible));
+        let (invite, secret_hash) = (InviteId(join.invite), token::secret_hash(&join.secret));
+        // A stranger without an invitation writes nothing into the log.
+        let known = self.store.read(|state| {
+            state
+                .invitation(invite, &secret_hash, now)
+                .map(|invite| invite.eligible)
+        });
+        let eligible = known.map_err(|rejection| refused(rejection.to_string()))?;
         match &join.hotkey {
             Some(hotkey) if hotkey != self.signer.hotkey() => {
                 return Err(refused(format!(
@@ -123,7 +159,7 @@ impl Gate {
         }
         let command = Command::JoinHost {
             id: invite,
-            secret_hash: token::secret_hash(&join.secret),
+            secret_hash,
             host: NewHost {
                 server: join.server.clone(),
                 name: join.name,
@@ -156,7 +192,9 @@ impl Gate {
     async fn rejoin(&self, bearer: Option<&Bearer>) -> Result<Granted, No> {
         let (record, bearer) = self.known(bearer).await?;
         if record.member.is_none() {
-            return Err(refused("this host is no member: it has no store that could be lost"));
+            return Err(refused(
+                "this host is no member: it has no store that could be lost",
+            ));
         }
         let server = record.host.server;
         let command = Command::RejoinHost {
@@ -168,6 +206,46 @@ impl Gate {
         };
         tracing::info!(%server, ?member, "a member comes back without its store");
         self.grant(Names { server, member }, &bearer.public_key).await
+    }
+
+    /// Dials a host at the address that it told. Any answer shows that UDP goes there and back, be it a refusal.
+    async fn probe(&self, address: String) -> Answer {
+        let (reached, detail) = match timeout(PROBE_MAX, self.dial(&address)).await {
+            Ok(Ok(())) => (true, "it answers".to_owned()),
+            Ok(Err(Dial::Answered(refusal))) => (true, refusal),
+            Ok(Err(Dial::Failed(reason))) => (false, reason),
+            Err(_) => (false, format!("no answer within {PROBE_MAX:?}")),
+        };
+        Answer::Probed {
+            address,
+            reached,
+            detail,
+        }
+    }
+
+    async fn dial(&self, address: &str) -> Result<(), Dial> {
+        let failed = |error: &dyn std::fmt::Display| Dial::Failed(error.to_string());
+        let identity = Identity::of_host(&self.identity).map_err(|error| failed(&error))?;
+        let tls = identity
+            .quic_client(super::wire::ALPN)
+            .map_err(|error| failed(&error))?;
+        let config = quinn::ClientConfig::new(Arc::new(tls));
+        let mut found = tokio::net::lookup_host(address)
+            .await
+            .map_err(|error| failed(&error))?;
+        let target = found.next().ok_or_else(|| failed(&"the name has no address"))?;
+        let connecting = self
+            .endpoint
+            .connect_with(config, target, COORDINATOR_NAME)
+            .map_err(|error| failed(&error))?;
+        match connecting.await {
+            Ok(connection) => {
+                connection.close(0_u8.into(), b"only a probe");
+                Ok(())
+            }
+            Err(ConnectionError::TimedOut) => Err(failed(&"no answer")),
+            Err(answered) => Err(Dial::Answered(format!("it answers: {answered}"))),
+        }
     }
 
     /// The host that asks with a certificate, as the state knows it now.
@@ -193,7 +271,10 @@ impl Gate {
             (state.cluster().cloned(), doors)
         });
         let cluster = cluster.ok_or_else(|| No::Unavailable("the cluster is not founded yet".to_owned()))?;
-        let key = self.signer.unseal(SealedKind::ClusterCaKey, &cluster.sealed_key).await;
+        let key = self
+            .signer
+            .unseal(SealedKind::ClusterCaKey, &cluster.sealed_key)
+            .await;
         let key = key.map_err(|error| No::Unavailable(format!("the authority's key: {error}")))?;
         let key = String::from_utf8(key).map_err(|_| refused("the authority's key is damaged"))?;
         let authority = Authority::from_pem(cluster.authority_pem.clone(), &key)

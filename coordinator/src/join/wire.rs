@@ -14,7 +14,7 @@ use super::Admission;
 /// Protocol name of the gate in the TLS handshake.
 pub const ALPN: &[u8] = b"chutes-join/1";
 
-/// A question to a member. The last two need the certificate of a host.
+/// A question to a member. All but the first need the certificate of a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
     /// Let me in.
@@ -23,11 +23,8 @@ pub enum Question {
     Renew,
     /// I am a member that has lost its store: give me another member id.
     Rejoin,
-    /// Send datagrams to this address, `host:port`, and say whether they come back.
-    Probe {
-        /// Where the asking host believes that it is reached.
-        address: String,
-    },
+    /// Dial the address that I told when I joined, and say whether anybody answers there.
+    Probe,
 }
 
 /// A host that wants to join.
@@ -82,12 +79,14 @@ pub enum Answer {
     Refused(String),
     /// Not now: another try, or another member, may do.
     Unavailable(String),
-    /// Of a probe: how many of the datagrams came back.
-    Echoed {
-        /// Sent.
-        sent: u32,
-        /// Came back.
-        back: u32,
+    /// What became of a probe.
+    Probed {
+        /// Where to.
+        address: String,
+        /// Something answered.
+        reached: bool,
+        /// What, or why not.
+        detail: String,
     },
 }
 

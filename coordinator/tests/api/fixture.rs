@@ -8,8 +8,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
-    Alone,
-    ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
+    Alone, ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
     ValidatorListing, router,
 };
 use coordinator::backup::Door;

@@ -323,7 +323,10 @@ async fn the_lead_is_handed_to_a_voter() {
     assert_eq!(transfer().await.json(), json!({ "leader": 3, "host": "gpu-c" }));
     let answer = fixture.ask("POST", "/v1/raft/transfer", "").await;
     assert_eq!(answer.status, StatusCode::CONFLICT);
-    assert_eq!(answer.detail(), "host gpu-c leads and could not be asked: try again, or ask its API");
+    assert_eq!(
+        answer.detail(),
+        "host gpu-c leads and could not be asked: try again, or ask its API"
+    );
     // The signature was good for one transfer.
     fixture.members.roles.lock().unwrap().leader = Some(1);
     assert_eq!(transfer().await.status, StatusCode::UNAUTHORIZED);

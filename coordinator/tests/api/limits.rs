@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fixture::LastListings;
-use coordinator::api::{Config, Deps, Limits, serve};
+use coordinator::api::{Alone, Config, Deps, Limits, router, serve};
 use coordinator::backup::Door;
 use coordinator::store::{BoxFuture, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
@@ -46,9 +46,12 @@ async fn served(
         host_reports: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(Members::default()),
+        leader: Arc::new(Alone),
         backup: Door::default(),
     };
-    let task = tokio::spawn(serve(config, fixture.store.clone(), deps, listener, stop.clone()));
+    let limits = config.limits;
+    let routes = router(config, fixture.store.clone(), deps);
+    let task = tokio::spawn(serve(routes, limits, listener, stop.clone()));
     (address, stop, task)
 }
 

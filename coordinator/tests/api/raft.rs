@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::http::StatusCode;
-use coordinator::backup::{self, Door, Snapshots};
 use coordinator::api::{Alone, Config, Deps, Limits, ReplicatedCluster, router};
+use coordinator::backup::{self, Door, Snapshots};
 use coordinator::clock::Clock;
 use coordinator::member::ReplicatedLog;
 use coordinator::store::{BoxFuture, Machine, Store};
@@ -188,7 +188,10 @@ async fn three_members_tell_who_they_are_and_hand_the_lead_over() {
     assert_eq!((&raft["leader"], &raft["answered_by"]), (&json!(1), &json!(2)));
     assert_eq!(raft["sites"], Value::Null);
     let refused = second.ask("POST", "/v1/raft/transfer", "").await;
-    assert_eq!(refused.detail(), "host gpu-1 leads and could not be asked: try again, or ask its API");
+    assert_eq!(
+        refused.detail(),
+        "host gpu-1 leads and could not be asked: try again, or ask its API"
+    );
 
     let answer = first.ask("POST", "/v1/raft/transfer", r#"{"to":"gpu-2"}"#).await;
     assert_eq!(answer.json(), json!({ "leader": 2, "host": "gpu-2" }));

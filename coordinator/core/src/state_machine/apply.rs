@@ -25,7 +25,7 @@ pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
     let answer = match guard {
         Some(guard) if state.guards.contains_key(&guard) => Err(Rejection::Replayed),
         _ => {
-            if let Some(guard) = guard {
+            if let Some(guard) = guard.filter(|_| !state.faults.replay_guard_lost) {
                 let now = state.settings.now;
                 state.guards.insert(guard, now);
             }
@@ -51,6 +51,12 @@ impl State {
                 validators,
                 pay_profile,
             } => {
+                let oldest = self.outbox.iter().next().map(|effect| effect.id);
+                if self.faults.outbox_entry_lost_at_leader_change
+                    && let Some(oldest) = oldest
+                {
+                    self.outbox.remove(oldest);
+                }
                 let settings = &self.settings;
                 if settings.miner.as_ref() == Some(&miner)
                     && settings.validators == validators
@@ -223,7 +229,9 @@ impl State {
         if !self.outbox.is_ready(&effect) && !self.faults.effects_out_of_order {
             return Err(Rejection::OutOfOrder(id));
         }
-        self.outbox.remove(id);
+        if !self.faults.effect_done_twice {
+            self.outbox.remove(id);
+        }
         match &effect.subject {
             Subject::Deployment(deployment) => {
                 self.finish_deployment_effect(&deployment.clone(), &effect, outcome);

@@ -30,6 +30,30 @@ impl State {
         &self.invites
     }
 
+    /// The invitation whose secret somebody has.
+    ///
+    /// # Errors
+    /// It is not known, or has expired.
+    pub fn invitation(
+        &self,
+        id: InviteId,
+        secret_hash: &KeyHash,
+        now: UnixMillis,
+    ) -> Result<&Invite, Rejection> {
+        let refused = |why: &str| Rejection::Invitation(why.to_owned());
+        let invite = self.invites.get(&id);
+        let invite = invite.filter(|invite| invite.secret_hash == *secret_hash);
+        let invite = invite.ok_or_else(|| {
+            refused("is not known here: it belongs to another cluster, or is a day old; ask for a new one")
+        })?;
+        if invite.expires_at <= now {
+            return Err(refused(
+                "has expired: ask for a new one with `chutes-miner host invite`",
+            ));
+        }
+        Ok(invite)
+    }
+
     /// The member with this id, if it belongs to us.
     #[must_use]
     pub fn member(&self, member: u64) -> Option<&HostRecord> {
@@ -99,19 +123,7 @@ impl State {
 
     pub(crate) fn join_host(&mut self, id: InviteId, secret_hash: &KeyHash, mut host: NewHost) -> Answer {
         let refused = |why: &str| Err(Rejection::Invitation(why.to_owned()));
-        let now = self.settings.now;
-        let Some(invite) = self
-            .invites
-            .get(&id)
-            .filter(|invite| invite.secret_hash == *secret_hash)
-        else {
-            return refused(
-                "is not known here: it belongs to another cluster, or is a day old; ask for a new one",
-            );
-        };
-        if invite.expires_at <= now {
-            return refused("has expired: ask for a new one with `chutes-miner host invite`");
-        }
+        let invite = self.invitation(id, secret_hash, self.settings.now)?;
         let eligible = invite.eligible;
         if let Some(site) = &invite.site {
             host.site.clone_from(site);

@@ -12,7 +12,11 @@ impl State {
     ///
     /// The incarnation rises, so that hosts take what is decided from now on for newer than all they have. The
     /// members of before are out: what is on their disks must not vote again, and they come back by invitation,
-    /// as somebody else. Hosts that are no members stay.
+    /// as somebody else. Hosts that are no members stay. Invitations are void: one that is open here may have been
+    /// used after the snapshot.
+    ///
+    /// Nobody knows which member ids were given out after the snapshot. So the count goes on at the new incarnation,
+    /// which is never below the clock in seconds: no cluster has ever had so many members.
     ///
     /// # Errors
     /// [`Rejection::NotFounded`] when the snapshot is of a cluster that has no authority yet;
@@ -32,6 +36,14 @@ impl State {
         settings.now = settings.now.max(at);
         let now = settings.now;
         settings.incarnation = (settings.incarnation + 1).max(now.unix_seconds());
+        let incarnation = settings.incarnation;
+        if let Some(cluster) = self.cluster.get_mut(&0) {
+            cluster.next_member = cluster.next_member.max(incarnation);
+        }
+        let invites: Vec<_> = self.invites.keys().copied().collect();
+        for invite in invites {
+            self.invites.remove(&invite);
+        }
         let members = self.hosts.values();
         let members = members.filter(|record| record.is_in() && record.member.is_some());
         let members: Vec<_> = members.map(|record| record.host.server.clone()).collect();
@@ -48,7 +60,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::state_machine::command::{Command, Proposal, RequestId};
-    use crate::state_machine::host::Standing;
+    use crate::state_machine::host::{Invite, InviteId, Standing};
     use crate::state_machine::{Faults, apply, invariant};
     use protocol::id::ServerId;
 
@@ -85,21 +97,34 @@ mod tests {
     fn the_members_of_before_are_out_and_the_incarnation_rises() {
         let mut state = founded();
         state.settings_mut().incarnation = 7_000;
+        let invite = Invite {
+            secret_hash: [7; 32],
+            expires_at: UnixMillis(9_000_000),
+            eligible: true,
+            site: None,
+            used_by: None,
+        };
+        state.invites.insert(InviteId(1), invite);
         let member = state.restore(host("new", 3), UnixMillis(6_000_000));
-        assert_eq!(member, Ok(2));
+        assert_eq!(member, Ok(7_001), "no id that was given out after the snapshot");
         assert_eq!(state.settings().incarnation, 7_001, "above the clock too");
+        assert_eq!(state.invites().len(), 0, "it may have been used meanwhile");
         assert!(matches!(state.standing(&[1; 32]), Standing::Removed(_)));
         assert!(matches!(state.standing(&[2; 32]), Standing::In(_)));
-        assert!(state.member(1).is_none() && state.member(2).is_some());
+        assert!(state.member(1).is_none() && state.member(7_001).is_some());
         assert_eq!(invariant::violations(&state), Vec::<String>::new());
         let rows: Vec<u8> = state.drain_rows().into_iter().map(|row| row.table).collect();
-        assert_eq!(rows, [1, 14, 14, 16], "settings, two hosts, the cluster");
+        assert_eq!(
+            rows,
+            [1, 14, 14, 15, 16],
+            "settings, two hosts, the invitation, the cluster"
+        );
     }
 
     #[test]
     fn the_same_machine_may_begin_again_with_a_new_key() {
         let mut state = founded();
-        assert_eq!(state.restore(host("old", 3), UnixMillis(1)), Ok(2));
+        assert_eq!(state.restore(host("old", 3), UnixMillis(1)), Ok(5_000));
         assert!(matches!(state.standing(&[1; 32]), Standing::Removed(_)));
         assert_eq!(
             state.settings().now,

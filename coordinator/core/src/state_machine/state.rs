@@ -74,6 +74,12 @@ pub struct Faults {
     pub gpu_freed_early: bool,
     /// A listing that is unknown counts as empty.
     pub unknown_is_empty: bool,
+    /// The first write of a new leader loses the oldest entry of the outbox.
+    pub outbox_entry_lost_at_leader_change: bool,
+    /// An effect stays in the outbox although its end was reported.
+    pub effect_done_twice: bool,
+    /// Nobody remembers which signatures were used.
+    pub replay_guard_lost: bool,
 }
 
 impl Faults {

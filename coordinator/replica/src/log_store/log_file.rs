@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::SharedTail;
 use crate::error::Error;
+use crate::faults::Faults;
 use crate::format::{decode_entry, decode_log_id, decode_vote, encode_log_id, encode_vote};
 use crate::health::{Shared, count};
 use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
@@ -49,11 +50,13 @@ pub(crate) enum Job {
 impl Job {
     /// Whether someone relies on this write being on the disk. A purge and the committed index are not
     /// forced: older values of theirs are true as well.
-    fn must_be_durable(&self) -> bool {
-        matches!(
-            self,
-            Self::Append { .. } | Self::Vote { .. } | Self::Truncate { .. }
-        )
+    fn must_be_durable(&self, faults: Faults) -> bool {
+        match self {
+            Self::Append { .. } => !faults.acknowledge_before_fsync,
+            Self::Vote { .. } => !faults.two_votes_in_a_term,
+            Self::Truncate { .. } => true,
+            Self::Purge { .. } | Self::Committed(_) | Self::Read { .. } => false,
+        }
     }
 
     fn answer(self, result: &Result<(), String>) {
@@ -101,16 +104,18 @@ pub(crate) struct LogFile {
     /// Committed index that is not in the file yet.
     committed: Option<Option<RaftLogId>>,
     failure: Option<String>,
+    faults: Faults,
 }
 
 impl LogFile {
-    pub(crate) fn new(file: StoreFile, tail: SharedTail, shared: Shared) -> Self {
+    pub(crate) fn new(file: StoreFile, tail: SharedTail, shared: Shared, faults: Faults) -> Self {
         Self {
             file,
             tail,
             shared,
             committed: None,
             failure: None,
+            faults,
         }
     }
 
@@ -176,7 +181,7 @@ impl LogFile {
 
     fn commit(&mut self, writes: &[Job]) -> Result<(), redb::Error> {
         let mut transaction = self.file.database.begin_write()?;
-        if !writes.iter().any(Job::must_be_durable) {
+        if !writes.iter().any(|job| job.must_be_durable(self.faults)) {
             transaction.set_durability(Durability::None)?;
         }
         {

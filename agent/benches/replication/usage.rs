@@ -1,0 +1,179 @@
+//! What processes used: time and memory from `/proc`, calls of fsync and fdatasync from `strace`; and how fast the
+//! disk is.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::Instant;
+
+/// Linux counts processes' time in hundredths of a second, whatever its own clock does.
+const TICKS_PER_SECOND: f64 = 100.0;
+const TMPFS: i64 = 0x0102_1994;
+const DISK_WRITES: u32 = 300;
+/// Bytes of each of them: about a group of commands.
+const DISK_WRITE_BYTES: usize = 4096;
+
+/// What processes have used so far.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Usage {
+    pub(crate) cpu: Duration,
+    pub(crate) resident_kib: u64,
+}
+
+impl Usage {
+    pub(crate) fn of(processes: impl Iterator<Item = u32>) -> Self {
+        processes.fold(Self::default(), |sum, process| Self {
+            cpu: sum.cpu + cpu(process).unwrap_or_default(),
+            resident_kib: sum.resident_kib + resident_kib(process).unwrap_or_default(),
+        })
+    }
+
+    pub(crate) fn since(&self, before: &Self) -> Self {
+        Self {
+            cpu: self.cpu.saturating_sub(before.cpu),
+            resident_kib: self.resident_kib,
+        }
+    }
+}
+
+/// The fields of `/proc/PID/stat` behind the name, which may have blanks in it.
+fn stat(process: u32) -> Option<Vec<String>> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    let (_, rest) = text.rsplit_once(") ")?;
+    Some(rest.split(' ').map(str::to_owned).collect())
+}
+
+fn cpu(process: u32) -> Option<Duration> {
+    let fields = stat(process)?;
+    let ticks = |place: usize| fields.get(place)?.parse::<u32>().ok();
+    Some(Duration::from_secs_f64(
+        f64::from(ticks(11)? + ticks(12)?) / TICKS_PER_SECOND,
+    ))
+}
+
+fn resident_kib(process: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.trim().trim_end_matches(" kB").parse().ok()
+}
+
+/// A process and all that it has started.
+pub(crate) fn family(process: u32) -> Vec<u32> {
+    let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let pid = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let parent = pid.and_then(|pid| stat(pid)?.get(1)?.parse().ok());
+        if let (Some(pid), Some(parent)) = (pid, parent) {
+            children.entry(parent).or_default().push(pid);
+        }
+    }
+    let mut found = vec![process];
+    let mut next = 0;
+    while let Some(process) = found.get(next) {
+        found.extend(children.remove(process).unwrap_or_default());
+        next += 1;
+    }
+    found
+}
+
+/// Refuses a folder in memory: fsync costs nothing there.
+pub(crate) fn refuse_memory(folder: &Path) -> anyhow::Result<()> {
+    let existing = folder
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
+    let kind = rustix::fs::statfs(existing)?.f_type;
+    anyhow::ensure!(
+        kind != TMPFS,
+        "{} is in memory: name a folder on a disk",
+        folder.display()
+    );
+    Ok(())
+}
+
+/// How long an append of some KiB takes to reach the disk, in ms.
+pub(crate) fn disk_latency(folder: &Path) -> anyhow::Result<Value> {
+    let path = folder.join("disk");
+    let mut file = File::create(&path)?;
+    let mut times = Vec::new();
+    for _ in 0..DISK_WRITES {
+        let began = Instant::now();
+        file.write_all(&[7; DISK_WRITE_BYTES])?;
+        file.sync_data()?;
+        times.push(began.elapsed().as_secs_f64() * 1e3);
+    }
+    std::fs::remove_file(&path)?;
+    times.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| times[(times.len() as f64 * share) as usize];
+    Ok(json!({ "p50": at(0.5), "p99": at(0.99) }))
+}
+
+/// `strace`, which counts the calls of processes with all their threads.
+pub(crate) struct Tracer {
+    child: Child,
+    summary: PathBuf,
+}
+
+impl Tracer {
+    pub(crate) async fn attach(processes: impl Iterator<Item = u32>, folder: &Path) -> anyhow::Result<Self> {
+        let summary = folder.join("strace");
+        let mut command = Command::new("strace");
+        command
+            .args(["-f", "-c", "-e", "trace=fsync,fdatasync", "-o"])
+            .arg(&summary);
+        let mut waiting = 0;
+        for process in processes {
+            command.arg("-p").arg(process.to_string());
+            waiting += 1;
+        }
+        command.stderr(Stdio::piped()).kill_on_drop(true);
+        let mut child = command.spawn().context("start strace")?;
+        let stderr = child.stderr.take().context("its standard error")?;
+        let mut lines = BufReader::new(stderr).lines();
+        while waiting > 0 {
+            let line = lines.next_line().await?.context("strace ended")?;
+            anyhow::ensure!(line.contains("attached"), "{line}");
+            waiting -= 1;
+        }
+        // It says something of each thread that comes and goes; nobody must wait for us to read it.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        Ok(Self { child, summary })
+    }
+
+    /// Lets the processes go; how many calls there were.
+    pub(crate) async fn calls(mut self) -> anyhow::Result<u64> {
+        let pid = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+        kill_process(pid.context("strace has ended")?, Signal::INT)?;
+        self.child.wait().await?;
+        let summary = std::fs::read_to_string(&self.summary)?;
+        let calls = summary.lines().filter_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let is_sync = matches!(fields.last(), Some(&("fsync" | "fdatasync")));
+            is_sync.then(|| fields.get(3)?.parse::<u64>().ok())?
+        });
+        Ok(calls.sum())
+    }
+}
+
+/// Ends a process in order, or at once if it does not.
+pub(crate) async fn terminate(child: &mut Child) {
+    if let Some(pid) = child.id().and_then(|id| Pid::from_raw(id.cast_signed())) {
+        // It may have ended already.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    if tokio::time::timeout(Duration::from_secs(20), child.wait())
+        .await
+        .is_err()
+    {
+        let _ = child.kill().await;
+    }
+}

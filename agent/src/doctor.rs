@@ -1,0 +1,105 @@
+//! `chutes-agent doctor net`: whether UDP gets through between this host and the members, both ways.
+//!
+//! Out: every member is asked, over QUIC. In: each that answers is asked to dial this host at the address that it told
+//! when it joined. Where the agent does not run, a listener stands in for its door meanwhile.
+
+use std::io::Write as _;
+
+use agent::config::checked::{certificates_folder, joining};
+use agent::config::{self, Sources};
+use anyhow::Context as _;
+use coordinator::door;
+use coordinator::identity::Identity;
+use coordinator::join::wire::{Answer, Question};
+use coordinator::join::{Admission, client};
+use tokio::time::Instant;
+
+fn say(line: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{line}")?)
+}
+
+/// Tries all ways, says what it found, and fails if one is closed that must be open.
+///
+/// # Errors
+/// With what is closed.
+pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
+    let (written, _) = config::read(sources)?;
+    let folder = certificates_folder(&written.data);
+    let admission = Admission::read(&folder)?.context(
+        "this host belongs to no cluster yet; what UDP does between here and there shows when it joins one",
+    )?;
+    let identity = Identity::of_host(&folder)?;
+    // The port is taken while the agent runs, and then it answers by itself.
+    let listen = written.coordinator.hosts_listen;
+    let stand_in = if written.coordinator.enabled {
+        door::open(listen, &identity).ok()
+    } else {
+        None
+    };
+    if let Some(endpoint) = stand_in.clone() {
+        tokio::spawn(async move {
+            while let Some(incoming) = endpoint.accept().await {
+                tokio::spawn(async move {
+                    incoming
+                        .await
+                        .map(|connection| connection.close(0_u8.into(), b"doctor"))
+                });
+            }
+        });
+    }
+    let own = joining(&written).map(|host| host.address).unwrap_or_default();
+    let mut closed = 0;
+    for member in &admission.doors {
+        if stand_in.is_some() && *member == own {
+            say(&format!(
+                "self {member}: no agent runs here; a listener stands in for it meanwhile"
+            ))?;
+            continue;
+        }
+        let began = Instant::now();
+        let asked = client::ask_as_host(std::slice::from_ref(member), &folder, &Question::Probe).await;
+        match asked {
+            Err(error) => {
+                closed += 1;
+                say(&format!(
+                    "out  {member}: CLOSED. {error}. Nothing came back: UDP to that port is blocked on the way (a \
+                     firewall here, there, or the provider's), or no agent runs there"
+                ))?;
+            }
+            Ok(Answer::Probed {
+                address,
+                reached,
+                detail,
+            }) => {
+                say(&format!(
+                    "out  {member}: open, {} ms with its answer",
+                    began.elapsed().as_millis()
+                ))?;
+                let needed = written.coordinator.enabled;
+                let (word, advice) = match (reached, needed) {
+                    (true, _) => ("open", ""),
+                    (false, true) => (
+                        "CLOSED",
+                        ". Other members must reach this one: open that UDP port to this machine, or correct \
+                         coordinator.advertise",
+                    ),
+                    (false, false) => (
+                        "closed",
+                        ", which is fine: a host without a vote needs outgoing connections only",
+                    ),
+                };
+                closed += u32::from(!reached && needed);
+                say(&format!(
+                    "in   {address} from {member}: {word} ({detail}){advice}"
+                ))?;
+            }
+            Ok(Answer::Refused(reason) | Answer::Unavailable(reason)) => {
+                say(&format!("out  {member}: open, but it says: {reason}"))?;
+            }
+            Ok(Answer::Granted(_)) => anyhow::bail!("{member} answered another question"),
+        }
+    }
+    drop(stand_in);
+    anyhow::ensure!(closed == 0, "{closed} ways are closed");
+    Ok(())
+}

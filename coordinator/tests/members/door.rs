@@ -1,0 +1,74 @@
+//! What knocks at the door and is no host: noise, silence, huge frames, certificates of nobody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coordinator::identity::Identity;
+use coordinator::join::wire::ALPN as JOIN;
+use protocol::link::ALPN as HOST;
+use quinn::{ClientConfig, Endpoint};
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::net::UdpSocket;
+
+use super::cluster::Host;
+use super::until;
+
+async fn dial(identity: &Identity, host: &Host, protocol: &[u8]) -> Result<quinn::Connection, String> {
+    let endpoint = Endpoint::client(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let tls = identity.quic_client(protocol).expect("good TLS");
+    let config = ClientConfig::new(Arc::new(tls));
+    let connecting = endpoint.connect_with(config, host.door, "coordinator.chutes.internal");
+    let connecting = connecting.expect("a good name");
+    connecting.await.map_err(|error| error.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn noise_silence_and_huge_frames_do_no_harm() {
+    let mut first = Host::new(1);
+    first.found();
+    first.start();
+    until("it leads", async || first.leader().await).await;
+    let identity = Identity::of_host(&first.identity()).expect("its own");
+
+    // Datagrams that are no QUIC.
+    let noise = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let mut random = fastrand::Rng::with_seed(1);
+    for _ in 0..200 {
+        let bytes: Vec<u8> = (0..random.usize(1..1300)).map(|_| random.u8(..)).collect();
+        noise.send_to(&bytes, first.door).await.expect("sent");
+    }
+
+    // A host's stream that claims a frame of 4 GiB, and one of nonsense; the connection ends.
+    for frame in [&[0xff, 0xff, 0xff, 0xff][..], &[0, 0, 0, 3, 9, 9, 9]] {
+        let connection = dial(&identity, &first, HOST).await.expect("it has a certificate");
+        let (mut send, _receive) = connection.open_bi().await.expect("one stream");
+        send.write_all(frame).await.expect("sent");
+        let ended = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await;
+        ended.expect("it is closed");
+    }
+    // Nonsense at the gate.
+    let connection = dial(&identity, &first, JOIN).await.expect("anybody may");
+    let (mut send, _receive) = connection.open_bi().await.expect("one stream");
+    send.write_all(&[0, 0, 0, 1, 0xff]).await.expect("sent");
+    let ended = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await;
+    ended.expect("it is closed");
+
+    // Somebody who says nothing holds nobody up.
+    let _silent = dial(&identity, &first, HOST).await.expect("it has a certificate");
+    let invited = first.ask(Method::POST, "/hosts/invites", &json!({})).await;
+    assert!(invited.is_ok(), "{invited:?}");
+
+    // The certificate of another cluster is none.
+    let stranger = Host::new(2);
+    stranger.found();
+    let foreign = Identity::of_host(&stranger.identity()).expect("its own");
+    let refused = dial(&foreign, &first, HOST).await;
+    assert!(refused.is_err(), "it does not trust us, nor we it");
+    let hosts = first
+        .ask(Method::GET, "/hosts", &Value::Null)
+        .await
+        .expect("it answers");
+    assert_eq!(hosts.as_array().map(Vec::len), Some(1));
+    first.stop().await;
+}
