@@ -23,6 +23,7 @@ use protocol::gpu::DeviceInfo;
 use protocol::hotkey::{Hotkey, Signer};
 use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, InstanceId, JobId};
 use protocol::report::{HostFacts, WorkloadReport};
+use protocol::workload::Fence;
 
 use super::member::{Member, START, host, server};
 
@@ -43,10 +44,10 @@ pub(crate) fn facts(name: &str) -> HostFacts {
         name: name.to_owned(),
         address: "198.51.100.7".to_owned(),
         proof_port: 30443,
-        devices: if name == "gpu-a" {
-            "abc".chars().map(device).collect()
-        } else {
-            vec![]
+        devices: match name {
+            "gpu-a" => "abc".chars().map(device).collect(),
+            "gpu-c" => vec![device('d')],
+            _ => vec![],
         },
         cpu_count: 26,
         memory_gb: 126,
@@ -80,8 +81,11 @@ enum Step {
     Finish,
 }
 
+/// The incarnation of a cluster that is configured by the second step.
+const INCARNATION: u64 = START.0 / 1000 + 2;
+
 /// Commands that leave rows in every table of the first format.
-fn steps() -> Vec<Step> {
+fn steps(incarnation: u64) -> Vec<Step> {
     let mut steps = vec![
         Command::FoundCluster {
             authority_pem: "certificate".to_owned(),
@@ -128,7 +132,10 @@ fn steps() -> Vec<Step> {
     let mut all: Vec<Step> = steps.drain(..).map(Step::Do).collect();
     all.extend([Step::Finish, Step::Finish]);
     let report = WorkloadReport {
-        fence: protocol::workload::Fence::default(),
+        fence: Fence {
+            incarnation,
+            revision: 0,
+        },
         workloads: vec![],
     };
     steps.push(Command::RecordWorkloads {
@@ -228,6 +235,16 @@ fn steps() -> Vec<Step> {
                 instances: Listing::Known(vec![activated, stranger]),
                 gpus: Listing::Unknown,
             }),
+            Command::RecordHost {
+                facts: facts("gpu-c"),
+            },
+            // What it asks of the validator is not done yet.
+            Command::EnrolServer {
+                server: server("gpu-c"),
+                validator: validator(),
+                gpu_short_ref: "h100_sxm".to_owned(),
+                hourly_cost_usd_micros: 1_500_000,
+            },
         ]
         .map(Step::Do),
     );
@@ -249,14 +266,15 @@ pub(crate) fn good_end(kind: &EffectKind) -> Option<EffectOutcome> {
     })
 }
 
-/// A host that is enrolled and a deployment on it, by command after command.
+/// A host that is enrolled and a deployment on it, by command after command, all at [`START`].
 pub(crate) fn a_deployment() -> Vec<Command> {
-    let commands = steps().into_iter().filter_map(|step| match step {
+    let commands = steps(START.unix_seconds()).into_iter().filter_map(|step| match step {
         Step::Do(command) => Some(command),
         Step::Finish => None,
     });
     let wanted = |command: &Command| match command {
-        Command::Configure { .. } | Command::EnrolServer { .. } | Command::RecordChute { .. } => true,
+        Command::Configure { .. } | Command::RecordChute { .. } => true,
+        Command::EnrolServer { server, .. } => server.as_str() == "gpu-a",
         Command::RecordHost { facts } => facts.name == "gpu-a",
         Command::RecordWorkloads { .. } => true,
         Command::PlaceDeployment(placement) => placement.deployment == deployment("dep-1"),
@@ -280,7 +298,7 @@ fn present() -> State {
         let answer = apply(state, proposal.clone());
         assert!(answer.is_ok(), "{proposal:?}: {answer:?}");
     };
-    for step in steps() {
+    for step in steps(INCARNATION) {
         match step {
             Step::Do(command) => propose(&mut state, command),
             Step::Finish => {
@@ -350,21 +368,26 @@ fn golden(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// A snapshot as members send it to each other.
+async fn saved(member: &Member) -> Vec<u8> {
+    let saved = member.replica.save().await.unwrap();
+    let mut bytes = Vec::new();
+    loop {
+        let piece = saved.read_at(bytes.len() as u64).await.unwrap();
+        if piece.is_empty() {
+            return bytes;
+        }
+        bytes.extend(piece);
+    }
+}
+
 /// All rows of a store's folder, as this program reads them.
 async fn rows_of(folder: &Path) -> Rows {
     let member = Member::open(folder, 1).await.expect("it is read for ever");
     member.store.linearizable().await.unwrap();
-    let saved = member.replica.save().await.unwrap();
-    let (mut bytes, file) = (Vec::new(), folder.join("rows"));
-    loop {
-        let piece = saved.read_at(bytes.len() as u64).await.unwrap();
-        if piece.is_empty() {
-            break;
-        }
-        bytes.extend(piece);
-    }
+    let file = folder.join("rows");
+    std::fs::write(&file, saved(&member).await).unwrap();
     member.replica.shutdown().await;
-    std::fs::write(&file, bytes).unwrap();
     let rows = replica::backup::Rows::open(&file).unwrap();
     sorted(rows)
 }
@@ -373,7 +396,7 @@ async fn rows_of(folder: &Path) -> Rows {
 async fn write_golden(name: &str, folder: &Path) {
     let member = Member::open(folder, 1).await.unwrap();
     let mut number = 0;
-    for step in steps() {
+    for step in steps(INCARNATION) {
         let commands = match step {
             Step::Do(command) => vec![command],
             Step::Finish => member.machine.read(|state| {
@@ -423,6 +446,60 @@ async fn a_folder_of_the_first_format_is_read_row_by_row() {
     let found = text(&rows_of(folder.path()).await);
     assert!(found == expected, "rows differ:\n{found}");
     assert!(expected.lines().count() > 40);
+}
+
+/// A folder as a program after this one leaves it: refused with both versions and the way out, however often it is
+/// started, and nothing in it changes.
+#[tokio::test]
+async fn a_folder_of_a_newer_format_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let member = Member::founded(&folder.path().join("old")).await;
+    let plain = folder.path().join("plain");
+    std::fs::write(&plain, saved(&member).await).unwrap();
+    member.replica.shutdown().await;
+    let newer = folder.path().join("newer");
+    let storage = replica::Storage::Files {
+        directory: newer.join("raft"),
+    };
+    let config = replica::Config::new(super::member::CLUSTER, 7, storage);
+    let rows = too_new_rows().into_iter().filter(|(table, ..)| *table == 0);
+    let rows = rows.map(|(table, key, value)| replica::RowChange {
+        table,
+        key,
+        value: Some(value),
+    });
+    replica::backup::restore(config, plain, rows.collect())
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        let refused = Member::open(&newer, 7).await.err().unwrap().to_string();
+        for part in ["format 99", "9.9.9", format::PROGRAM, "snapshot"] {
+            assert!(refused.contains(part), "{part}: {refused}");
+        }
+    }
+}
+
+/// A member that is left behind by an upgrade stops rather than go on with what it cannot read.
+#[tokio::test]
+async fn a_member_that_learns_of_a_newer_format_stops() {
+    let folder = tempfile::tempdir().unwrap();
+    let member = Member::open(folder.path(), 1).await.unwrap();
+    let mut facts = facts("gpu-a");
+    facts.agent_version = format::announced("9.9.9", 99);
+    member.propose(Command::RecordHost { facts }).await;
+    let mut health = member.replica.health();
+    let finalize = Command::FinalizeFormat {
+        format: 99,
+        program: "9.9.9".to_owned(),
+        vouched: BTreeSet::new(),
+    };
+    let proposed = member.store.propose(finalize);
+    tokio::select! {
+        _ = proposed => {}
+        _ = health.wait_for(|health| !health.is_well()) => {}
+    }
+    health.wait_for(|health| !health.is_well()).await.unwrap();
+    member.replica.shutdown().await;
 }
 
 /// Until an upgrade is finalized, this program writes what the program before reads: the same rows, byte by byte.

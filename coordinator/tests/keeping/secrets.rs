@@ -10,10 +10,11 @@ use axum::body::{Body, to_bytes};
 use axum::http::{Request, StatusCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
-use coordinator::api::{Config, Connection, Deps, Limits, Peer, ReplicatedCluster, router};
+use coordinator::api::{Alone, Config, Connection, Deps, Limits, Peer, ReplicatedCluster, router};
 use coordinator::backup::Keeper;
 use coordinator::executor::Validators;
 use coordinator::host_link::Hub;
+use coordinator::identity::{Authority, CA_KEY};
 use coordinator::join::Token;
 use coordinator::leader::Listings;
 use coordinator::signer::SealedKind;
@@ -132,6 +133,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         validator_listing: Arc::new(Listings::default()),
         cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone())),
         backup: keeper.door(),
+        leader: Arc::new(Alone),
     };
     Api(router(config, member.store.clone(), deps), 0)
 }
@@ -169,14 +171,14 @@ async fn no_secret_is_in_a_file_a_snapshot_or_a_trace() {
     let folder = tempfile::tempdir().unwrap();
     let keys = tempfile::tempdir().unwrap();
     let member = Member::open(folder.path(), 1).await.unwrap();
-    let (authority, token) = (
-        b"-----BEGIN PRIVATE KEY-----planted-authority",
-        b"planted.launch.token.0123456789",
-    );
+    let token = b"planted.launch.token.0123456789";
+    let authority = Authority::found(keys.path()).unwrap();
+    let authority_key = std::fs::read_to_string(keys.path().join(CA_KEY)).unwrap();
+    let sealed_key = seed().seal(SealedKind::ClusterCaKey, authority_key.as_bytes());
     member
         .propose(Command::FoundCluster {
-            authority_pem: "planted certificate".to_owned(),
-            sealed_key: seed().seal(SealedKind::ClusterCaKey, authority).unwrap(),
+            authority_pem: authority.certificate_pem().to_owned(),
+            sealed_key: sealed_key.unwrap(),
             founder: host("planted-host", 1),
         })
         .await;
@@ -216,10 +218,14 @@ async fn no_secret_is_in_a_file_a_snapshot_or_a_trace() {
     let lines = traced.0.lock().unwrap().clone();
     assert!(holds(&lines, b"a snapshot was put away"), "tracing is captured");
     places.push(("what was traced".to_owned(), lines));
-    let secrets: [(&str, &[u8]); 6] = [
+    // Without the marks and the ends of its lines, with which it may be printed otherwise.
+    let authority_key = authority_key.lines().nth(1).unwrap();
+    let authority_bytes = STANDARD_NO_PAD.decode(authority_key).unwrap();
+    let secrets: [(&str, &[u8]); 7] = [
         ("the seed", &[0x5e; 32]),
         ("the launch token", token),
-        ("the authority's key", authority),
+        ("the authority's key", authority_key.as_bytes()),
+        ("the authority's key", &authority_bytes),
         ("the bucket's key", SECRET_KEY.as_bytes()),
         ("the invitation", &invitation.secret),
         ("the operator's key", &[3; 32]),

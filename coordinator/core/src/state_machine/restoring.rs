@@ -15,6 +15,9 @@ impl State {
     /// as somebody else. Hosts that are no members stay. Invitations are void: one that is open here may have been
     /// used after the snapshot.
     ///
+    /// What hosts reported before says nothing of what was placed after the snapshot: nothing is placed on a server
+    /// before its first report under the new incarnation.
+    ///
     /// Nobody knows which member ids were given out after the snapshot. So the count goes on at the new incarnation,
     /// which is never below the clock in seconds: no cluster has ever had so many members.
     ///
@@ -39,6 +42,12 @@ impl State {
         let incarnation = settings.incarnation;
         if let Some(cluster) = self.cluster.get_mut(&0) {
             cluster.next_member = cluster.next_member.max(incarnation);
+        }
+        let servers: Vec<_> = self.servers.keys().cloned().collect();
+        for server in servers {
+            if let Some(server) = self.servers.get_mut(&server) {
+                server.reported = None;
+            }
         }
         let invites: Vec<_> = self.invites.keys().copied().collect();
         for invite in invites {
