@@ -238,7 +238,11 @@ fn the_row_of_the_format_never_changes() {
         );
         assert_eq!(answer, Ok(Reply::Done));
     }
-    let row = state.drain_rows().into_iter().min_by_key(|row| row.table).unwrap();
+    let row = state
+        .drain_rows()
+        .into_iter()
+        .min_by_key(|row| row.table)
+        .unwrap();
     assert_eq!((row.table, hex::encode(row.key).as_str()), (0, "0000"));
     assert_eq!(hex::encode(row.value.unwrap()), FORMAT_ROW);
 }

@@ -52,7 +52,7 @@ async fn save(replica: &Replica, file: &Path) -> backup::Contents {
     let saved = replica.save().await.expect("it runs");
     let mut bytes = Vec::new();
     loop {
-        let offset = u64::try_from(bytes.len()).unwrap();
+        let offset = bytes.len() as u64;
         let piece = saved.read_at(offset).await.expect("it is on the disk");
         if piece.is_empty() {
             break;

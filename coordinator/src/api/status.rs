@@ -29,6 +29,7 @@ pub(super) async fn status(State(api): State<Arc<Api>>) -> Json<Value> {
         members.push(json!({ "host": member, "role": "voter", "leads": true }));
         names.push(member.clone());
     }
+    status["cluster"]["id"] = json!(api.deps.cluster.name());
     status["cluster"]["members"] = json!(members);
     status["cluster"]["hosts_with_seed"] = json!(names);
     let report = api.deps.backup.report();

@@ -25,7 +25,7 @@ pub enum Target {
     /// A directory.
     Directory(PathBuf),
     /// A bucket.
-    Bucket(Bucket),
+    Bucket(Box<Bucket>),
 }
 
 impl Target {
@@ -36,7 +36,7 @@ impl Target {
     pub fn open(place: &Place) -> Result<Self> {
         Ok(match place {
             Place::Directory(directory) => Self::Directory(directory.clone()),
-            Place::Bucket(settings) => Self::Bucket(Bucket::open(settings)?),
+            Place::Bucket(settings) => Self::Bucket(Box::new(Bucket::open(settings)?)),
         })
     }
 

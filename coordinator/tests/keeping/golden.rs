@@ -76,6 +76,7 @@ fn deployment(name: &str) -> DeploymentId {
 }
 
 /// A step: a command, or the good end of all effects that are ready.
+#[expect(clippy::large_enum_variant, reason = "a few dozen of them, once")]
 enum Step {
     Do(Command),
     Finish,
@@ -268,10 +269,12 @@ pub(crate) fn good_end(kind: &EffectKind) -> Option<EffectOutcome> {
 
 /// A host that is enrolled and a deployment on it, by command after command, all at [`START`].
 pub(crate) fn a_deployment() -> Vec<Command> {
-    let commands = steps(START.unix_seconds()).into_iter().filter_map(|step| match step {
-        Step::Do(command) => Some(command),
-        Step::Finish => None,
-    });
+    let commands = steps(START.unix_seconds())
+        .into_iter()
+        .filter_map(|step| match step {
+            Step::Do(command) => Some(command),
+            Step::Finish => None,
+        });
     let wanted = |command: &Command| match command {
         Command::Configure { .. } | Command::RecordChute { .. } => true,
         Command::EnrolServer { server, .. } => server.as_str() == "gpu-a",
