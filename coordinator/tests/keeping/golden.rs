@@ -501,8 +501,18 @@ async fn a_member_that_learns_of_a_newer_format_stops() {
         _ = proposed => {}
         _ = health.wait_for(|health| !health.is_well()) => {}
     }
-    health.wait_for(|health| !health.is_well()).await.unwrap();
-    member.replica.shutdown().await;
+    let health = health.wait_for(|health| !health.is_well()).await.unwrap().clone();
+    let said = format!("{health:?}");
+    assert!(said.contains("format 99") && said.contains("9.9.9"), "{said}");
+    member.replica.clone().shutdown().await;
+    drop(member);
+    let again = tokio::time::timeout(std::time::Duration::from_secs(60), Member::open(folder.path(), 1));
+    let again = again.await.expect("it does not wait for ever");
+    let refused = again.err().unwrap().to_string();
+    assert!(
+        refused.contains("format 99") && refused.contains("9.9.9"),
+        "{refused}"
+    );
 }
 
 /// Until an upgrade is finalized, this program writes what the program before reads: the same rows, byte by byte.
