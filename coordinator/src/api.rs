@@ -1,7 +1,8 @@
 //! The management API: what operators ask of the miner over HTTP. `docs/protocol/management.md` describes it.
 //!
 //! ```text
-//! connection --> limits --> signature (auth.rs) --> linearizable state --> handler --> Store::propose_as
+//! connection --> limits --> signature (auth.rs) --> handler --> Store::propose_as
+//!                                             \--> linearizable state --> handler that only reads
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
@@ -20,6 +21,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
+use coordinator_core::state_machine::State as Record;
 use futures_util::{FutureExt as _, StreamExt};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -307,7 +309,8 @@ async fn limit_and_count(State(api): State<Arc<Api>>, request: Request, next: Ne
     error::as_json(response)
 }
 
-/// Reads the body, checks the signature, waits until reads see every acknowledged write.
+/// Reads the body and checks the signature. What only reads then waits until it sees every acknowledged write; what
+/// writes does so where it decides by what it read, see [`Api::find`].
 async fn admit(
     State((api, access)): State<(Arc<Api>, Access)>,
     request: Request,
@@ -334,7 +337,9 @@ async fn admit(
             tracing::warn!(peer = %peer.0, method = %head.method, path = head.uri.path(), ?refusal,
                 "a request is not let in");
         })?;
-    api.store.linearizable().await?;
+    if access == Access::Read {
+        api.store.linearizable().await?;
+    }
     head.extensions.insert(caller);
     head.extensions.insert(peer);
     Ok(next.run(Request::from_parts(head, Body::from(body))).await)
@@ -370,6 +375,16 @@ async fn with_slash(_: Method, uri: Uri, headers: axum::http::HeaderMap) -> Resp
 }
 
 impl Api {
+    /// Looks up what a write is about. Before it says no, it looks again with every acknowledged write in sight; a
+    /// yes that has become wrong is noticed by the command.
+    async fn find<T>(&self, look: impl Fn(&Record) -> error::Result<T>) -> error::Result<T> {
+        if let Ok(found) = self.store.read(&look) {
+            return Ok(found);
+        }
+        self.store.linearizable().await?;
+        self.store.read(look)
+    }
+
     /// Proposes what a request asks for, under the guard of its signature if it has one.
     async fn propose(
         &self,

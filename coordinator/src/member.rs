@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use coordinator_core::state_machine::codec::Row;
 use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults};
 
@@ -449,14 +450,14 @@ async fn write_first(leader: &Leader, first: &[Command], cancel: &CancellationTo
 }
 
 impl StateMachine for Machine {
-    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8> {
-        let (answer, rows) = Machine::apply(self, command);
-        changed.extend(rows.into_iter().map(|row| RowChange {
-            table: row.table,
-            key: row.key,
-            value: row.value,
-        }));
-        answer
+    fn apply(&mut self, command: &[u8]) -> Vec<u8> {
+        Machine::apply(self, command)
+    }
+
+    fn changed_rows(&mut self) -> Vec<RowChange> {
+        let rows = Machine::changed_rows(self).into_iter();
+        rows.map(|Row { table, key, value }| RowChange { table, key, value })
+            .collect()
     }
 
     fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {

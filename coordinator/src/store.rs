@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 
 use coordinator_core::state_machine::codec::{
     Row, Unreadable, decode_answer, decode_proposal, encode_answer, encode_proposal,
@@ -87,23 +87,28 @@ impl Machine {
         }
     }
 
-    /// Applies a command from the log; the answer's bytes and the rows that changed.
+    /// Applies a command from the log; the answer's bytes.
     ///
     /// # Panics
     /// When the command cannot be read, or makes all that follows unreadable for this program: a member that
     /// skipped it would diverge from the others.
     #[must_use]
-    pub fn apply(&self, command: &[u8]) -> (Vec<u8>, Vec<Row>) {
+    pub fn apply(&self, command: &[u8]) -> Vec<u8> {
         let proposal = decode_proposal(command).expect("a member must stop rather than skip a command");
-        let mut state = self.shared.state.write().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state_mut();
         let answer = apply(&mut state, proposal);
         if let Some(finalized) = state.too_new() {
             let reason = Unreadable::TooNew(finalized.clone());
             tracing::error!(%reason, "this member stops");
             panic!("{reason}");
         }
-        let rows = state.drain_rows();
-        (encode_answer(&answer), rows)
+        encode_answer(&answer)
+    }
+
+    /// The rows that changed since the last call.
+    #[must_use]
+    pub fn changed_rows(&self) -> Vec<Row> {
+        self.state_mut().drain_rows()
     }
 
     /// Replaces the state by what these rows say.
@@ -112,7 +117,7 @@ impl Machine {
     /// [`Unreadable`] when a row is damaged or newer; the state is as before.
     pub fn load(&self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), Unreadable> {
         let loaded = State::from_rows(rows, self.shared.faults)?;
-        *self.shared.state.write().unwrap_or_else(PoisonError::into_inner) = loaded;
+        *self.state_mut() = loaded;
         self.shared.wake();
         Ok(())
     }
@@ -121,6 +126,10 @@ impl Machine {
     pub fn applied(&self, index: u64) {
         self.shared.applied.store(index, Ordering::Release);
         self.shared.wake();
+    }
+
+    fn state_mut(&self) -> RwLockWriteGuard<'_, State> {
+        self.shared.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads the state as it is applied here. Keep it short: it holds up applying.
@@ -273,7 +282,9 @@ struct MemoryLog {
 
 impl Log for MemoryLog {
     fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
-        let (answer, _) = self.machine.apply(&command);
+        let answer = self.machine.apply(&command);
+        // Nobody stores them.
+        drop(self.machine.changed_rows());
         let index = self.machine.shared.applied.load(Ordering::Acquire) + 1;
         self.machine.applied(index);
         Box::pin(std::future::ready(Ok(answer)))

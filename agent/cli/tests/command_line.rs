@@ -5,24 +5,9 @@ mod kept;
 #[path = "command_line/world.rs"]
 mod world;
 
-use world::{World, now, set_mode};
-use std::process::{Output, Stdio};
-use std::sync::{Arc, Mutex};
-
-use axum::Router;
-use axum::body::{Body, to_bytes};
-use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
-use protocol::hotkey::Signer;
-use protocol::signing::{
-    BoundRequest, MINER_NONCE_WINDOW_SECONDS, Purpose, Tail, VALIDATOR_NONCE_WINDOW_SECONDS,
-    check_request_to_validator,
-};
-use protocol::snapshot_file::{Head, Sealer, SnapshotKey, Summary};
-use protocol::time::UnixMillis;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
+
+use world::{World, set_mode};
 
 fn frames(messages: &[(&str, Option<&str>)]) -> Value {
     let frames = messages.iter().map(|(message, state)| {

@@ -110,15 +110,17 @@ impl Agent {
 
     /// The next line of a process with this message, as an object.
     pub(crate) async fn line(&mut self, process: &str, message: &str) -> Value {
-        loop {
-            let Some(line) = self.next().await else {
-                panic!("{process}: {message} was never logged: {:#?}", self.seen);
-            };
-            let value: Value = serde_json::from_str(&line).unwrap_or_default();
-            if value["process"] == process && value["message"] == message {
-                return value;
+        let found = async {
+            while let Some(line) = self.next().await {
+                let value: Value = serde_json::from_str(&line).unwrap_or_default();
+                if value["process"] == process && value["message"] == message {
+                    return Some(value);
+                }
             }
-        }
+            None
+        };
+        let found = timeout(PATIENCE, found).await.ok().flatten();
+        found.unwrap_or_else(|| panic!("{process}: {message} was not logged in time: {:#?}", self.seen))
     }
 
     /// Process id of a child that is started from now on.

@@ -33,6 +33,8 @@ pub(super) struct Watched {
     machine: Machine,
     parts: Arc<Parts>,
     rows: Rows,
+    /// Changes that `rows` has and that were not asked for yet.
+    unwritten: Vec<RowChange>,
     /// Effects that have ended in this life.
     ended: BTreeSet<EffectId>,
     /// False after the member's death: what its tasks still do reaches nobody.
@@ -46,9 +48,17 @@ impl Watched {
             machine,
             parts: Arc::clone(parts),
             rows: Rows::default(),
+            unwritten: Vec::new(),
             ended: BTreeSet::new(),
             alive,
         }
+    }
+
+    /// Takes the rows that changed, before they are asked for.
+    fn follow_rows(&mut self) {
+        let changed = StateMachine::changed_rows(&mut self.machine);
+        self.rows.change(&changed);
+        self.unwritten.extend(changed);
     }
 
     /// The rows, read back, are the state in memory.
@@ -68,7 +78,7 @@ impl Watched {
     }
 
     /// Applies a command and says what does not hold any more.
-    fn apply_watched(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> (Vec<u8>, Vec<String>) {
+    fn apply_watched(&mut self, command: &[u8]) -> (Vec<u8>, Vec<String>) {
         let (oracle, validator) = (&self.parts.oracle, &self.parts.validator);
         let proposal = decode_proposal(command).expect("we have encoded it");
         let before = self.machine.read(Before::of);
@@ -77,7 +87,7 @@ impl Watched {
             .read(|state| out_of_order(state, &proposal))
             .into_iter()
             .collect();
-        let answer = StateMachine::apply(&mut self.machine, command, changed);
+        let answer = StateMachine::apply(&mut self.machine, command);
         let said = decode_answer(&answer);
         let line = format!(
             "member {} applied {:?} -> {said:?}",
@@ -108,21 +118,25 @@ impl Watched {
 }
 
 impl StateMachine for Watched {
-    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8> {
+    fn apply(&mut self, command: &[u8]) -> Vec<u8> {
         if !self.alive.load(Ordering::Relaxed) {
-            return StateMachine::apply(&mut self.machine, command, changed);
+            return StateMachine::apply(&mut self.machine, command);
         }
-        let first = changed.len();
-        let (answer, found) = self.apply_watched(command, changed);
-        self.rows.change(&changed[first..]);
+        let (answer, found) = self.apply_watched(command);
         for violation in found {
             self.parts.recorder.violation(violation);
         }
         answer
     }
 
+    fn changed_rows(&mut self) -> Vec<RowChange> {
+        self.follow_rows();
+        std::mem::take(&mut self.unwritten)
+    }
+
     fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
         self.rows = Rows::default();
+        self.unwritten.clear();
         let mut rows = rows.inspect(|(table, key, value)| {
             self.rows.put((*table, key.clone()), value.clone());
         });
@@ -134,6 +148,7 @@ impl StateMachine for Watched {
         if !self.alive.load(Ordering::Relaxed) {
             return;
         }
+        self.follow_rows();
         if let Some(difference) = self.parts.ledger.reached(self.member, index, &self.rows) {
             self.parts.recorder.violation(difference);
         }

@@ -20,7 +20,11 @@ use crate::storage::{Storage, Writer};
 struct Nothing;
 
 impl StateMachine for Nothing {
-    fn apply(&mut self, _command: &[u8], _changed: &mut Vec<RowChange>) -> Vec<u8> {
+    fn apply(&mut self, _command: &[u8]) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn changed_rows(&mut self) -> Vec<RowChange> {
         Vec::new()
     }
 

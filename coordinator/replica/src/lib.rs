@@ -42,6 +42,7 @@ mod proposer;
 pub mod quic;
 mod raft;
 pub mod recovery;
+mod rounds;
 mod snapshot;
 mod state_store;
 mod storage;
@@ -70,6 +71,7 @@ use log_store::LogStore;
 use machine::{Machine, SnapshotLock};
 use proposer::{Backoff, Proposer, Queue};
 use raft::{Raft, Seed};
+use rounds::Rounds;
 use snapshot::receiving::Receiver;
 use state_store::StateLane;
 use timing::Ways;
@@ -96,6 +98,7 @@ struct Inner {
     /// Marks requests of this cluster.
     cluster: u32,
     network: Network,
+    rounds: Rounds,
     receiver: Receiver,
     lease: Lease,
     /// Where [`Lease::given_up`] comes from.
@@ -254,6 +257,7 @@ impl Replica {
             faults,
             cluster: wire::cluster_mark(&cluster),
             network,
+            rounds: Rounds::default(),
             receiver: Receiver::new(cluster, place, writer),
             lease,
             given_up,
@@ -319,6 +323,11 @@ impl Replica {
     /// # Errors
     /// `NotLeader`, `Timeout`, `Stopped` or `Failed`.
     pub async fn linearizable(&self) -> Result<(), Error> {
+        self.next_round().await
+    }
+
+    /// One round of [`Replica::linearizable`].
+    async fn barrier(&self) -> Result<(), Error> {
         if self.0.faults.stale_read {
             return Ok(());
         }
@@ -413,8 +422,11 @@ impl Replica {
     /// # Errors
     /// `Timeout` after a minute; `Stopped` or `Failed`.
     pub async fn snapshot(&self) -> Result<(), Error> {
+        let target = match self.0.running.lock().await.as_ref() {
+            Some(running) => running.machine.last_applied().await,
+            None => return Err(Error::Stopped),
+        };
         let raft = self.0.raft();
-        let target = raft.metrics().borrow_watched().last_applied;
         let triggered = self.0.seed.scope(raft.trigger().snapshot()).await;
         triggered.map_err(|fatal| self.failed(&fatal))?;
         let mut metrics = raft.metrics();
@@ -453,12 +465,17 @@ impl Replica {
         let mut ended = inner.proposer_ended.clone();
         while ended.changed().await.is_ok() {}
         // From here on nothing starts the library anew.
-        let _ended = inner.running.lock().await.take();
+        let ended = inner.running.lock().await.take();
         let raft = inner.raft();
         if let Err(error) = inner.seed.scope(raft.shutdown()).await {
             tracing::warn!(%error, "the raft task did not end in order");
         }
         let _no_snapshot_is_being_written = inner.snapshot_lock.lock().await;
+        if let Some(Running { machine, .. }) = ended
+            && let Err(error) = machine.write_rows().await
+        {
+            tracing::debug!(%error, "the log has what is not written");
+        }
         inner.log.stop().await;
         inner.state.stop().await;
     }

@@ -1,8 +1,9 @@
 //! The application's state machine as the Raft library sees it.
 //!
-//! Commands are applied in memory; the rows they change are queued for `state.redb` and nobody waits for
-//! them. Replies go out after the machine was told that the batch is applied, so that whoever gets a reply
-//! also sees its effect.
+//! Commands are applied in memory. The rows that they change are written to `state.redb` some
+//! [`COMMANDS_UNWRITTEN_MAX`] commands later, each once however often it changed, and nobody waits for them: after a
+//! crash the log has the commands. Replies go out after the machine was told that the batch is applied, so that
+//! whoever gets a reply also sees its effect.
 
 use futures_util::{Stream, TryStreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine, Snapshot};
@@ -24,8 +25,11 @@ use crate::storage::Writer;
 /// The application's replicated state. Deterministic: the same commands in the same order give the same
 /// replies and rows on every member and in every release that still reads them.
 pub trait StateMachine: Send + 'static {
-    /// Applies one command and returns the reply for its proposer; pushes the rows that it changed.
-    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8>;
+    /// Applies one command and returns the reply for its proposer.
+    fn apply(&mut self, command: &[u8]) -> Vec<u8>;
+
+    /// The rows that differ from what the last call returned, or from what was loaded.
+    fn changed_rows(&mut self) -> Vec<RowChange>;
 
     /// Replaces everything by these rows (table, key, value), ascending: at start, and after a snapshot was
     /// taken over.
@@ -38,6 +42,10 @@ pub trait StateMachine: Send + 'static {
     /// publish the state to readers here.
     fn applied(&mut self, index: u64);
 }
+
+/// After so many commands the rows that they changed are written. A restart applies at most these again, beside
+/// what was not forced to the disk.
+const COMMANDS_UNWRITTEN_MAX: usize = 2048;
 
 /// Held while a snapshot is being written, so that a shutdown can wait for it.
 pub(crate) type SnapshotLock = Arc<tokio::sync::Mutex<()>>;
@@ -52,6 +60,8 @@ pub(crate) struct Machine {
 struct Body {
     machine: Box<dyn StateMachine>,
     applied: Applied,
+    /// Commands since rows were written.
+    commands_unwritten: usize,
     cluster: String,
     state: StateLane,
     place: Place,
@@ -100,6 +110,7 @@ impl Machine {
         let body = Body {
             machine,
             applied,
+            commands_unwritten: 0,
             cluster,
             state,
             place,
@@ -133,6 +144,16 @@ impl Machine {
         }
     }
 
+    /// Queues every row that is not written yet.
+    pub(crate) async fn write_rows(&self) -> io::Result<()> {
+        self.body.lock().await.write_rows().await
+    }
+
+    /// The last entry that is applied. The library's metrics learn it a moment later.
+    pub(crate) async fn last_applied(&self) -> Option<RaftLogId> {
+        self.body.lock().await.applied.last
+    }
+
     async fn body(&self) -> io::Result<MutexGuard<'_, Body>> {
         let body = self.body.lock().await;
         if body.generation == self.generation {
@@ -153,6 +174,12 @@ impl Body {
             shared.fail(&reason);
             io::Error::other(reason)
         })
+    }
+
+    async fn write_rows(&mut self) -> io::Result<()> {
+        let rows = self.guarded(StateMachine::changed_rows)?;
+        self.commands_unwritten = 0;
+        self.state.write(rows, self.applied.clone()).await
     }
 }
 
@@ -177,7 +204,6 @@ impl RaftStateMachine<Types> for Machine {
         Strm: Stream<Item = io::Result<EntryResponder<Types>>> + Unpin + Send,
     {
         let mut body = self.body().await?;
-        let mut rows = Vec::new();
         let mut answers = Vec::new();
         let mut applied = 0;
         while let Some((entry, responder)) = entries.try_next().await? {
@@ -185,15 +211,11 @@ impl RaftStateMachine<Types> for Machine {
             match entry.payload {
                 EntryPayload::Blank => {}
                 EntryPayload::Normal(commands) => {
-                    let changed = &mut rows;
-                    replies.0 = body.guarded(|machine| {
-                        commands
-                            .list()
-                            .iter()
-                            .map(|command| machine.apply(command, changed))
-                            .collect()
-                    })?;
-                    count(&body.shared.counters.commands_applied, commands.list().len());
+                    let list = commands.list();
+                    replies.0 =
+                        body.guarded(|machine| list.iter().map(|command| machine.apply(command)).collect())?;
+                    count(&body.shared.counters.commands_applied, list.len());
+                    body.commands_unwritten += list.len();
                 }
                 EntryPayload::Membership(membership) => {
                     body.applied.membership = StoredMembership::new(Some(entry.log_id), membership);
@@ -210,7 +232,9 @@ impl RaftStateMachine<Types> for Machine {
         };
         count(&body.shared.counters.entries_applied, applied);
         body.guarded(|machine| machine.applied(last.index))?;
-        body.state.write(rows, body.applied.clone()).await?;
+        if body.commands_unwritten >= COMMANDS_UNWRITTEN_MAX {
+            body.write_rows().await?;
+        }
         for (responder, replies) in answers {
             responder.send(replies);
         }
@@ -226,13 +250,17 @@ impl RaftStateMachine<Types> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
-        let body = self.body.lock().await;
+        let mut body = self.body.lock().await;
+        let view = match body.write_rows().await {
+            Ok(()) => body.state.view().await,
+            Err(error) => Err(error),
+        };
         SnapshotBuilder {
             header: Header {
                 cluster: body.cluster.clone(),
                 applied: body.applied.clone(),
             },
-            view: Mutex::new(Some(body.state.view().await)),
+            view: Mutex::new(Some(view)),
             state: body.state.clone(),
             place: body.place.clone(),
             writer: body.writer,
@@ -268,6 +296,7 @@ impl RaftStateMachine<Types> for Machine {
             return Err(fault);
         }
         body.applied = header.applied;
+        body.commands_unwritten = 0;
         let index = body.applied.last.map_or(0, |id| id.index);
         body.guarded(|machine| machine.applied(index))?;
         count(&body.shared.counters.snapshots_installed, 1);

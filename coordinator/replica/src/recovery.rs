@@ -35,7 +35,11 @@ pub struct Condition {
 struct NoMachine;
 
 impl StateMachine for NoMachine {
-    fn apply(&mut self, _command: &[u8], _changed: &mut Vec<RowChange>) -> Vec<u8> {
+    fn apply(&mut self, _command: &[u8]) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn changed_rows(&mut self) -> Vec<RowChange> {
         Vec::new()
     }
 

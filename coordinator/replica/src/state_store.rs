@@ -76,7 +76,8 @@ impl StateLane {
         Ok(self.lane.submit(Job::Write { rows, applied }).await?)
     }
 
-    /// Returns once everything applied up to `index` is on the disk.
+    /// Returns once everything applied up to `index` is on the disk; its rows must be queued. The library purges the
+    /// log only up to a snapshot, and before one is built they are.
     pub(crate) async fn make_durable(&self, index: u64) -> io::Result<()> {
         if self.durable_end.load(Ordering::Acquire) > index {
             return Ok(());

@@ -352,6 +352,10 @@ impl Directory {
 
     fn backend(&self, name: &str) -> Result<(Box<dyn StorageBackend>, PathBuf), Error> {
         let file = self.0.join(name);
+        // An empty one is not ours: `check_member` has seen to that.
+        if std::fs::metadata(&file).map_or(0, |found| found.len()) == 0 {
+            make(&file)?;
+        }
         let opened = private_file().read(true).create(true).truncate(false).open(&file);
         let handle = opened.map_err(|source| self.io(&file, source))?;
         let backend = FileBackend::new(handle).map_err(|error| database_error(&file, error))?;
@@ -365,6 +369,29 @@ impl Directory {
     pub(crate) fn state(&self) -> Result<(Box<dyn StorageBackend>, PathBuf), Error> {
         self.backend(Self::STATE)
     }
+}
+
+/// Makes an empty database under another name first: a full disk or a crash in the middle of it must not leave
+/// something that looks like a damaged one.
+fn make(file: &Path) -> Result<(), Error> {
+    let unfinished = file.with_extension("new");
+    let io = |source| Error::Io {
+        file: file.to_owned(),
+        source,
+    };
+    let opened = private_file()
+        .read(true)
+        .create(true)
+        .truncate(true)
+        .open(&unfinished);
+    let backend = FileBackend::new(opened.map_err(io)?);
+    let made = backend.and_then(|backend| Builder::new().create_with_backend(backend));
+    drop(made.map_err(|error| database_error(file, error))?);
+    std::fs::rename(&unfinished, file).map_err(io)?;
+    let folder = file.parent().unwrap_or(Path::new("."));
+    std::fs::File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(io)
 }
 
 /// Options for a file that only its owner may read.

@@ -158,3 +158,15 @@ async fn after_a_shutdown_other_handles_are_told_so() {
     assert!(matches!(other.linearizable().await, Err(replica::Error::Stopped)));
     other.shutdown().await;
 }
+
+/// A full disk at the first start left a log of which redb had written no more than zeros.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_whose_making_was_cut_off_is_made_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("raft-log.new"), [0; 5000]).unwrap();
+    std::fs::write(directory.path().join("state.redb"), []).unwrap();
+    let (replica, _) = open(files(directory.path())).await;
+    replica.propose(vec![1]).await.unwrap();
+    replica.shutdown().await;
+    assert!(!directory.path().join("raft-log.new").exists());
+}

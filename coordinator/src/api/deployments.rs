@@ -32,6 +32,7 @@ pub(super) async fn purge_server(
     Path(name): Path<String>,
     Query(query): Query<JobsQuery>,
 ) -> Result<Json<Value>> {
+    api.store.linearizable().await?;
     let server: Option<ServerId> = api.store.read(|record| {
         record
             .server_by_name_or_id(&name)
@@ -50,6 +51,7 @@ async fn purge_where(
 ) -> Result<Json<Value>> {
     // The original signature does not cover the query, so it cannot ask for jobs.
     let jobs = query.include_jobs && caller.is_bound;
+    api.store.linearizable().await?;
     let chosen: Vec<(DeploymentId, PurgedObject)> = api.store.read(|record| {
         let live = record.deployments().values().filter(|deployment| {
             deployment.phase.is_live() && (jobs || deployment.job.is_none()) && wanted(record, deployment)
@@ -85,11 +87,12 @@ pub(super) async fn stop_one(
         ApiError::new(StatusCode::NOT_FOUND, detail)
     };
     let id = DeploymentId::parse(&text).map_err(|_| unknown())?;
-    let object = api.store.read(|record| {
-        let deployment = record.deployments().get(&id)?;
-        Some(PurgedObject::of(record, deployment))
-    });
-    let object = object.ok_or_else(unknown)?;
+    let object = api
+        .find(|record| {
+            let deployment = record.deployments().get(&id).ok_or_else(unknown)?;
+            Ok(PurgedObject::of(record, deployment))
+        })
+        .await?;
     stop(&api, caller, vec![id], "it was named").await?;
     Ok(Json(
         json!({ "status": "initiated", "deployment_purged": object }),

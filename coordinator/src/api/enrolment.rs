@@ -160,6 +160,7 @@ pub(super) async fn add(
     let AddServer {
         name, gpu_short_ref, ..
     } = &asked;
+    api.store.linearizable().await?;
     let server = api.store.read(|record| {
         let server = record
             .servers()

@@ -47,11 +47,12 @@ pub(super) fn host_named<'a>(record: &'a Record, name: &str) -> Result<&'a HostR
         })
 }
 
-fn id_of(api: &Api, name: &str) -> Result<(ServerId, String)> {
-    api.store.read(|record| {
+async fn id_of(api: &Api, name: &str) -> Result<(ServerId, String)> {
+    let id = |record: &Record| {
         let host = &host_named(record, name)?.host;
         Ok((host.server.clone(), host.name.clone()))
-    })
+    };
+    api.find(id).await
 }
 
 /// A row of `GET /hosts`. `connected` is known to the leader only: hosts report to it.
@@ -165,6 +166,7 @@ pub(super) async fn invite(
     let body: InviteBody = parse(if body.is_empty() { b"{}" } else { &body })?;
     let ttl_seconds = body.ttl.map_or(Ok(TTL_SECONDS), |ttl| ttl.seconds())?;
     let site = body.site.map(checked_site).transpose()?;
+    api.store.linearizable().await?;
     let now = api.store.clock().now();
     let (authority, doors, open) = api.store.read(|record| {
         let cluster = record.cluster().ok_or(Rejection::NotFounded)?;
@@ -218,7 +220,7 @@ pub(super) async fn remove(
     Extension(caller): Extension<Caller>,
     Path(name): Path<String>,
 ) -> Result<Json<Value>> {
-    let (server, name) = id_of(&api, &name)?;
+    let (server, name) = id_of(&api, &name).await?;
     let command = Command::RemoveHost {
         server: server.clone(),
     };
@@ -243,7 +245,7 @@ pub(super) async fn pin(
 ) -> Result<Json<Value>> {
     let body: PinBody = parse(&body)?;
     let pin = Pin::parse(&body.pin).ok_or_else(|| invalid("pin is one of auto, voter, never"))?;
-    let (server, name) = id_of(&api, &name)?;
+    let (server, name) = id_of(&api, &name).await?;
     let command = Command::PinHost {
         server: server.clone(),
         pin,

@@ -9,9 +9,9 @@ use axum::{Extension, Json};
 use coordinator_core::state_machine::chute::ChuteKey;
 use coordinator_core::state_machine::command::Allowance;
 use coordinator_core::state_machine::deployment::StopReason;
-use coordinator_core::state_machine::{Command, Reply};
+use coordinator_core::state_machine::{Command, Reply, State as Record};
 use protocol::hotkey::Hotkey;
-use protocol::id::DeploymentId;
+use protocol::id::{ChuteId, DeploymentId};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -97,6 +97,8 @@ pub(super) async fn stop(
         Reply::Stopping(stopping) => stopping,
         Reply::Done | Reply::Unchanged | Reply::Joined { .. } => Vec::new(),
     };
+    // On a member that does not lead the command may still be on its way.
+    api.store.linearizable().await?;
     let left: Vec<DeploymentId> = api.store.read(|record| {
         let live = |id: &DeploymentId| record.deployments().get(id).is_some_and(|d| d.phase.is_live());
         named.into_iter().filter(|id| live(id)).collect()
@@ -142,7 +144,7 @@ pub(super) async fn ban(
     body: Bytes,
 ) -> Result<Json<Value>> {
     let body: BanBody = parse(&body)?;
-    let chute = one_chute(&api, &body.chute_id, body.validator.as_deref())?;
+    let chute = one_chute(&api, &body.chute_id, body.validator.as_deref()).await?;
     let reason = Some(reason_text(body.reason)?);
     let answer = json!({ "chute_id": chute.chute, "validator": chute.validator, "banned": true });
     api.propose(&caller, Command::BanChute { chute, reason }).await?;
@@ -154,37 +156,55 @@ pub(super) async fn unban(
     Extension(caller): Extension<Caller>,
     Query(query): Query<UnbanQuery>,
 ) -> Result<Json<Value>> {
-    let chute = one_chute(&api, &query.chute_id, query.validator.as_deref())?;
+    let chute = one_chute(&api, &query.chute_id, query.validator.as_deref()).await?;
     let answer = json!({ "chute_id": chute.chute, "validator": chute.validator, "banned": false });
     let command = Command::BanChute { chute, reason: None };
     api.propose(&caller, command).await?;
     Ok(Json(answer))
 }
 
-/// The chute that an operator means by its id or name. Two validators may use one id for different chutes.
-fn one_chute(api: &Api, text: &str, validator: Option<&str>) -> Result<ChuteKey> {
+/// The chute that an operator means by its id or name. Two validators may use one id
+/// for different chutes.
+async fn one_chute(api: &Api, text: &str, validator: Option<&str>) -> Result<ChuteKey> {
     let validator = validator.map(Hotkey::parse).transpose();
     let validator = validator.map_err(|error| ApiError::new(StatusCode::BAD_REQUEST, error.to_string()))?;
-    let mut found: Vec<ChuteKey> = api.store.read(|record| {
-        let chutes = record.chutes().iter();
-        let fits = chutes.filter(|(key, chute)| {
-            let named = key.chute.as_str() == text || chute.definition.name == text;
-            named
-                && validator
-                    .as_ref()
-                    .is_none_or(|validator| key.validator == *validator)
-        });
-        fits.map(|(key, _)| key.clone()).collect()
+    let asked = |key: &ChuteKey| {
+        validator
+            .as_ref()
+            .is_none_or(|validator| key.validator == *validator)
+    };
+    api.find(|record| {
+        let mut found = with_id(record, text);
+        if found.is_empty() {
+            let chutes = record.chutes().iter();
+            let named =
+                chutes.filter(|(key, chute)| key.chute.as_str() == text || chute.definition.name == text);
+            found = named.map(|(key, _)| key.clone()).collect();
+        }
+        found.retain(asked);
+        match (found.pop(), found.len()) {
+            (Some(key), 0) => Ok(key),
+            (None, _) => {
+                let detail = format!("no chute with id or name {text} is known");
+                Err(ApiError::new(StatusCode::NOT_FOUND, detail))
+            }
+            (Some(_), _) => {
+                let detail = format!("{text} means several chutes: name the validator, or use the id");
+                Err(ApiError::new(StatusCode::CONFLICT, detail))
+            }
+        }
+    })
+    .await
+}
+
+/// The chutes with this id at the validators we work for.
+fn with_id(record: &Record, text: &str) -> Vec<ChuteKey> {
+    let Ok(chute) = ChuteId::parse(text) else {
+        return Vec::new();
+    };
+    let keys = record.settings().validators.iter().map(|validator| ChuteKey {
+        validator: validator.clone(),
+        chute: chute.clone(),
     });
-    match (found.pop(), found.len()) {
-        (Some(key), 0) => Ok(key),
-        (None, _) => {
-            let detail = format!("no chute with id or name {text} is known");
-            Err(ApiError::new(StatusCode::NOT_FOUND, detail))
-        }
-        (Some(_), _) => {
-            let detail = format!("{text} means several chutes: name the validator, or use the id");
-            Err(ApiError::new(StatusCode::CONFLICT, detail))
-        }
-    }
+    keys.filter(|key| record.chutes().contains_key(key)).collect()
 }

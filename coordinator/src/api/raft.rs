@@ -228,18 +228,21 @@ pub(super) async fn transfer(
     let roles = api.deps.cluster.roles();
     let to = match &body.to {
         None => None,
-        Some(name) => Some(api.store.read(|record| {
-            let host = host_named(record, name)?;
-            let id = host.host.server.clone();
-            let member = host.member.filter(|_| host.is_in());
-            let member = member.ok_or_else(|| ApiError::from(Rejection::NotEligible(id)))?;
-            if !roles.voters.contains(&member) {
-                return Err(conflict(format!(
-                    "host {name} does not vote at present: only voters can lead"
-                )));
-            }
-            Ok(member)
-        })?),
+        Some(name) => {
+            let voter = api.find(|record| {
+                let host = host_named(record, name)?;
+                let id = host.host.server.clone();
+                let member = host.member.filter(|_| host.is_in());
+                let member = member.ok_or_else(|| ApiError::from(Rejection::NotEligible(id)))?;
+                if !roles.voters.contains(&member) {
+                    return Err(conflict(format!(
+                        "host {name} does not vote at present: only voters can lead"
+                    )));
+                }
+                Ok(member)
+            });
+            Some(voter.await?)
+        }
     };
     if roles.leader != Some(roles.own) {
         let leader = roles.leader.and_then(|leader| name_of(&api, leader));

@@ -6,7 +6,6 @@ use axum::extract::{Path, Query, State};
 use axum::{Extension, Json};
 use coordinator_core::state_machine::server::Server;
 use coordinator_core::state_machine::{Command, State as Record};
-use protocol::id::ServerId;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -62,19 +61,18 @@ async fn set_lock(
     Path(name): Path<String>,
     locked: bool,
 ) -> Result<Json<ServerObject>> {
-    let server = server_id(&api, &name)?;
+    let server = api
+        .find(|record| enrolled(record, &name).map(|server| server.id().clone()))
+        .await?;
     api.propose(&caller, Command::LockServer { server, locked })
         .await?;
+    // On a member that does not lead the command may still be on its way.
+    api.store.linearizable().await?;
     let object = api.store.read(|record| {
         let server = enrolled(record, &name).ok()?;
         ServerObject::of(record, server)
     });
     object.map(Json).ok_or_else(|| ApiError::no_server(&name))
-}
-
-fn server_id(api: &Api, name: &str) -> Result<ServerId> {
-    api.store
-        .read(|record| enrolled(record, name).map(|server| server.id().clone()))
 }
 
 /// Jobs that a removal would stop. Flat: the original's cyclic object could never be printed.
@@ -102,9 +100,9 @@ pub(super) async fn remove(
     Path(name): Path<String>,
     Query(query): Query<JobsQuery>,
 ) -> Result<Json<Value>> {
-    let (server, name) = api.store.read(|record| {
-        enrolled(record, &name).map(|server| (server.id().clone(), server.facts.name.clone()))
-    })?;
+    let (server, name) = api
+        .find(|record| enrolled(record, &name).map(|server| (server.id().clone(), server.facts.name.clone())))
+        .await?;
     let jobs = query.include_jobs || !caller.is_bound;
     let command = Command::RemoveServer {
         server: server.clone(),

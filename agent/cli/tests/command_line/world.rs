@@ -12,7 +12,6 @@ use protocol::signing::{
     BoundRequest, MINER_NONCE_WINDOW_SECONDS, Purpose, Tail, VALIDATOR_NONCE_WINDOW_SECONDS,
     check_request_to_validator,
 };
-use protocol::snapshot_file::{Head, Sealer, SnapshotKey, Summary};
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
@@ -139,8 +138,8 @@ impl World {
         } = child.wait_with_output().await.expect("it ends");
         Run {
             code: status.code(),
-            pub(crate) stdout: String::from_utf8(stdout).expect("UTF-8"),
-            pub(crate) stderr: String::from_utf8(stderr).expect("UTF-8"),
+            stdout: String::from_utf8(stdout).expect("UTF-8"),
+            stderr: String::from_utf8(stderr).expect("UTF-8"),
         }
     }
 
@@ -161,8 +160,8 @@ pub(crate) fn set_mode(path: &std::path::Path, mode: u32) {
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) code: Option<i32>,
-    stdout: String,
-    stderr: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 impl Run {

@@ -1,12 +1,12 @@
 //! The transition function: one match over [`Command`].
 
 use super::command::{
-    Allowance, Answer, Command, GUARD_MEMORY_MS, Proposal, REQUEST_MEMORY_MS, Rejection, Reply, RequestId,
+    Allowance, Answer, Command, GUARD_MEMORY_MS, Proposal, REQUEST_MEMORY_MS, Rejection, Reply,
 };
 use super::deployment::{AUDIT_MEMORY_MS, AUDIT_ROWS_MAX, StopReason};
 use super::effect::{EffectId, EffectOutcome, Subject};
 use super::job::{JOB_MEMORY_MS, Job};
-use super::state::{Answered, State};
+use super::state::State;
 
 /// Applies one proposal. A repeated request gets its first answer and changes nothing.
 pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
@@ -32,14 +32,7 @@ pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
             state.apply_command(command)
         }
     };
-    let now = state.settings.now;
-    state.answers.insert(
-        request,
-        Answered {
-            at: now,
-            answer: answer.clone(),
-        },
-    );
+    state.remember_answer(request, answer.clone());
     answer
 }
 
@@ -257,12 +250,6 @@ impl State {
 
     fn forget_the_old(&mut self) -> bool {
         let now = self.settings.now;
-        let requests: Vec<RequestId> = self
-            .answers
-            .iter()
-            .filter(|(_, answered)| now.since(answered.at) >= REQUEST_MEMORY_MS)
-            .map(|(request, _)| *request)
-            .collect();
         let guards: Vec<[u8; 32]> = self
             .guards
             .iter()
@@ -301,13 +288,9 @@ impl State {
             .map(|(_, (_, id))| id)
             .collect();
         let invites = self.old_invites(now);
-        let count =
-            requests.len() + guards.len() + bounties.len() + jobs.len() + audits.len() + invites.len();
+        let count = guards.len() + bounties.len() + jobs.len() + audits.len() + invites.len();
         for invite in invites {
             self.invites.remove(&invite);
-        }
-        for request in requests {
-            self.answers.remove(&request);
         }
         for guard in guards {
             self.guards.remove(&guard);
@@ -321,6 +304,7 @@ impl State {
         for audit in audits {
             self.remove_audit(&audit);
         }
-        count > 0
+        let answers = self.forget_answers(REQUEST_MEMORY_MS);
+        answers || count > 0
     }
 }

@@ -125,6 +125,7 @@ struct Index {
     deployments_by_chute: BTreeMap<ChuteKey, BTreeSet<DeploymentId>>,
     by_config: BTreeMap<ConfigId, DeploymentId>,
     by_instance: BTreeMap<InstanceId, DeploymentId>,
+    answers_by_age: BTreeSet<(UnixMillis, RequestId)>,
 }
 
 impl State {
@@ -212,6 +213,25 @@ impl State {
     #[must_use]
     pub fn answer_to(&self, request: RequestId) -> Option<&Answer> {
         self.answers.get(&request).map(|answered| &answered.answer)
+    }
+
+    pub(crate) fn remember_answer(&mut self, request: RequestId, answer: Answer) {
+        let at = self.settings.now;
+        self.index.answers_by_age.insert((at, request));
+        self.answers.insert(request, Answered { at, answer });
+    }
+
+    /// Forgets the answers that were given `age_ms` ago or earlier; says whether there were any.
+    pub(crate) fn forget_answers(&mut self, age_ms: u64) -> bool {
+        let mut any = false;
+        while let Some((at, request)) = self.index.answers_by_age.first().copied()
+            && self.settings.now.since(at) >= age_ms
+        {
+            self.index.answers_by_age.pop_first();
+            self.answers.remove(&request);
+            any = true;
+        }
+        any
     }
 
     /// GPUs of one server, in order.
@@ -363,6 +383,10 @@ impl State {
         for audit in self.audits.values() {
             index.add_names(&audit.deployment);
         }
+        let answers = self.answers.iter();
+        index.answers_by_age = answers
+            .map(|(request, answered)| (answered.at, *request))
+            .collect();
         index
     }
 }

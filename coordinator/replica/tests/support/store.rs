@@ -24,6 +24,7 @@ pub struct Published {
 pub struct Journal {
     next: u64,
     rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
+    changed: Vec<RowChange>,
     pub published: Arc<Mutex<Published>>,
 }
 
@@ -34,38 +35,32 @@ impl Journal {
         (machine, published)
     }
 
-    fn put(&mut self, change: RowChange) -> RowChange {
-        if let Some(value) = &change.value {
-            self.rows
-                .insert((change.table, change.key.clone()), value.clone());
-        }
-        change
+    fn put(&mut self, table: u8, key: Vec<u8>, value: Vec<u8>) {
+        self.rows.insert((table, key.clone()), value.clone());
+        self.changed.push(RowChange {
+            table,
+            key,
+            value: Some(value),
+        });
     }
 }
 
 impl StateMachine for Journal {
-    fn apply(&mut self, command: &[u8], changed: &mut Vec<RowChange>) -> Vec<u8> {
+    fn apply(&mut self, command: &[u8]) -> Vec<u8> {
         assert_ne!(command, b"panic", "the test wants a panic");
         let position = self.next;
         self.next += 1;
-        let key = position.to_be_bytes().to_vec();
-        let row = self.put(RowChange {
-            table: 1,
-            key,
-            value: Some(command.to_vec()),
-        });
-        changed.push(row);
-        let value = Some(self.next.to_be_bytes().to_vec());
-        let row = self.put(RowChange {
-            table: 0,
-            key: b"count".to_vec(),
-            value,
-        });
-        changed.push(row);
+        self.put(1, position.to_be_bytes().to_vec(), command.to_vec());
+        self.put(0, b"count".to_vec(), self.next.to_be_bytes().to_vec());
         position.to_be_bytes().to_vec()
     }
 
+    fn changed_rows(&mut self) -> Vec<RowChange> {
+        std::mem::take(&mut self.changed)
+    }
+
     fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
+        self.changed.clear();
         self.rows = rows.map(|(table, key, value)| ((table, key), value)).collect();
         self.next = self.rows.keys().filter(|(table, _)| *table == 1).count() as u64;
         let count = self.rows.get(&(0, b"count".to_vec()));
