@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 mod doctor;
 mod restore;
 mod setup;
+mod snapshots;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -65,6 +66,9 @@ enum Command {
     Rejoin,
     /// Make this machine the only member of a lost cluster, with a snapshot of it
     Restore(restore::Arguments),
+    /// Look at the snapshots that were put away, and fetch one
+    #[command(subcommand)]
+    Snapshots(snapshots::Wanted),
     #[command(hide = true)]
     Signer(Arguments),
     #[command(hide = true)]
@@ -135,6 +139,9 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
+        Command::Snapshots(wanted) => {
+            multi_thread()?.block_on(snapshots::snapshots(&settings.sources(), &wanted))
+        }
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),

@@ -155,3 +155,38 @@ async fn a_lost_cluster_goes_on_on_new_machines() {
         machine.kill().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_schedule_puts_one_away_and_it_is_fetched_and_restored() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let key = SnapshotKey::new([7; 32]);
+    let (away, key_file) = (folder.path().join("away"), folder.path().join("key"));
+    std::fs::create_dir(&away).expect("ours");
+    std::fs::write(&key_file, key.file_text()).expect("ours");
+    let backup = format!(
+        "[backup]\ndirectory = \"{}\"\nrecipient = \"{}\"",
+        away.display(),
+        key.recipient()
+    );
+    let mut first = Machine::with_backup(1, &backup);
+    first.done(&["init"], "founded");
+    first.start();
+    let status = until("a snapshot is put away", async || {
+        let status = first.ask(Method::GET, "/v1/status", &Value::Null).await.ok()?;
+        status["backup"]["last"]["name"].is_string().then_some(status)
+    })
+    .await;
+    let cluster = status["cluster"]["id"].as_str().expect("an id");
+    let name = status["backup"]["last"]["name"].as_str().expect("a name");
+    first.kill().await;
+
+    let new = Machine::with_backup(2, &backup);
+    let listed = new.done(&["snapshots", "list", "--cluster", cluster], name);
+    assert_eq!(listed.trim(), name);
+    let fetched = folder.path().join("fetched").display().to_string();
+    new.done(&["snapshots", "fetch", name, &fetched], "");
+    new.refused(&["snapshots", "fetch", name, &fetched], "exists already");
+    let key_file = key_file.display().to_string();
+    let restore = ["restore", &fetched, "--key", &key_file, "--cluster", cluster];
+    new.done(&restore, "the only one");
+}

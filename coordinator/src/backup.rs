@@ -226,6 +226,7 @@ impl Keeper {
 }
 
 async fn keep_on(snapshots: &Snapshots, settings: &Settings, reports: &Reports) {
+    snapshots.founded().await;
     let clock = snapshots.clock();
     let retry = settings.every.min(RETRY_MAX);
     loop {

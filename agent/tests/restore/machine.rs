@@ -57,15 +57,20 @@ impl Machine {
 
     /// One that can be a member.
     pub(crate) fn at(number: u8, seed: [u8; 32], door: SocketAddr) -> Self {
-        Self::prepared(number, &seed, door, true)
+        Self::prepared(number, &seed, door, true, "")
+    }
+
+    /// One that can be a member, with a `[backup]`.
+    pub(crate) fn with_backup(number: u8, backup: &str) -> Self {
+        Self::prepared(number, &SEED, free_udp(), true, backup)
     }
 
     /// One with a software GPU, and no vote.
     pub(crate) fn host(number: u8) -> Self {
-        Self::prepared(number, &SEED, free_udp(), false)
+        Self::prepared(number, &SEED, free_udp(), false, "")
     }
 
-    fn prepared(number: u8, seed: &[u8; 32], door: SocketAddr, member: bool) -> Self {
+    fn prepared(number: u8, seed: &[u8; 32], door: SocketAddr, member: bool, backup: &str) -> Self {
         use std::os::unix::fs::PermissionsExt as _;
         // Another test of this process may have installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -108,6 +113,7 @@ listen = "127.0.0.1:0"
 kind = "process"
 [raft]
 timing = "lan"
+{backup}
 "#,
             data = folder.path().join("data").display(),
             hotkey = Signer::from_seed(seed).hotkey(),
@@ -118,6 +124,7 @@ timing = "lan"
             },
             validator = Signer::from_seed(&[2; 32]).hotkey(),
             host = !member,
+            backup = if member { backup } else { "" },
         );
         std::fs::write(folder.path().join("config.toml"), config).expect("ours");
         Self {
@@ -148,9 +155,10 @@ timing = "lan"
     }
 
     /// Runs a command of the operator, which says so.
-    pub(crate) fn done(&self, arguments: &[&str], said: &str) {
+    pub(crate) fn done(&self, arguments: &[&str], said: &str) -> String {
         let (good, text) = self.command(arguments);
         assert!(good && text.contains(said), "{arguments:?}: {text}");
+        text
     }
 
     /// Runs a command of the operator, which is refused for this reason.

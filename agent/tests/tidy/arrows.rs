@@ -51,7 +51,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "doctor", "restore"],
+            &["main", "setup", "doctor", "restore", "snapshots"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

@@ -38,6 +38,14 @@ impl Snapshots {
         &self.cluster
     }
 
+    /// Waits until there is a cluster: a snapshot without its authority could not be restored.
+    pub(super) async fn founded(&self) {
+        let mut changes = self.store.changes();
+        while self.store.read(|state| state.cluster().is_none()) {
+            changes.changed().await;
+        }
+    }
+
     pub(super) fn leadership(&self) -> watch::Receiver<Leadership> {
         self.replica.leadership()
     }
