@@ -14,7 +14,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod doctor;
+mod restore;
 mod setup;
+mod snapshots;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -62,6 +64,11 @@ enum Command {
     Doctor(DoctorCommand),
     /// Come back into the cluster as a new member after the store of this one was lost
     Rejoin,
+    /// Make this machine the only member of a lost cluster, with a snapshot of it
+    Restore(restore::Arguments),
+    /// Look at the snapshots that were put away, and fetch one
+    #[command(subcommand)]
+    Snapshots(snapshots::Wanted),
     #[command(hide = true)]
     Signer(Arguments),
     #[command(hide = true)]
@@ -131,6 +138,10 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Join { token } => setup::join(&settings.sources(), &token),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
+        Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
+        Command::Snapshots(wanted) => {
+            multi_thread()?.block_on(snapshots::snapshots(&settings.sources(), &wanted))
+        }
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),

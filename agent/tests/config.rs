@@ -397,7 +397,16 @@ fn config_check_prints_what_is_in_effect_and_no_secret() {
 
 #[test]
 fn every_command_explains_itself() {
-    let mut commands = vec!["run", "init", "join", "rejoin", "config", "signer"];
+    let mut commands = vec![
+        "run",
+        "init",
+        "join",
+        "rejoin",
+        "restore",
+        "snapshots",
+        "config",
+        "signer",
+    ];
     if cfg!(feature = "dev") {
         commands.extend(["dev", "validator-stand-in"]);
     }

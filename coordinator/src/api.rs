@@ -6,7 +6,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, and
+//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
@@ -32,9 +32,10 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::backup::Door;
 use crate::member_link::AnswerRequest;
 use crate::store::Store;
-use auth::{Access, Asked, Caller, Door};
+use auth::{Access, Asked, Caller};
 use error::ApiError;
 
 mod auth;
@@ -51,9 +52,11 @@ mod objects;
 mod operate;
 mod raft;
 mod servers;
+mod snapshots;
 mod state;
 mod status;
 mod timeline;
+mod upgrade;
 
 pub use connection::Connection;
 pub use diff::{HostReports, ValidatorListing};
@@ -116,6 +119,8 @@ pub struct Deps {
     pub validator_listing: Arc<dyn ValidatorListing>,
     /// The members of the replicated log.
     pub cluster: Arc<dyn ClusterView>,
+    /// Snapshots that leave the cluster.
+    pub backup: Door,
     /// The way to the leader.
     pub leader: Arc<dyn ToLeader>,
 }
@@ -142,7 +147,7 @@ struct Api {
     config: Config,
     store: Store,
     deps: Deps,
-    door: Door,
+    door: auth::Door,
     counters: metrics::Counters,
 }
 
@@ -159,7 +164,7 @@ pub fn router(config: Config, store: Store, deps: Deps) -> Router {
 
 /// All routes, and what answers those requests that other members pass on to this one.
 pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, Arc<AnswerRequest>) {
-    let door = Door::new(
+    let door = auth::Door::new(
         config.miner.clone(),
         config.allow_plain_legacy_writes,
         store.clock().now(),
@@ -188,7 +193,8 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/v1/deployments", get(timeline::deployments))
         .route("/v1/audits", get(timeline::audits))
         .route("/v1/explain", get(explain::explain))
-        .route("/v1/bans", get(operate::bans));
+        .route("/v1/bans", get(operate::bans))
+        .route("/v1/upgrade", get(upgrade::show));
     let writes = Router::new()
         .route("/servers/", post(enrolment::add))
         .route("/servers/{server}", delete(servers::remove))
@@ -204,6 +210,8 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/hosts/invites", post(hosts::invite))
         .route("/hosts/{host}", delete(hosts::remove))
         .route("/hosts/{host}/pin", put(hosts::pin))
+        .route("/v1/snapshots", post(snapshots::save))
+        .route("/v1/upgrade/finalize", post(upgrade::finalize))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));

@@ -8,6 +8,7 @@ use std::time::Duration;
 use coordinator_core::state_machine::command::PayProfile;
 use protocol::hotkey::Hotkey;
 
+pub use crate::backup::Settings as Backup;
 use crate::validator::Directory;
 
 /// Settings of one member.
@@ -44,4 +45,6 @@ pub struct Config {
     /// Accept state-changing requests signed in the original scheme from anywhere; for old clients behind a
     /// network that the operator trusts.
     pub allow_plain_legacy_writes: bool,
+    /// Snapshots that leave the cluster; none are put away by themselves without it.
+    pub backup: Option<Backup>,
 }

@@ -1,6 +1,7 @@
 //! The coordinator: leader, executor, validator connection, host link, management API.
 
 pub mod api;
+pub mod backup;
 pub mod clock;
 pub mod config;
 pub mod door;

@@ -14,6 +14,7 @@ use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults};
 
 use crate::api;
+use crate::backup::{Keeper, Snapshots};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::door;
@@ -187,6 +188,8 @@ pub async fn run(
         allow_plain_legacy_writes: config.allow_plain_legacy_writes,
         limits: api::Limits::default(),
     };
+    let snapshots = Snapshots::new(admission.cluster.clone(), store.clone(), replica.clone());
+    let keeper = Keeper::new(snapshots, config.backup.clone());
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
         host_reports: Arc::new(hub.clone()),
@@ -195,6 +198,7 @@ pub async fn run(
             admission.cluster.clone(),
             replica.clone(),
         )),
+        backup: keeper.door(),
         leader: Arc::new(asking),
     };
     let limits = api_config.limits;
@@ -255,6 +259,7 @@ pub async fn run(
     }
     let first = founding.into_iter().chain([configure]).collect();
     services.spawn(lead(leader, first, replica.clone(), stop.clone()));
+    services.spawn(keeper.run(stop.clone()));
     services.close();
 
     let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;

@@ -90,12 +90,19 @@ impl Machine {
     /// Applies a command from the log; the answer's bytes.
     ///
     /// # Panics
-    /// When the command cannot be read: a member that skipped it would diverge from the others.
+    /// When the command cannot be read, or makes all that follows unreadable for this program: a member that
+    /// skipped it would diverge from the others.
     #[must_use]
     pub fn apply(&self, command: &[u8]) -> Vec<u8> {
         let proposal = decode_proposal(command).expect("a member must stop rather than skip a command");
         let mut state = self.state_mut();
-        encode_answer(&apply(&mut state, proposal))
+        let answer = apply(&mut state, proposal);
+        if let Some(finalized) = state.too_new() {
+            let reason = Unreadable::TooNew(finalized.clone());
+            tracing::error!(%reason, "this member stops");
+            panic!("{reason}");
+        }
+        encode_answer(&answer)
     }
 
     /// The rows that changed since the last call.
@@ -197,6 +204,10 @@ impl Store {
         guard: Option<[u8; 32]>,
         command: Command,
     ) -> Result<Reply, Error> {
+        let (needed, present) = (command.format(), self.read(State::format));
+        if needed > present {
+            return Err(Rejection::NotFinalized { needed, present }.into());
+        }
         let proposal = Proposal {
             request,
             at: self.clock.now(),

@@ -255,6 +255,16 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: RaftCommand,
     },
+    /// Saves the state as an encrypted file, looks at such files
+    Snapshot {
+        #[command(subcommand)]
+        command: SnapshotCommand,
+    },
+    /// Shows what each host runs, finalizes an upgrade
+    Upgrade {
+        #[command(subcommand)]
+        command: UpgradeCommand,
+    },
     /// Lifts a ban
     Unban {
         #[command(flatten)]
@@ -334,6 +344,68 @@ pub(crate) enum RaftCommand {
         miner: Miner,
         /// Name or id of the host; left out: whoever has come farthest
         host: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SnapshotCommand {
+    /// Makes the key that opens snapshots, and prints its public half
+    Keygen {
+        /// File for the key; it must not exist
+        file: PathBuf,
+    },
+    /// Saves a snapshot with everything acknowledged so far
+    Save {
+        #[command(flatten)]
+        miner: Miner,
+        /// File to write; left out: the name that the member gives it, in this folder
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+        /// Public half of the key that opens it; left out: backup.recipient of the member's configuration
+        #[arg(long, value_name = "WORD", conflicts_with = "key")]
+        recipient: Option<String>,
+        /// Key file that opens it; the saved file is then read back
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+    },
+    /// Shows what a snapshot says of itself; with the key also what is in it, and that it is sound
+    Inspect {
+        /// The snapshot
+        file: PathBuf,
+        /// Key file that opens it
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+    },
+    /// Tries a snapshot and its key, and says what to run on the new machine
+    Restore {
+        /// The snapshot
+        file: PathBuf,
+        /// Key file that opens it
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// Name of the cluster; it must be the one in the snapshot
+        #[arg(long)]
+        cluster: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum UpgradeCommand {
+    /// Shows what each host runs, and whether something is to be finalized
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Allows what came with the present version; the version before is refused afterwards
+    Finalize {
+        #[command(flatten)]
+        miner: Miner,
+        /// Host that reports no version, and that you have looked after yourself (repeatable)
+        #[arg(long, value_name = "HOST")]
+        vouch: Vec<String>,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
     },
 }
 

@@ -59,6 +59,7 @@ pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result
         })
         .collect();
     for (property, value) in [
+        ("Cluster", text_of(&cluster["id"])),
         ("Hotkey", text_of(&cluster["miner"])),
         ("Validators", words(&cluster["validators"])),
         ("Rules of pay", text_of(&cluster["pay_profile"])),
@@ -68,6 +69,7 @@ pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result
         ("Deployments", counts(&status["deployments"])),
         ("Chutes known", text_of(&status["chutes"])),
         ("To do at validators", waits),
+        ("Last snapshot put away", last_snapshot(&status["backup"])),
         (
             "Deletion budget",
             format!("{} of {} used", budget["used"], budget["limit"]),
@@ -106,6 +108,18 @@ pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result
         printer.line(&printer.paint(Colour::Yellow, &format!("! {}", text_of(&alert["text"]))))?;
     }
     Ok(())
+}
+
+/// What the member that was asked knows: only the leader puts snapshots away.
+fn last_snapshot(backup: &Value) -> String {
+    if let Some(at) = backup["last"]["at"].as_str() {
+        return at.to_owned();
+    }
+    if backup.is_null() {
+        "none by this member".to_owned()
+    } else {
+        "none; see the alerts".to_owned()
+    }
 }
 
 pub(crate) async fn diff(printer: &Printer, arguments: &args::Miner, all: bool) -> Result<()> {

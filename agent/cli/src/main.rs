@@ -17,7 +17,9 @@ mod nodes;
 mod output;
 mod remote;
 mod request;
+mod snapshots;
 mod stream;
+mod upgrade;
 
 use args::{Arguments, Command};
 use output::Printer;
@@ -102,6 +104,8 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Explain { miner, subject } => cluster::explain(printer, &miner, &subject).await,
         Command::Host { command } => hosts::host(printer, command).await,
         Command::Raft { command } => hosts::raft(printer, command).await,
+        Command::Snapshot { command } => snapshots::snapshot(printer, command).await,
+        Command::Upgrade { command } => upgrade::upgrade(printer, command).await,
         Command::Ban {
             miner,
             chute,

@@ -1,7 +1,7 @@
 //! What hosts, the coordinator and validators must agree on: plain data without IO.
 //!
 //! Reading order: [`id`], [`hotkey`], [`signing`], [`gpu`], [`workload`], [`report`], [`link`],
-//! [`socket_io`]. Nothing here reads a clock, a file or a socket.
+//! [`socket_io`], [`snapshot_file`]. Nothing here reads a clock, a file or a socket.
 
 pub mod gpu;
 pub mod hotkey;
@@ -9,6 +9,7 @@ pub mod id;
 pub mod link;
 pub mod report;
 pub mod signing;
+pub mod snapshot_file;
 pub mod socket_io;
 pub mod time;
 pub mod workload;

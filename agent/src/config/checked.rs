@@ -75,6 +75,8 @@ pub fn certificates_folder(data: &Path) -> PathBuf {
     data.join("host")
 }
 
+mod backup;
+
 struct Checker<'a> {
     origins: &'a Origins,
     problems: Vec<Problem>,
@@ -225,6 +227,7 @@ fn member(
     if settings.cluster.trim().is_empty() {
         checker.complain("coordinator.cluster", "coordinator.cluster must not be empty");
     }
+    let backup = backup::check(written, checker);
     Some(Member {
         signer: signer::Config {
             seed_file: keys.seed_file.clone()?,
@@ -253,6 +256,7 @@ fn member(
             tick_every: settings.tick.0,
             observe_every: settings.observe.0,
             allow_plain_legacy_writes: settings.allow_plain_legacy_writes,
+            backup: backup?,
         },
     })
 }

@@ -26,6 +26,8 @@ pub struct Written {
     pub host: Host,
     /// This machine as a member of the coordinator.
     pub coordinator: Coordinator,
+    /// Snapshots of the state that a member puts away elsewhere, encrypted.
+    pub backup: Backup,
     /// The GPU proof, which validators ask for.
     pub proof: Proof,
     /// The registry door, through which images are pulled.
@@ -50,6 +52,7 @@ impl Default for Written {
             miner: Miner::default(),
             host: Host::default(),
             coordinator: Coordinator::default(),
+            backup: Backup::default(),
             proof: Proof::default(),
             registry: registry::RawConfig::default(),
             egress: egress::RawConfig::default(),
@@ -164,6 +167,49 @@ pub enum PayProfile {
     /// 63 min from activation.
     #[serde(rename = "2026")]
     Of2026,
+}
+
+/// `[backup]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Backup {
+    /// Directory for snapshots, best one that is on another machine. Without it and without a bucket none are
+    /// put away by themselves.
+    pub directory: Option<PathBuf>,
+    /// Bucket for snapshots, instead of a directory, in a store that speaks S3.
+    pub bucket: Option<String>,
+    /// Base URL of the store, such as `https://s3.eu-central-1.amazonaws.com`. Required with a bucket.
+    pub endpoint: Option<String>,
+    /// Region of the bucket, as the store calls it.
+    pub region: String,
+    /// What the names of the objects begin with, such as `miner/`.
+    pub prefix: String,
+    /// File with the bucket's keys, as lines `aws_access_key_id = ...` and `aws_secret_access_key = ...`; mode
+    /// 0600. Required with a bucket.
+    pub key_file: Option<PathBuf>,
+    /// Public half of the key that opens the snapshots: `chutes-miner snapshot keygen` makes it. Required with a
+    /// directory or a bucket.
+    pub recipient: Option<String>,
+    /// Between two snapshots.
+    pub every: Span,
+    /// So many snapshots are kept, the newest ones; older ones of this cluster are deleted.
+    pub keep: usize,
+}
+
+impl Default for Backup {
+    fn default() -> Self {
+        Self {
+            directory: None,
+            bucket: None,
+            endpoint: None,
+            region: "us-east-1".to_owned(),
+            prefix: String::new(),
+            key_file: None,
+            recipient: None,
+            every: Span::seconds(6 * 60 * 60),
+            keep: 28,
+        }
+    }
 }
 
 /// `[proof]`.

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 
+use coordinator_core::state_machine::format::{NEWEST, announced};
 use protocol::gpu::DeviceInfo;
 use protocol::id::ServerId;
 use protocol::report::HostFacts;
@@ -43,7 +44,7 @@ pub fn gather(identity: &Identity, devices: Vec<DeviceInfo>, folder: &Path) -> i
         cpu_count: u32::try_from(std::thread::available_parallelism()?.get()).unwrap_or(u32::MAX),
         memory_gb,
         disk_free_gb: u32::try_from(free_gb).unwrap_or(u32::MAX),
-        agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        agent_version: announced(env!("CARGO_PKG_VERSION"), NEWEST),
     })
 }
 

@@ -15,14 +15,22 @@ const ORDERS: &[Order] = &[
         source: "coordinator/core/src/state_machine",
         rows: &[
             &["apply", "codec", "invariant"],
-            &["reconcile", "observe", "lifecycle", "enrolment", "joining"],
+            &[
+                "reconcile",
+                "observe",
+                "lifecycle",
+                "enrolment",
+                "joining",
+                "restoring",
+                "upgrading",
+            ],
             &["placement"],
             &["desired"],
             &["state"],
             &["command", "outbox"],
             &["effect"],
             // The nouns know nothing of the state; a noun may name another noun's key.
-            &["job", "server", "deployment", "host"],
+            &["job", "server", "deployment", "host", "format"],
             &["chute"],
             &["table"],
         ],
@@ -34,7 +42,7 @@ const ORDERS: &[Order] = &[
             &["config", "api", "door"],
             // The API shows what the leader last saw in the validators' listings.
             &["leader", "membership"],
-            &["executor", "member_link", "join"],
+            &["executor", "member_link", "join", "backup"],
             &["validator", "host_link", "sealed_worker"],
             &["signer", "store", "identity"],
             &["clock"],
@@ -43,7 +51,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "doctor"],
+            &["main", "setup", "doctor", "restore", "snapshots"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

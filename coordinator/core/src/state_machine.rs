@@ -7,7 +7,7 @@
 //! Reading order: the nouns ([`host`], [`server`], [`chute`], [`deployment`], [`job`]), then [`effect`] and
 //! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`] and [`reconcile`],
 //! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
-//! how commands and rows become bytes. A noun's file knows nothing of `State`.
+//! how commands and rows become bytes, [`format`](mod@format) from when on in which form. A noun's file knows nothing of `State`.
 
 pub mod apply;
 pub mod chute;
@@ -16,6 +16,7 @@ pub mod command;
 pub mod deployment;
 pub mod desired;
 pub mod effect;
+pub mod format;
 pub mod host;
 pub mod invariant;
 pub mod job;
@@ -25,11 +26,13 @@ pub mod reconcile;
 pub mod server;
 pub mod state;
 pub mod table;
+pub mod upgrading;
 
 mod enrolment;
 mod joining;
 mod lifecycle;
 mod observe;
+mod restoring;
 
 pub use apply::apply;
 pub use command::{Command, Proposal, Rejection, Reply};

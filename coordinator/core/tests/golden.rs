@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may end with a panic")]
 
+use std::collections::BTreeSet;
+
 use coordinator_core::state_machine::codec::{
     decode_answer, decode_proposal, encode_answer, encode_proposal,
 };
@@ -95,6 +97,14 @@ fn proposals_of_form_1_are_read() {
                 pin: Pin::Never,
             }),
             PIN_HOST,
+        ),
+        (
+            proposal(Command::FinalizeFormat {
+                format: 2,
+                program: "0.2.0".to_owned(),
+                vouched: BTreeSet::from([server()]),
+            }),
+            FINALIZE_FORMAT,
         ),
         (
             proposal(Command::LockServer {
@@ -201,12 +211,50 @@ fn rows_of_form_1_are_written_alike() {
     assert_eq!(hex::encode(hash.finalize()), ROWS_SHA256);
 }
 
+/// The row that a program which is too old finds first: it is read like this for ever.
+#[test]
+fn the_row_of_the_format_never_changes() {
+    let mut state = State::new(Faults::none());
+    let mut facts = facts();
+    facts.agent_version = "0.2.0+format.2".to_owned();
+    for (number, command) in [
+        Command::RecordHost { facts },
+        Command::FinalizeFormat {
+            format: 2,
+            program: "0.2.0".to_owned(),
+            vouched: BTreeSet::new(),
+        },
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let request = RequestId(number as u128);
+        let answer = apply(
+            &mut state,
+            Proposal {
+                request,
+                ..proposal(command)
+            },
+        );
+        assert_eq!(answer, Ok(Reply::Done));
+    }
+    let row = state
+        .drain_rows()
+        .into_iter()
+        .min_by_key(|row| row.table)
+        .unwrap();
+    assert_eq!((row.table, hex::encode(row.key).as_str()), (0, "0000"));
+    assert_eq!(hex::encode(row.value.unwrap()), FORMAT_ROW);
+}
+
+const FORMAT_ROW: &str = "000205302e322e3080a0f1c2b134";
 const FOUND_CLUSTER: &str = "000780a0f1c2b134001a0370656d020102087365727665722d3106686f73742d310468657265103230332e302e3131332e313a343433330909090909090909090909090909090909090909090909090909090909090909";
 const INVITE_HOST: &str = "000780a0f1c2b134001bac020707070707070707070707070707070707070707070707070707070707070707c0ef95c3b1340101046865726500";
 const JOIN_HOST: &str = "000780a0f1c2b134001cac020707070707070707070707070707070707070707070707070707070707070707087365727665722d3106686f73742d310468657265103230332e302e3131332e313a343433330909090909090909090909090909090909090909090909090909090909090909";
 const REMOVE_HOST: &str = "000780a0f1c2b134001d087365727665722d31";
 const PIN_HOST: &str = "000780a0f1c2b134001e087365727665722d3102";
 const REJOIN_HOST: &str = "000780a0f1c2b134001f087365727665722d31";
+const FINALIZE_FORMAT: &str = "000780a0f1c2b13400200205302e322e3001087365727665722d31";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

@@ -169,9 +169,9 @@ impl Body {
     fn guarded<T>(&mut self, run: impl FnOnce(&mut dyn StateMachine) -> T) -> io::Result<T> {
         let shared = self.shared.clone();
         let machine = self.machine.as_mut();
-        catch_unwind(AssertUnwindSafe(|| run(machine))).map_err(|_| {
-            let reason = "the state machine panicked";
-            shared.fail(reason);
+        catch_unwind(AssertUnwindSafe(|| run(machine))).map_err(|panic| {
+            let reason = format!("the state machine panicked: {}", text_of(&*panic));
+            shared.fail(&reason);
             io::Error::other(reason)
         })
     }
@@ -181,6 +181,13 @@ impl Body {
         self.commands_unwritten = 0;
         self.state.write(rows, self.applied.clone()).await
     }
+}
+
+/// What a panic said, for the person who has to do something about it.
+fn text_of(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("it did not say why")
 }
 
 impl RaftStateMachine<Types> for Machine {

@@ -1,7 +1,6 @@
 //! A snapshot file, and a cluster that begins again with one.
 
-use replica::{Config, Error, Start, backup};
-use std::os::unix::fs::PermissionsExt;
+use replica::{Config, Error, Replica, Start, backup};
 use std::path::Path;
 
 #[path = "support/cluster.rs"]
@@ -20,21 +19,18 @@ async fn a_lost_cluster_begins_again_with_a_snapshot_file() {
         lost.up[&2].propose(vec![number]).await.unwrap();
     }
     lost.up[&3].linearizable().await.unwrap();
-    let saved = lost.up[&3].save_snapshot(file.clone()).await.unwrap();
-    assert_eq!((saved.rows, saved.members.len()), (51, 3));
+    let saved = save(&lost.up[&3], &file).await;
+    assert_eq!((saved.rows(), saved.members.len()), (51, 3));
     assert_eq!(saved.last_index, lost.up[&3].metrics().applied_index);
-    assert_eq!(backup::inspect(&file).unwrap(), saved);
-    assert_eq!(
-        std::fs::metadata(&file).unwrap().permissions().mode() & 0o777,
-        0o600
-    );
+    assert_eq!(backup::Rows::open(&file).unwrap().count(), 51);
+    assert_eq!(backup::Rows::open(&file).unwrap().finish().unwrap(), saved);
     lost.up[&1].propose(b"later".to_vec()).await.unwrap();
     let commands = lost.commands(3);
 
     let mut anew = Cluster::new(701);
-    let restored = backup::restore(anew.config(1, Start::Found), file.clone()).await;
+    let restored = backup::restore(anew.config(1, Start::Found), file.clone(), Vec::new()).await;
     assert_eq!(restored.unwrap(), saved);
-    let again = backup::restore(anew.config(1, Start::Found), file.clone()).await;
+    let again = backup::restore(anew.config(1, Start::Found), file.clone(), Vec::new()).await;
     assert!(matches!(again, Err(Error::Membership(_))), "{again:?}");
     let first = anew.start(1, Start::Found).await;
     first.linearizable().await.unwrap();
@@ -51,15 +47,28 @@ async fn a_lost_cluster_begins_again_with_a_snapshot_file() {
     assert_eq!(anew.commands(2).len(), 51);
 }
 
+/// Writes a snapshot of a running member into a file.
+async fn save(replica: &Replica, file: &Path) -> backup::Contents {
+    let saved = replica.save().await.expect("it runs");
+    let mut bytes = Vec::new();
+    loop {
+        let offset = bytes.len() as u64;
+        let piece = saved.read_at(offset).await.expect("it is on the disk");
+        if piece.is_empty() {
+            break;
+        }
+        bytes.extend(piece);
+    }
+    std::fs::write(file, bytes).expect("it can be written");
+    saved.contents().clone()
+}
+
 /// A snapshot file of a small store.
 async fn saved(folder: &Path) -> std::path::PathBuf {
     let (replica, _) = open(files(&folder.join("store"))).await;
     replica.propose(b"x".to_vec()).await.expect("it leads");
     let file = folder.join("saved");
-    replica
-        .save_snapshot(file.clone())
-        .await
-        .expect("it can be written");
+    save(&replica, &file).await;
     replica.shutdown().await;
     file
 }
@@ -71,7 +80,7 @@ async fn a_file_that_does_not_fit_changes_nothing() {
     let store = folder.path().join("anew");
     let mut other: Config = files(&store);
     other.cluster = "other".to_owned();
-    let foreign = backup::restore(other, file.clone()).await;
+    let foreign = backup::restore(other, file.clone(), Vec::new()).await;
     assert!(matches!(foreign, Err(Error::Foreign { .. })), "{foreign:?}");
 
     let whole = std::fs::read(&file).unwrap();
@@ -80,15 +89,15 @@ async fn a_file_that_does_not_fit_changes_nothing() {
         let mut bytes = whole.clone();
         bytes[position] ^= 1;
         std::fs::write(&damaged, bytes).unwrap();
-        let refused = backup::restore(files(&store), damaged.clone()).await;
+        let refused = backup::restore(files(&store), damaged.clone(), Vec::new()).await;
         let named = matches!(&refused, Err(Error::Damaged { file, .. } | Error::Newer { file, .. }) if *file == damaged);
         assert!(named, "byte {position}: {refused:?}");
     }
-    let missing = backup::inspect(&folder.path().join("missing"));
+    let missing = backup::Rows::open(&folder.path().join("missing"));
     assert!(matches!(missing, Err(Error::Io { .. })), "{missing:?}");
     assert!(!store.exists(), "the store was not begun");
 
-    backup::restore(files(&store), file).await.unwrap();
+    backup::restore(files(&store), file, Vec::new()).await.unwrap();
     let (replica, published) = open(files(&store)).await;
     replica.linearizable().await.unwrap();
     assert_eq!(published.lock().unwrap().applied, [b"x".to_vec()]);

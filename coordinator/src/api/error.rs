@@ -66,6 +66,9 @@ impl From<Rejection> for ApiError {
             | Rejection::BudgetSpent { .. }
             | Rejection::Placement(_)
             | Rejection::OutOfOrder(_)
+            | Rejection::HostBehind { .. }
+            | Rejection::FormatIsNewer { .. }
+            | Rejection::NotFinalized { .. }
             | Rejection::WrongPhase { .. } => StatusCode::CONFLICT,
         };
         Self::new(status, rejection.to_string())

@@ -16,6 +16,7 @@ use super::auth::{Access, Asked};
 use super::error::{ApiError, Result};
 use super::status::deployments_by_phase;
 use super::{Api, Peer};
+use crate::backup::Report;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct AnswerLabels {
@@ -77,6 +78,7 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>, request: Request) -> Re
         );
         of_state(&mut registry, record);
     });
+    of_backup(&mut registry, &api.deps.backup.report());
     let mut encoded = String::new();
     text::encode(&mut encoded, &registry)
         .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
@@ -102,6 +104,21 @@ fn family(
         family.get_or_create(&KindLabels { kind }).set(value);
     }
     registry.register(name, help, family);
+}
+
+fn of_backup(registry: &mut Registry, report: &Report) {
+    if let Some(done) = &report.last {
+        let (at, size) = (done.at.unix_seconds(), done.size_bytes);
+        gauge(
+            registry,
+            "backup_last_time_seconds",
+            "When the last snapshot was put away",
+            at,
+        );
+        gauge(registry, "backup_last_bytes", "Size of the last snapshot", size);
+    }
+    let failed = u64::from(report.failure.is_some());
+    gauge(registry, "backup_failed", "1 if the last attempt failed", failed);
 }
 
 fn of_state(registry: &mut Registry, record: &Record) {

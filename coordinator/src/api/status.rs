@@ -12,7 +12,7 @@ use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 
 use super::objects::dollars;
-use super::{Api, hosts};
+use super::{Api, hosts, snapshots};
 
 /// An effect that waits for longer is worth a look.
 const EFFECT_LATE_MS: u64 = 5 * 60_000;
@@ -29,8 +29,15 @@ pub(super) async fn status(State(api): State<Arc<Api>>) -> Json<Value> {
         members.push(json!({ "host": member, "role": "voter", "leads": true }));
         names.push(member.clone());
     }
+    status["cluster"]["id"] = json!(api.deps.cluster.name());
     status["cluster"]["members"] = json!(members);
     status["cluster"]["hosts_with_seed"] = json!(names);
+    let report = api.deps.backup.report();
+    status["backup"] = snapshots::of_report(&report);
+    if let (Some((at, text)), Some(alerts)) = (report.failure, status["alerts"].as_array_mut()) {
+        let text = format!("no snapshot was put away at {}: {text}", at.iso8601());
+        alerts.push(json!({ "subject": "backup", "text": text }));
+    }
     Json(status)
 }
 
@@ -104,6 +111,7 @@ fn of_state(record: &Record, now: UnixMillis) -> Value {
                 coordinator_core::state_machine::command::PayProfile::Of2026 => "2026",
             },
             "incarnation": settings.incarnation,
+            "format": record.format(),
         },
         "time": now.iso8601(),
         "servers": servers,

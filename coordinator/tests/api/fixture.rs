@@ -11,6 +11,7 @@ use coordinator::api::{
     Alone, ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
     ValidatorListing, router,
 };
+use coordinator::backup::Door;
 use coordinator::clock::Clock;
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
@@ -169,6 +170,7 @@ impl Fixture {
             host_reports: Arc::clone(&reports) as Arc<dyn HostReports>,
             validator_listing: Arc::new(listings.clone()),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
+            backup: Door::default(),
             leader: Arc::new(Alone),
         };
         let config = Config {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::fixture::LastListings;
 use coordinator::api::{Alone, Config, Deps, Limits, router, serve};
+use coordinator::backup::Door;
 use coordinator::store::{BoxFuture, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -46,6 +47,7 @@ async fn served(
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(Members::default()),
         leader: Arc::new(Alone),
+        backup: Door::default(),
     };
     let limits = config.limits;
     let routes = router(config, fixture.store.clone(), deps);

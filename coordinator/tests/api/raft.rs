@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use coordinator::api::{Alone, Config, Deps, Limits, ReplicatedCluster, router};
+use coordinator::backup::{self, Door, Snapshots};
 use coordinator::clock::Clock;
 use coordinator::member::ReplicatedLog;
 use coordinator::store::{BoxFuture, Machine, Store};
@@ -73,6 +74,15 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         host_reports: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone())),
+        backup: Door::new(
+            Some(Snapshots::new(
+                "cluster-1".to_owned(),
+                fixture.store.clone(),
+                replica.clone(),
+            )),
+            None,
+            backup::Reports::default(),
+        ),
         leader: Arc::new(Alone),
     };
     fixture.routes = router(config, fixture.store.clone(), deps);

@@ -131,6 +131,7 @@ impl Host {
             tick_every: Duration::from_secs(5),
             observe_every: Duration::from_secs(5),
             allow_plain_legacy_writes: false,
+            backup: None,
         }
     }
 

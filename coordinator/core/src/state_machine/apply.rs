@@ -169,6 +169,11 @@ impl State {
             Command::RemoveHost { server } => self.remove_host(&server),
             Command::PinHost { server, pin } => self.pin_host(&server, pin),
             Command::RejoinHost { server } => self.rejoin_host(&server),
+            Command::FinalizeFormat {
+                format,
+                program,
+                vouched,
+            } => self.finalize_format(format, program, &vouched),
         }
     }
 

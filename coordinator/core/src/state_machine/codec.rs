@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::chute::{ChuteKey, VersionKey};
 use super::command::{Answer, Proposal, RequestId};
 use super::effect::{Effect, EffectId};
+use super::format::{Finalized, NEWEST, PROGRAM};
 use super::host::InviteId;
 use super::state::{Faults, State};
 use super::table::Table;
@@ -23,9 +24,21 @@ enum Stored<T> {
 
 /// Why stored bytes cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("cannot read a stored {what}: it is damaged or was written by a newer version")]
-pub struct Unreadable {
-    what: &'static str,
+pub enum Unreadable {
+    /// One value.
+    #[error("cannot read a stored {what}: it is damaged or was written by a newer version")]
+    Value {
+        /// What it should be.
+        what: &'static str,
+    },
+    /// All of it: the upgrade to a newer program was finalized.
+    #[error(
+        "the data has format {}, finalized with version {} of this program; this is version {PROGRAM}, which reads up \
+         to format {NEWEST}. The way out: start version {} or a newer one; or begin in an empty folder with a snapshot \
+         that was taken before the upgrade was finalized",
+        .0.format, .0.program, .0.program
+    )]
+    TooNew(Finalized),
 }
 
 /// A row to be written or, without a value, to be deleted.
@@ -46,7 +59,7 @@ fn encode<T: Serialize>(value: &T) -> Vec<u8> {
 fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, Unreadable> {
     match postcard::take_from_bytes::<Stored<T>>(bytes) {
         Ok((Stored::V1(value), [])) => Ok(value),
-        _ => Err(Unreadable { what }),
+        _ => Err(Unreadable::Value { what }),
     }
 }
 
@@ -81,6 +94,8 @@ pub fn decode_answer(bytes: &[u8]) -> Result<Answer, Unreadable> {
 /// Calls `$each!(number, field, key type)` for every table; the one list of tables.
 macro_rules! tables {
     ($each:ident) => {
+        // First of all, see the room of formats.
+        $each!(0, format, u8);
         $each!(2, servers, ServerId);
         $each!(3, gpus, GpuId);
         $each!(4, chutes, ChuteKey);
@@ -96,6 +111,24 @@ macro_rules! tables {
         $each!(15, invites, InviteId);
         $each!(16, cluster, u8);
     };
+}
+
+/// The word for a table, by its number.
+#[must_use]
+pub fn table_name(table: u8) -> &'static str {
+    macro_rules! name {
+        ($number:literal, $field:ident, $key:ty) => {
+            if table == $number {
+                return stringify!($field);
+            }
+        };
+    }
+    tables!(name);
+    match table {
+        SETTINGS => "settings",
+        OUTBOX => "outbox",
+        _ => "unknown",
+    }
 }
 
 const SETTINGS: u8 = 1;
@@ -152,9 +185,18 @@ impl State {
         let mut state = Self::new(faults);
         for (table, key, value) in rows {
             state.restore_row(table, &key, &value)?;
+            if let Some(finalized) = state.too_new() {
+                return Err(Unreadable::TooNew(finalized.clone()));
+            }
         }
         state.rebuild_index();
         Ok(state)
+    }
+
+    /// What was finalized, if this program is too old for it: it must not go on.
+    #[must_use]
+    pub fn too_new(&self) -> Option<&Finalized> {
+        self.finalized().filter(|finalized| finalized.format > NEWEST)
     }
 
     fn restore_row(&mut self, table: u8, key: &[u8], value: &[u8]) -> Result<(), Unreadable> {
@@ -175,7 +217,7 @@ impl State {
                 self.outbox.restore(decode::<Effect>("outbox", value)?);
             }
             _ => {
-                return Err(Unreadable {
+                return Err(Unreadable::Value {
                     what: "row of an unknown table",
                 });
             }

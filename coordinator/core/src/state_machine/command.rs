@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use super::deployment::{Phase, StopReason};
 use super::effect::{EffectId, EffectOutcome};
+use super::format::FIRST;
 use super::host::{Invite, InviteId, KeyHash, NewHost, Pin};
 
 /// Names a write, so that a repeated one is not applied twice.
@@ -346,6 +347,24 @@ pub enum Command {
         /// Which.
         server: ServerId,
     },
+    /// The operator is done with an upgrade: what came with it may be written, and the program before is refused.
+    FinalizeFormat {
+        /// Which format.
+        format: u32,
+        /// Version of the program that it came with.
+        program: String,
+        /// Hosts that report no version, and that the operator has looked after.
+        vouched: BTreeSet<ServerId>,
+    },
+}
+
+impl Command {
+    /// The format that must be finalized before this may be written. New commands, and new forms of old ones,
+    /// name theirs here.
+    #[must_use]
+    pub fn format(&self) -> u32 {
+        FIRST
+    }
 }
 
 /// The answer to an accepted command.
@@ -446,6 +465,32 @@ pub enum Rejection {
     /// Only eligible hosts can vote.
     #[error("host {0} is not eligible: it has no seed")]
     NotEligible(ServerId),
+    /// A host could not read what would be written.
+    #[error("host {host} {why}")]
+    HostBehind {
+        /// Which.
+        host: String,
+        /// What of it.
+        why: String,
+    },
+    /// There is no way back to an older format.
+    #[error("the data has format {present}: it cannot go back to format {format}")]
+    FormatIsNewer {
+        /// What it has.
+        present: u32,
+        /// What was asked for.
+        format: u32,
+    },
+    /// It came with an upgrade that is not finalized.
+    #[error(
+        "this needs format {needed}, the data has format {present}: `chutes-miner upgrade finalize` comes first"
+    )]
+    NotFinalized {
+        /// What it needs.
+        needed: u32,
+        /// What the data has.
+        present: u32,
+    },
 }
 
 /// What a proposal is answered with.

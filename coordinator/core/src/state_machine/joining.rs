@@ -162,7 +162,7 @@ impl State {
         Ok(Reply::Joined { member })
     }
 
-    fn let_in(&mut self, host: NewHost, eligible: bool) -> Option<u64> {
+    pub(crate) fn let_in(&mut self, host: NewHost, eligible: bool) -> Option<u64> {
         let member = if eligible { self.next_member() } else { None };
         let mut former_keys = Vec::new();
         if let Some(before) = self.hosts.remove(&host.server) {

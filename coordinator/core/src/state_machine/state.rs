@@ -11,6 +11,7 @@ use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
 use super::command::{Answer, PayProfile, RequestId};
 use super::deployment::{Audit, Deployment};
 use super::effect::{Effect, EffectId, EffectKind, Subject};
+use super::format::Finalized;
 use super::host::{Cluster, HostRecord, Invite, InviteId};
 use super::job::Job;
 use super::outbox::Outbox;
@@ -111,6 +112,8 @@ pub struct State {
     pub(crate) invites: Table<InviteId, Invite>,
     /// One row, under 0, once it is founded.
     pub(crate) cluster: Table<u8, Cluster>,
+    /// One row, under 0, once an upgrade was finalized.
+    pub(crate) format: Table<u8, Finalized>,
     index: Index,
 }
 

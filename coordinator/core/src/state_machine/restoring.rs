@@ -1,0 +1,159 @@
+//! What changes in a state that begins again from a snapshot, on a machine of its own.
+
+use protocol::time::UnixMillis;
+
+use super::command::Rejection;
+use super::host::NewHost;
+use super::state::State;
+
+impl State {
+    /// Makes this the state of a cluster whose members are all lost: `host` is its only member, under an id that
+    /// nobody had. Returns that id.
+    ///
+    /// The incarnation rises, so that hosts take what is decided from now on for newer than all they have. The
+    /// members of before are out: what is on their disks must not vote again, and they come back by invitation,
+    /// as somebody else. Hosts that are no members stay. Invitations are void: one that is open here may have been
+    /// used after the snapshot.
+    ///
+    /// What hosts reported before says nothing of what was placed after the snapshot: nothing is placed on a server
+    /// before its first report under the new incarnation.
+    ///
+    /// Nobody knows which member ids were given out after the snapshot. So the count goes on at the new incarnation,
+    /// which is never below the clock in seconds: no cluster has ever had so many members.
+    ///
+    /// # Errors
+    /// [`Rejection::NotFounded`] when the snapshot is of a cluster that has no authority yet;
+    /// [`Rejection::NameTaken`].
+    pub fn restore(&mut self, host: NewHost, at: UnixMillis) -> Result<u64, Rejection> {
+        if self.cluster().is_none() {
+            return Err(Rejection::NotFounded);
+        }
+        let namesake = self.hosts.values().any(|record| {
+            let other = record.host.server != host.server;
+            other && record.is_in() && record.member.is_none() && record.host.name == host.name
+        });
+        if namesake {
+            return Err(Rejection::NameTaken(host.name));
+        }
+        let settings = self.settings_mut();
+        settings.now = settings.now.max(at);
+        let now = settings.now;
+        settings.incarnation = (settings.incarnation + 1).max(now.unix_seconds());
+        let incarnation = settings.incarnation;
+        if let Some(cluster) = self.cluster.get_mut(&0) {
+            cluster.next_member = cluster.next_member.max(incarnation);
+        }
+        let servers: Vec<_> = self.servers.keys().cloned().collect();
+        for server in servers {
+            if let Some(server) = self.servers.get_mut(&server) {
+                server.reported = None;
+            }
+        }
+        let invites: Vec<_> = self.invites.keys().copied().collect();
+        for invite in invites {
+            self.invites.remove(&invite);
+        }
+        let members = self.hosts.values();
+        let members = members.filter(|record| record.is_in() && record.member.is_some());
+        let members: Vec<_> = members.map(|record| record.host.server.clone()).collect();
+        for member in members {
+            if let Some(record) = self.hosts.get_mut(&member) {
+                record.revoked_at = Some(now);
+            }
+        }
+        self.let_in(host, true).ok_or(Rejection::NotFounded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state_machine::command::{Command, Proposal, RequestId};
+    use crate::state_machine::host::{Invite, InviteId, Standing};
+    use crate::state_machine::{Faults, apply, invariant};
+    use protocol::id::ServerId;
+
+    fn host(name: &str, key: u8) -> NewHost {
+        NewHost {
+            server: ServerId::parse(name).expect("a good id"),
+            name: name.to_owned(),
+            site: String::new(),
+            address: format!("{name}:4433"),
+            key_hash: [key; 32],
+        }
+    }
+
+    fn founded() -> State {
+        let mut state = State::new(Faults::none());
+        let command = Command::FoundCluster {
+            authority_pem: "pem".to_owned(),
+            sealed_key: vec![1],
+            founder: host("old", 1),
+        };
+        let proposal = Proposal {
+            request: RequestId(1),
+            at: UnixMillis(5_000_000),
+            guard: None,
+            command,
+        };
+        apply(&mut state, proposal).expect("an empty state");
+        state.let_in(host("gpu-a", 2), false);
+        state.drain_rows();
+        state
+    }
+
+    #[test]
+    fn the_members_of_before_are_out_and_the_incarnation_rises() {
+        let mut state = founded();
+        state.settings_mut().incarnation = 7_000;
+        let invite = Invite {
+            secret_hash: [7; 32],
+            expires_at: UnixMillis(9_000_000),
+            eligible: true,
+            site: None,
+            used_by: None,
+        };
+        state.invites.insert(InviteId(1), invite);
+        let member = state.restore(host("new", 3), UnixMillis(6_000_000));
+        assert_eq!(member, Ok(7_001), "no id that was given out after the snapshot");
+        assert_eq!(state.settings().incarnation, 7_001, "above the clock too");
+        assert_eq!(state.invites().len(), 0, "it may have been used meanwhile");
+        assert!(matches!(state.standing(&[1; 32]), Standing::Removed(_)));
+        assert!(matches!(state.standing(&[2; 32]), Standing::In(_)));
+        assert!(state.member(1).is_none() && state.member(7_001).is_some());
+        assert_eq!(invariant::violations(&state), Vec::<String>::new());
+        let rows: Vec<u8> = state.drain_rows().into_iter().map(|row| row.table).collect();
+        assert_eq!(
+            rows,
+            [1, 14, 14, 15, 16],
+            "settings, two hosts, the invitation, the cluster"
+        );
+    }
+
+    #[test]
+    fn the_same_machine_may_begin_again_with_a_new_key() {
+        let mut state = founded();
+        assert_eq!(state.restore(host("old", 3), UnixMillis(1)), Ok(5_000));
+        assert!(matches!(state.standing(&[1; 32]), Standing::Removed(_)));
+        assert_eq!(
+            state.settings().now,
+            UnixMillis(5_000_000),
+            "time never runs backwards"
+        );
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        let mut empty = State::new(Faults::none());
+        assert_eq!(
+            empty.restore(host("new", 3), UnixMillis(1)),
+            Err(Rejection::NotFounded)
+        );
+        let mut namesake = host("new", 3);
+        namesake.name = "gpu-a".to_owned();
+        assert!(matches!(
+            founded().restore(namesake, UnixMillis(1)),
+            Err(Rejection::NameTaken(_))
+        ));
+    }
+}
