@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod doctor;
+mod recover;
 mod setup;
 
 #[derive(Debug, Parser)]
@@ -62,6 +63,12 @@ enum Command {
     Doctor(DoctorCommand),
     /// Come back into the cluster as a new member after the store of this one was lost
     Rejoin,
+    /// When the majority of the voters is lost for good: make this member, whose agent is stopped, the only one
+    Recover {
+        /// Ask nothing: the cluster's id, as it would be typed
+        #[arg(long, value_name = "ID")]
+        cluster: Option<String>,
+    },
     #[command(hide = true)]
     Signer(Arguments),
     #[command(hide = true)]
@@ -131,6 +138,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Join { token } => setup::join(&settings.sources(), &token),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
+        Command::Recover { cluster } => recover::recover(&settings.sources(), cluster.as_deref()),
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),

@@ -346,9 +346,8 @@ async fn follow_doors(store: Store, doors: watch::Sender<Vec<String>>, cancel: C
     let mut changes = store.changes();
     loop {
         let now: Vec<String> = store.read(|state| {
-            let members = state.hosts().values();
-            let members = members.filter(|host| host.is_in() && host.member.is_some());
-            members.map(|host| host.host.address.clone()).collect()
+            let members = state.members();
+            members.map(|(_, host)| host.host.address.clone()).collect()
         });
         doors.send_if_modified(|before| {
             let changed = *before != now;

@@ -335,6 +335,8 @@ pub(crate) enum RaftCommand {
         /// Name or id of the host; left out: whoever has come farthest
         host: Option<String>,
     },
+    /// Says what to do when the majority of the voters is lost for good
+    Recover,
 }
 
 #[derive(Debug, Clone, Args)]

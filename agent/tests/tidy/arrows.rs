@@ -15,7 +15,14 @@ const ORDERS: &[Order] = &[
         source: "coordinator/core/src/state_machine",
         rows: &[
             &["apply", "codec", "invariant"],
-            &["reconcile", "observe", "lifecycle", "enrolment", "joining"],
+            &[
+                "reconcile",
+                "observe",
+                "lifecycle",
+                "enrolment",
+                "joining",
+                "recovery",
+            ],
             &["placement"],
             &["desired"],
             &["state"],
@@ -31,7 +38,7 @@ const ORDERS: &[Order] = &[
         source: "coordinator/src",
         rows: &[
             &["member"],
-            &["config", "api", "door"],
+            &["config", "api", "door", "recovery"],
             // The API shows what the leader last saw in the validators' listings.
             &["leader", "membership"],
             &["executor", "member_link", "join"],
@@ -43,7 +50,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "doctor"],
+            &["main", "setup", "doctor", "recover"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

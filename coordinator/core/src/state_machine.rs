@@ -30,6 +30,7 @@ mod enrolment;
 mod joining;
 mod lifecycle;
 mod observe;
+mod recovery;
 
 pub use apply::apply;
 pub use command::{Command, Proposal, Rejection, Reply};

@@ -89,6 +89,7 @@ fn proposals_of_form_1_are_read() {
         ),
         (proposal(Command::RemoveHost { server: server() }), REMOVE_HOST),
         (proposal(Command::RejoinHost { server: server() }), REJOIN_HOST),
+        (proposal(Command::Recover { member: 3 }), RECOVER),
         (
             proposal(Command::PinHost {
                 server: server(),
@@ -207,6 +208,7 @@ const JOIN_HOST: &str = "000780a0f1c2b134001cac020707070707070707070707070707070
 const REMOVE_HOST: &str = "000780a0f1c2b134001d087365727665722d31";
 const PIN_HOST: &str = "000780a0f1c2b134001e087365727665722d3102";
 const REJOIN_HOST: &str = "000780a0f1c2b134001f087365727665722d31";
+const RECOVER: &str = "000780a0f1c2b134002003";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

@@ -265,9 +265,10 @@ impl Gate {
     /// A certificate for a host that is in.
     async fn grant(&self, names: Names, public_key: &[u8]) -> Result<Granted, No> {
         let (cluster, doors) = self.store.read(|state| {
-            let members = state.hosts().values();
-            let members = members.filter(|host| host.is_in() && host.member.is_some());
-            let doors: Vec<String> = members.map(|host| host.host.address.clone()).collect();
+            let doors: Vec<String> = state
+                .members()
+                .map(|(_, host)| host.host.address.clone())
+                .collect();
             (state.cluster().cloned(), doors)
         });
         let cluster = cluster.ok_or_else(|| No::Unavailable("the cluster is not founded yet".to_owned()))?;

@@ -176,6 +176,7 @@ impl State {
             Command::RemoveHost { server } => self.remove_host(&server),
             Command::PinHost { server, pin } => self.pin_host(&server, pin),
             Command::RejoinHost { server } => self.rejoin_host(&server),
+            Command::Recover { member } => Ok(self.recover(member)),
         }
     }
 

@@ -95,6 +95,7 @@ macro_rules! tables {
         $each!(14, hosts, ServerId);
         $each!(15, invites, InviteId);
         $each!(16, cluster, u8);
+        $each!(17, given_up, u64);
     };
 }
 

@@ -346,6 +346,11 @@ pub enum Command {
         /// Which.
         server: ServerId,
     },
+    /// The majority of the voters is lost for good, and this member goes on with what it has.
+    Recover {
+        /// Its member id; all others are given up.
+        member: u64,
+    },
 }
 
 /// The answer to an accepted command.

@@ -111,6 +111,8 @@ pub struct State {
     pub(crate) invites: Table<InviteId, Invite>,
     /// One row, under 0, once it is founded.
     pub(crate) cluster: Table<u8, Cluster>,
+    /// Member ids that a recovery gave up, and when; until their hosts rejoin under another id.
+    pub(crate) given_up: Table<u64, UnixMillis>,
     index: Index,
 }
 
