@@ -255,6 +255,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: RaftCommand,
     },
+    /// Shows the authority of hosts' certificates, changes over to another one
+    Ca {
+        #[command(subcommand)]
+        command: CaCommand,
+    },
     /// Lifts a ban
     Unban {
         #[command(flatten)]
@@ -337,6 +342,23 @@ pub(crate) enum RaftCommand {
     },
     /// Says what to do when the majority of the voters is lost for good
     Recover,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CaCommand {
+    /// Shows which authority each host's certificate is of
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Makes another authority, to which all hosts change over by themselves
+    Rotate {
+        #[command(flatten)]
+        miner: Miner,
+        /// Drop the old one; refused while a host still carries a certificate of it
+        #[arg(long)]
+        finish: bool,
+    },
 }
 
 #[derive(Debug, Clone, Args)]

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod args;
+mod authority;
 mod cluster;
 mod deployments;
 mod hosts;
@@ -102,6 +103,7 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Explain { miner, subject } => cluster::explain(printer, &miner, &subject).await,
         Command::Host { command } => hosts::host(printer, command).await,
         Command::Raft { command } => hosts::raft(printer, command).await,
+        Command::Ca { command } => authority::ca(printer, command).await,
         Command::Ban {
             miner,
             chute,

@@ -22,6 +22,7 @@ const ORDERS: &[Order] = &[
                 "enrolment",
                 "joining",
                 "recovery",
+                "rotation",
             ],
             &["placement"],
             &["desired"],
@@ -50,7 +51,8 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "doctor", "recover"],
+            &["main", "doctor", "recover"],
+            &["setup"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

@@ -31,6 +31,7 @@ mod joining;
 mod lifecycle;
 mod observe;
 mod recovery;
+mod rotation;
 
 pub use apply::apply;
 pub use command::{Command, Proposal, Rejection, Reply};

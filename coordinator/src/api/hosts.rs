@@ -170,12 +170,12 @@ pub(super) async fn invite(
     let site = body.site.map(checked_site).transpose()?;
     let now = api.store.clock().now();
     let (authority, doors, open) = api.store.read(|record| {
-        let cluster = record.cluster().ok_or(Rejection::NotFounded)?;
+        let authority = record.inviting_authority().ok_or(Rejection::NotFounded)?;
         let members = record.members();
         let doors: Vec<String> = members.map(|(_, host)| host.host.address.clone()).collect();
         let is_open = |invite: &&Invite| invite.used_by.is_none() && invite.expires_at > now;
         let open = record.invites().values().filter(is_open).count();
-        Ok::<_, Rejection>((fingerprint(&cluster.authority_pem), doors, open))
+        Ok::<_, Rejection>((fingerprint(authority), doors, open))
     })?;
     let broken = |what: &str| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, what);
     let authority = authority.ok_or_else(|| broken("the cluster's certificate cannot be read"))?;

@@ -12,6 +12,7 @@ use coordinator::api::{
     ValidatorListing, router,
 };
 use coordinator::clock::Clock;
+use coordinator::signer::{Key, LocalSigner, Seed, Sign};
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use coordinator_core::state_machine::command::{Observation, PayProfile, Placement};
@@ -148,6 +149,12 @@ pub(crate) fn deployment_id(name: &str) -> DeploymentId {
     DeploymentId::parse(name).unwrap()
 }
 
+/// Seals and opens for nobody in particular.
+pub(crate) fn signer() -> Arc<dyn Sign> {
+    let key = Key::new(&Seed::new([1; 32]));
+    Arc::new(LocalSigner::new(key, Arc::new(coordinator::clock::WallClock)))
+}
+
 impl Fixture {
     /// Nothing but the configuration and a host `gpu-a` with GPUs `a` and `b`, not enrolled.
     pub(crate) async fn new() -> Self {
@@ -170,6 +177,7 @@ impl Fixture {
             validator_listing: Arc::new(listings.clone()),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
             leader: Arc::new(Alone),
+            signer: signer(),
         };
         let config = Config {
             miner: miner.hotkey().clone(),

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::fixture::{Fixture, LOOPBACK, Members, Reports, Types};
+use super::fixture::{Fixture, LOOPBACK, Members, Reports, Types, signer};
 
 /// Sends bytes, reads until the other side closes.
 async fn exchange(address: std::net::SocketAddr, request: &[u8]) -> String {
@@ -46,6 +46,7 @@ async fn served(
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(Members::default()),
         leader: Arc::new(Alone),
+        signer: signer(),
     };
     let limits = config.limits;
     let routes = router(config, fixture.store.clone(), deps);

@@ -14,7 +14,7 @@ use coordinator_core::state_machine::{Command, Faults, Reply};
 use replica::{Replica, Start, Storage, Transport, Unreachable};
 use serde_json::{Value, json};
 
-use super::fixture::{Fixture, LastListings, Reports, Types, server_id};
+use super::fixture::{Fixture, LastListings, Reports, Types, server_id, signer};
 
 const SITES: [&str; 3] = ["east", "east", "west"];
 
@@ -74,6 +74,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone())),
         leader: Arc::new(Alone),
+        signer: signer(),
     };
     fixture.routes = router(config, fixture.store.clone(), deps);
     (fixture, replica)

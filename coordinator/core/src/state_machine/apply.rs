@@ -177,6 +177,9 @@ impl State {
             Command::PinHost { server, pin } => self.pin_host(&server, pin),
             Command::RejoinHost { server } => self.rejoin_host(&server),
             Command::Recover { member } => Ok(self.recover(member)),
+            Command::RotateAuthority { rotation } => self.rotate_authority(rotation),
+            Command::RecordAuthorities { server, trusted } => self.record_authorities(server, trusted),
+            Command::FinishRotation { new } => self.finish_rotation(&new),
         }
     }
 

@@ -96,6 +96,8 @@ macro_rules! tables {
         $each!(15, invites, InviteId);
         $each!(16, cluster, u8);
         $each!(17, given_up, u64);
+        $each!(18, rotation, u8);
+        $each!(19, trusted, ServerId);
     };
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use super::deployment::{Phase, StopReason};
 use super::effect::{EffectId, EffectOutcome};
-use super::host::{Invite, InviteId, KeyHash, NewHost, Pin};
+use super::host::{Invite, InviteId, KeyHash, NewHost, Pin, Rotation};
 
 /// Names a write, so that a repeated one is not applied twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -351,6 +351,23 @@ pub enum Command {
         /// Its member id; all others are given up.
         member: u64,
     },
+    /// The cluster changes over to another authority.
+    RotateAuthority {
+        /// The new one, beside the old one.
+        rotation: Rotation,
+    },
+    /// A host has said which authorities it trusts.
+    RecordAuthorities {
+        /// Which host.
+        server: ServerId,
+        /// Fingerprints of the authorities; the last one has signed its certificate.
+        trusted: Vec<KeyHash>,
+    },
+    /// The old authority is dropped.
+    FinishRotation {
+        /// Fingerprint of the new one.
+        new: KeyHash,
+    },
 }
 
 /// The answer to an accepted command.
@@ -451,6 +468,18 @@ pub enum Rejection {
     /// Only eligible hosts can vote.
     #[error("host {0} is not eligible: it has no seed")]
     NotEligible(ServerId),
+    /// One at a time.
+    #[error("the cluster is changing over to another authority already: `chutes-miner ca status`")]
+    RotationUnderWay,
+    /// Nothing to finish.
+    #[error("the cluster is not changing over to another authority")]
+    NoRotation,
+    /// They would be locked out.
+    #[error(
+        "still with a certificate of the old authority: {}; each changes over when it is connected, or is removed with \
+         `chutes-miner host remove`", .0.join(", ")
+    )]
+    OldCertificates(Vec<String>),
 }
 
 /// What a proposal is answered with.

@@ -185,6 +185,7 @@ impl State {
             former_keys,
             host,
         };
+        self.trust_from_the_start(&record.host.server);
         self.hosts.insert(record.host.server.clone(), record);
         member
     }
@@ -236,6 +237,7 @@ impl State {
         if let Some(member) = member {
             self.given_up.remove(&member);
         }
+        self.trusted.remove(server);
         Ok(Reply::Done)
     }
 
