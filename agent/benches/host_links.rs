@@ -228,7 +228,7 @@ impl Host {
                 .context("nothing came")?;
             match message.context("the link ended")? {
                 ToHost::Desired { .. } => return Ok(()),
-                ToHost::RegistryHeaders(_) | ToHost::Doors(_) => {}
+                ToHost::RegistryHeaders(_) | ToHost::Doors(_) | ToHost::Authorities(_) => {}
             }
         }
     }

@@ -96,7 +96,7 @@ pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
             Ok(Answer::Refused(reason) | Answer::Unavailable(reason)) => {
                 say(&format!("out  {member}: open, but it says: {reason}"))?;
             }
-            Ok(Answer::Granted(_)) => anyhow::bail!("{member} answered another question"),
+            Ok(Answer::Granted(_) | Answer::Noted) => anyhow::bail!("{member} answered another question"),
         }
     }
     drop(stand_in);

@@ -95,11 +95,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let clock: Arc<dyn Clock> = Arc::new(WallClock);
     let folder = config.link.certificates.clone();
     coordinator::join::Admission::read(&folder)?.ok_or(Error::NotJoined)?;
-    tokio::spawn(link::keep_certificate(
-        folder,
-        Arc::clone(&clock),
-        shutdown.clone(),
-    ));
     let link = Box::new(Quic::new(config.link.clone(), Arc::clone(&clock)));
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;
@@ -211,7 +206,7 @@ async fn sort(
                 headers.send_replace(Some(sets));
             }
             // The link keeps them to itself.
-            ToHost::Doors(_) => {}
+            ToHost::Doors(_) | ToHost::Authorities(_) => {}
         }
     }
 }

@@ -38,6 +38,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(20);
 const GOOD_AFTER: Duration = Duration::from_secs(5);
 /// Between two looks at the age of the certificate.
 const RENEW_EVERY: Duration = Duration::from_secs(60 * 60);
+/// Between two tries to change over to another authority.
+const CHANGE_OVER_AGAIN: Duration = Duration::from_secs(5);
 const CHUNK_BYTES: usize = 64 * 1024;
 
 /// What a link carries.
@@ -94,13 +96,20 @@ fn lost(error: impl std::fmt::Display) -> Error {
 pub struct Quic {
     config: Config,
     clock: Arc<dyn Clock>,
+    /// The authorities to change over to, as the coordinator says; empty if it says none.
+    authorities: watch::Sender<Vec<[u8; 32]>>,
 }
 
 impl Quic {
     /// A link to the members of the configuration.
     #[must_use]
     pub fn new(config: Config, clock: Arc<dyn Clock>) -> Self {
-        Self { config, clock }
+        let authorities = watch::Sender::default();
+        Self {
+            config,
+            clock,
+            authorities,
+        }
     }
 
     /// The members that are known now: the first one, then the others in an order of chance, so that many hosts
@@ -185,6 +194,8 @@ impl Quic {
                     while let Some(message) = decoder.take_next::<ToHost>()? {
                         if let ToHost::Doors(doors) = message {
                             self.remember(doors);
+                        } else if let ToHost::Authorities(authorities) = message {
+                            self.authorities.send_replace(authorities);
                         } else if ends.inbound.send(message).await.is_err() {
                             return Ok(());
                         }
@@ -251,10 +262,13 @@ impl Quic {
 
 impl Link for Quic {
     fn run(self: Box<Self>, ends: Ends, shutdown: CancellationToken) -> BoxFuture<'static, ()> {
+        let folder = self.config.certificates.clone();
+        let certificate = keep_certificate(folder, Arc::clone(&self.clock), self.authorities.subscribe());
         async move {
             tokio::select! {
                 () = shutdown.cancelled() => {}
                 () = self.keep(ends) => {}
+                () = certificate => {}
             }
         }
         .boxed()
@@ -280,16 +294,40 @@ async fn read(incoming: &mut RecvStream, decoder: &mut Decoder) -> Result<(), Er
     }
 }
 
-/// Renews the certificate of a host that is no member in time, until cancelled.
-pub async fn keep_certificate(folder: PathBuf, clock: Arc<dyn Clock>, shutdown: CancellationToken) {
+/// Renews the certificate of a host that is no member: in time, and when the cluster changes over to another
+/// authority. Ends with the link.
+async fn keep_certificate(
+    folder: PathBuf,
+    clock: Arc<dyn Clock>,
+    mut authorities: watch::Receiver<Vec<[u8; 32]>>,
+) {
     let mut looks = tokio::time::interval(RENEW_EVERY);
-    while shutdown.run_until_cancelled(looks.tick()).await.is_some() {
+    let mut changed_over_to = Vec::new();
+    loop {
+        tokio::select! {
+            _ = looks.tick() => {}
+            changed = authorities.changed() => if changed.is_err() { return },
+        }
         let is_member = Admission::read(&folder).is_ok_and(|it| it.is_some_and(|it| it.member.is_some()));
         if is_member {
             continue;
         }
-        if let Err(error) = client::renew_if_due(&folder, clock.now()).await {
-            tracing::warn!(%error, "the certificate was not renewed; it is tried again in an hour");
+        let wanted = authorities.borrow_and_update().clone();
+        if wanted.is_empty() || wanted == changed_over_to {
+            if let Err(error) = client::renew_if_due(&folder, clock.now()).await {
+                tracing::warn!(%error, "the certificate was not renewed; it is tried again in an hour");
+            }
+            continue;
+        }
+        match client::change_over(&folder, &wanted).await {
+            Ok(()) => {
+                tracing::info!("the certificate is of the cluster's newest authority");
+                changed_over_to = wanted;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the certificate was not changed over; it is tried again in a moment");
+                looks.reset_after(CHANGE_OVER_AGAIN);
+            }
         }
     }
 }

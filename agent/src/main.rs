@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod doctor;
+mod recover;
 mod restore;
 mod setup;
 mod snapshots;
@@ -69,6 +70,12 @@ enum Command {
     /// Look at the snapshots that were put away, and fetch one
     #[command(subcommand)]
     Snapshots(snapshots::Wanted),
+    /// When the majority of the voters is lost for good: make this member, whose agent is stopped, the only one
+    Recover {
+        /// Ask nothing: the cluster's id, as it would be typed
+        #[arg(long, value_name = "ID")]
+        cluster: Option<String>,
+    },
     #[command(hide = true)]
     Signer(Arguments),
     #[command(hide = true)]
@@ -142,6 +149,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Snapshots(wanted) => {
             multi_thread()?.block_on(snapshots::snapshots(&settings.sources(), &wanted))
         }
+        Command::Recover { cluster } => recover::recover(&settings.sources(), cluster.as_deref()),
         Command::Signer(arguments) => processes::service::run(Part::Signer, &arguments),
         Command::Coordinator(arguments) => processes::service::run(Part::Coordinator, &arguments),
         Command::Host(arguments) => processes::service::run(Part::Host, &arguments),

@@ -17,7 +17,7 @@ use coordinator::join::wire::{Join, Question};
 use coordinator::join::{Admission, Token, admission, client};
 use coordinator::signer::Key;
 
-fn say(line: &str) -> anyhow::Result<()> {
+pub(crate) fn say(line: &str) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{line}")?)
 }
 
@@ -164,7 +164,7 @@ pub(crate) fn rejoin(sources: &Sources) -> anyhow::Result<()> {
     ))
 }
 
-fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+pub(crate) fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     builder.enable_all().build().context("start the async runtime")
 }

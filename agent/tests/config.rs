@@ -404,6 +404,7 @@ fn every_command_explains_itself() {
         "rejoin",
         "restore",
         "snapshots",
+        "recover",
         "config",
         "signer",
     ];
@@ -449,6 +450,21 @@ fn init_writes_an_example_then_founds_and_leaves_what_exists() {
     let (good, printed, complained) = chutes_agent(&init);
     assert!(good && printed.contains("left as it is"), "{printed}{complained}");
     assert!(before == files.map(read), "init changed what existed");
+
+    // There is nothing to go on with, and a running agent is in the way.
+    let recover = ["recover", "--config", &file, "--data", &data, "--cluster", "test"];
+    let (good, _, complained) = chutes_agent(&recover);
+    assert!(
+        !good && complained.contains("has not received anything yet"),
+        "{complained}"
+    );
+    let lock = agent::processes::Lock::take(&folder.path().join("data")).expect("nobody has it");
+    let (good, _, complained) = chutes_agent(&recover);
+    assert!(
+        !good && complained.contains("stop the agent first"),
+        "{complained}"
+    );
+    drop(lock);
 
     // A second cluster is not what somebody with a token wants.
     let (good, _, complained) = chutes_agent(&["join", "--config", &file, "--data", &data, "nonsense"]);

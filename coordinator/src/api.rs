@@ -6,7 +6,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `snapshots.rs`, `upgrade.rs`, and
+//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
@@ -34,11 +34,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backup::Door;
 use crate::member_link::AnswerRequest;
+use crate::signer::Sign;
 use crate::store::Store;
 use auth::{Access, Asked, Caller};
 use error::ApiError;
 
 mod auth;
+mod authority;
 mod connection;
 mod deployments;
 mod diff;
@@ -123,6 +125,8 @@ pub struct Deps {
     pub backup: Door,
     /// The way to the leader.
     pub leader: Arc<dyn ToLeader>,
+    /// Opens and seals the authorities' keys.
+    pub signer: Arc<dyn Sign>,
 }
 
 /// Where a connection comes from. Requests without it count as foreign.
@@ -193,6 +197,7 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/v1/deployments", get(timeline::deployments))
         .route("/v1/audits", get(timeline::audits))
         .route("/v1/explain", get(explain::explain))
+        .route("/v1/ca", get(authority::status))
         .route("/v1/bans", get(operate::bans))
         .route("/v1/upgrade", get(upgrade::show));
     let writes = Router::new()
@@ -212,6 +217,8 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/hosts/{host}/pin", put(hosts::pin))
         .route("/v1/snapshots", post(snapshots::save))
         .route("/v1/upgrade/finalize", post(upgrade::finalize))
+        .route("/v1/ca/rotate", post(authority::rotate))
+        .route("/v1/ca/finish", post(authority::finish))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));

@@ -7,7 +7,8 @@
 //! chutes-join/1    anybody                       join::gate: one question
 //! ```
 //! A certificate of a host that was removed is refused here, and its connections are closed as soon as this
-//! member knows of the removal.
+//! member knows of the removal. The same is done to a member under an id that it has no more: one that a recovery
+//! gave up, and that went on without us.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -161,10 +162,11 @@ async fn admit(incoming: Incoming, services: Services) {
     let Some(bearer) = &bearer else {
         return served.await;
     };
+    let speaks_as_member = protocol_of(&connection).as_deref() == Some(MEMBER_ALPN);
     tokio::select! {
-        () = removed(&store, bearer) => {
-            tracing::warn!(%remote, server = %bearer.server, "a removed host is turned away");
-            connection.close(2_u8.into(), b"this host was removed from the cluster");
+        why = turned_away(&store, bearer, speaks_as_member) => {
+            tracing::warn!(%remote, server = %bearer.server, why, "a host is turned away");
+            connection.close(2_u8.into(), why.as_bytes());
         }
         () = served => {}
     }
@@ -178,10 +180,22 @@ fn protocol_of(connection: &Connection) -> Option<Vec<u8>> {
         .protocol
 }
 
-/// Waits until the owner of a key is known to be removed.
-async fn removed(store: &Store, bearer: &Bearer) {
+/// Waits until the owner of a key is known to be removed, or to be no more the member that it says it is; why.
+async fn turned_away(store: &Store, bearer: &Bearer, speaks_as_member: bool) -> &'static str {
+    let member = bearer.member.filter(|_| speaks_as_member);
     let mut changes = store.changes();
-    while !store.read(|state| state.is_removed(&bearer.server, &bearer.key_hash)) {
-        changes.changed().await;
+    loop {
+        let (removed, former) = store.read(|state| {
+            let former = |member| state.is_former_member(&bearer.key_hash, member);
+            let removed = state.is_removed(&bearer.server, &bearer.key_hash);
+            (removed, member.is_some_and(former))
+        });
+        match (removed, former) {
+            (true, _) => return "this host was removed from the cluster",
+            (false, true) => {
+                return "the cluster goes on without this member: stop it, then chutes-agent rejoin";
+            }
+            (false, false) => changes.changed().await,
+        }
     }
 }

@@ -6,9 +6,11 @@
 //!                                       admission.json, host.pem, ca.pem  <---------- certificate signed
 //! ```
 //! `token.rs` is what a host is invited with, `admission.rs` what it keeps afterwards, `wire.rs` what is asked
-//! and answered, `client.rs` the asking host, `gate.rs` the answering member.
+//! and answered, `client.rs` the asking host, `gate.rs` the answering member. `authority.rs` opens the authority's
+//! key and makes the next authority's.
 
 pub mod admission;
+pub mod authority;
 pub mod client;
 pub mod gate;
 pub mod token;

@@ -13,6 +13,7 @@ pub mod leader;
 pub mod member;
 pub mod member_link;
 pub mod membership;
+pub mod recovery;
 pub mod signer;
 pub mod store;
 pub mod validator;

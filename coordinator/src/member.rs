@@ -13,6 +13,8 @@ use coordinator_core::state_machine::codec::Row;
 use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults};
 
+mod certificate;
+
 use crate::api;
 use crate::backup::{Keeper, Snapshots};
 use crate::clock::Clock;
@@ -21,7 +23,7 @@ use crate::door;
 use crate::executor::Validators;
 use crate::host_link::{Hub, headers, session};
 use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, key_hash, read_text};
-use crate::join::{Admission, Gate, client, gate};
+use crate::join::{Admission, Gate, gate};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership;
@@ -33,8 +35,6 @@ use crate::validator::{self, Client, ValidatorApi};
 
 /// After a failure of the replicated state, the rest gets so long to end.
 const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
-/// Between two looks at the age of our certificate.
-const RENEW_EVERY: Duration = Duration::from_secs(60 * 60);
 
 /// Why a member cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -175,12 +175,13 @@ pub async fn run(
     ));
     services.spawn(follow_doors(store.clone(), doors, stop.clone()));
     services.spawn(asking.clone().tell(hub.clone(), in_touch, stop.clone()));
-    services.spawn(keep_certificate(
-        endpoint.clone(),
-        config.identity.clone(),
-        Arc::clone(&clock),
-        stop.clone(),
-    ));
+    let certificate = certificate::Keeper {
+        endpoint: endpoint.clone(),
+        folder: config.identity.clone(),
+        server: admission.server.clone(),
+        store: store.clone(),
+    };
+    services.spawn(certificate.keep(stop.clone()));
 
     let api_config = api::Config {
         miner: config.miner.clone(),
@@ -200,6 +201,7 @@ pub async fn run(
         )),
         backup: keeper.door(),
         leader: Arc::new(asking),
+        signer: Arc::clone(&signer),
     };
     let limits = api_config.limits;
     let (routes, requests) = api::routes_and_answers(api_config, store.clone(), deps);
@@ -352,9 +354,8 @@ async fn follow_doors(store: Store, doors: watch::Sender<Vec<String>>, cancel: C
     let mut changes = store.changes();
     loop {
         let now: Vec<String> = store.read(|state| {
-            let members = state.hosts().values();
-            let members = members.filter(|host| host.is_in() && host.member.is_some());
-            members.map(|host| host.host.address.clone()).collect()
+            let members = state.members();
+            members.map(|(_, host)| host.host.address.clone()).collect()
         });
         doors.send_if_modified(|before| {
             let changed = *before != now;
@@ -363,30 +364,6 @@ async fn follow_doors(store: Store, doors: watch::Sender<Vec<String>>, cancel: C
         });
         if cancel.run_until_cancelled(changes.changed()).await.is_none() {
             return;
-        }
-    }
-}
-
-/// Renews our certificate in time and shows the new one at the door.
-async fn keep_certificate(
-    endpoint: quinn::Endpoint,
-    folder: std::path::PathBuf,
-    clock: Arc<dyn Clock>,
-    cancel: CancellationToken,
-) {
-    let mut looks = tokio::time::interval(RENEW_EVERY);
-    while cancel.run_until_cancelled(looks.tick()).await.is_some() {
-        match client::renew_if_due(&folder, clock.now()).await {
-            Ok(false) => continue,
-            Ok(true) => {}
-            Err(error) => {
-                tracing::warn!(%error, "the certificate was not renewed; it is tried again in an hour");
-                continue;
-            }
-        }
-        match Identity::of_host(&folder).and_then(|identity| door::server_config(&identity)) {
-            Ok(config) => endpoint.set_server_config(Some(config)),
-            Err(error) => tracing::error!(%error, "the new certificate is not used"),
         }
     }
 }

@@ -25,9 +25,8 @@ pub fn candidates(store: &Store, replica: &Replica) -> Vec<Candidate> {
     let progress = replica.progress();
     let (own, last) = (replica.member(), replica.metrics().last_index.unwrap_or(0));
     store.read(|state| {
-        let hosts = state.hosts().values().filter(|record| record.is_in());
-        let members = hosts.filter_map(|record| Some((record.member?, record)));
-        members
+        state
+            .members()
             .map(|(member, record)| {
                 let progress = progress.get(&member);
                 Candidate {

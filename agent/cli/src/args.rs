@@ -265,6 +265,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: UpgradeCommand,
     },
+    /// Shows the authority of hosts' certificates, changes over to another one
+    Ca {
+        #[command(subcommand)]
+        command: CaCommand,
+    },
     /// Lifts a ban
     Unban {
         #[command(flatten)]
@@ -344,6 +349,25 @@ pub(crate) enum RaftCommand {
         miner: Miner,
         /// Name or id of the host; left out: whoever has come farthest
         host: Option<String>,
+    },
+    /// Says what to do when the majority of the voters is lost for good
+    Recover,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CaCommand {
+    /// Shows which authority each host's certificate is of
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Makes another authority, to which all hosts change over by themselves
+    Rotate {
+        #[command(flatten)]
+        miner: Miner,
+        /// Drop the old one; refused while a host still carries a certificate of it
+        #[arg(long)]
+        finish: bool,
     },
 }
 

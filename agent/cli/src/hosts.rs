@@ -28,6 +28,7 @@ pub(crate) async fn raft(printer: &Printer, command: RaftCommand) -> Result<()> 
     match command {
         RaftCommand::Status { miner } => raft_status(printer, &miner).await,
         RaftCommand::Transfer { miner, host } => transfer(printer, &miner, host.as_deref()).await,
+        RaftCommand::Recover => printer.line(RECOVER),
     }
 }
 
@@ -97,11 +98,23 @@ async fn list(printer: &Printer, arguments: &args::Miner) -> Result<()> {
     printer.table(&table)
 }
 
+/// Without a majority nobody can be asked over the network, and the store of the member that goes on is in use as
+/// long as its agent runs: so it is done there.
+const RECOVER: &str = "\
+This is done on the machine of a member that is left, with its agent stopped:
+
+  chutes-agent recover
+
+It shows how far that member has come, who voted and what may be lost, and changes nothing before the cluster's id is
+typed. Ask every member that is left, and go on with the one that has come farthest. The others, and those that
+come back later, run `chutes-agent rejoin` before their agent is started.
+If a majority of the voters can be brought back, do that instead: nothing is lost then.";
+
 fn role(printer: &Printer, row: &Value) -> String {
     let role = text_of(&row["role"]);
     match (row["leads"].as_bool(), role.as_str()) {
         (Some(true), _) => printer.paint(Colour::Green, &format!("{role}, leads")),
-        (_, "removed") => printer.paint(Colour::Red, &role),
+        (_, "removed" | "lost") => printer.paint(Colour::Red, &role),
         _ => role,
     }
 }

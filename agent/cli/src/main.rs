@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 mod args;
+mod authority;
 mod cluster;
 mod deployments;
 mod hosts;
@@ -106,6 +107,7 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Raft { command } => hosts::raft(printer, command).await,
         Command::Snapshot { command } => snapshots::snapshot(printer, command).await,
         Command::Upgrade { command } => upgrade::upgrade(printer, command).await,
+        Command::Ca { command } => authority::ca(printer, command).await,
         Command::Ban {
             miner,
             chute,

@@ -472,6 +472,44 @@ async fn the_members_are_shown_and_the_lead_is_handed_over() {
 }
 
 #[tokio::test]
+async fn another_authority_is_made_and_the_old_one_dropped() {
+    let host = |name: &str, certificate: &str, trusts_old: bool| {
+        json!({
+            "host": name, "server_id": format!("{name}-uid"), "member": null,
+            "certificate": certificate, "trusts_old": trusts_old,
+        })
+    };
+    let during = json!({
+        "authority": "aa", "next": "bb", "begun_at": "2026-11-28T00:00:00.000000+00:00",
+        "hosts": [host("gpu-a", "new", false), host("gpu-b", "old", false)],
+    });
+    let after = json!({
+        "authority": "bb", "next": null, "begun_at": null,
+        "hosts": [host("gpu-a", "current", false), host("gpu-b", "current", true)],
+    });
+    let answers = [
+        ("GET /v1/ca", 200, during.clone()),
+        ("POST /v1/ca/rotate", 200, during),
+        ("POST /v1/ca/finish", 200, after),
+    ];
+    let world = World::new("ca", &answers).await;
+    for arguments in [["ca", "status"], ["ca", "rotate"]] {
+        let run = world.run(&arguments).await;
+        run.ends(0, "The new one: bb, since", "");
+        run.ends(0, "gpu-b │ gpu-b-uid │ of the old authority", "");
+        run.ends(0, "1 of 2 hosts change over when they are connected: gpu-b.", "");
+    }
+    let run = world.run(&["ca", "rotate", "--finish"]).await;
+    run.ends(0, "gpu-a │ gpu-a-uid │ good", "");
+    run.ends(0, "these hosts forget it when they are connected: gpu-b.", "");
+    let run = world.run(&["ca", "status", "--output", "json"]).await;
+    run.ends(0, "\"certificate\": \"old\"", "");
+
+    let run = world.run(&["raft", "recover"]).await;
+    run.ends(0, "chutes-agent recover", "");
+}
+
+#[tokio::test]
 async fn of_several_addresses_the_first_that_is_there_is_asked() {
     let world = World::new("several", &[("GET /hosts", 200, json!([]))]).await;
     let there = &world.base;

@@ -143,6 +143,9 @@ pub enum ToHost {
     RegistryHeaders(Vec<RegistryHeaders>),
     /// `host:port` of all members' doors, to go to when this one dies.
     Doors(Vec<String>),
+    /// Fingerprints of the authorities that the host should trust; the last one is to have signed its certificate.
+    /// Sent only to a host that has not said yet that it does.
+    Authorities(Vec<[u8; 32]>),
 }
 
 /// A short-lived signature for one validator's registry, made by a member that holds the seed.

@@ -23,6 +23,8 @@ const ORDERS: &[Order] = &[
                 "joining",
                 "restoring",
                 "upgrading",
+                "recovery",
+                "rotation",
             ],
             &["placement"],
             &["desired"],
@@ -39,7 +41,7 @@ const ORDERS: &[Order] = &[
         source: "coordinator/src",
         rows: &[
             &["member"],
-            &["config", "api", "door"],
+            &["config", "api", "door", "recovery"],
             // The API shows what the leader last saw in the validators' listings.
             &["leader", "membership"],
             &["executor", "member_link", "join", "backup"],
@@ -51,7 +53,8 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "setup", "doctor", "restore", "snapshots"],
+            &["main", "doctor", "recover", "restore", "snapshots"],
+            &["setup"],
             &["dev"],
             &["processes"],
             &["processes::service", "local"],

@@ -87,6 +87,7 @@ const DOORS: &[&str] = &[
     "coordinator/src/join/gate.rs",
     "coordinator/src/join/wire.rs",
     "coordinator/src/member.rs",
+    "coordinator/src/member/certificate.rs",
     "coordinator/src/signer/client.rs",
     "coordinator/src/validator/socket/dial.rs",
 ];

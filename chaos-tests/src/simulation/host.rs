@@ -314,7 +314,7 @@ impl Host {
                     self.while_paused().await;
                     match message {
                         Some(ToHost::Desired { fence, workloads }) => self.take(fence, workloads),
-                        Some(ToHost::RegistryHeaders(_) | ToHost::Doors(_)) => {}
+                        Some(ToHost::RegistryHeaders(_) | ToHost::Doors(_) | ToHost::Authorities(_)) => {}
                         None => return,
                     }
                 }

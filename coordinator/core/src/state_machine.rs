@@ -32,7 +32,9 @@ mod enrolment;
 mod joining;
 mod lifecycle;
 mod observe;
+mod recovery;
 mod restoring;
+mod rotation;
 
 pub use apply::apply;
 pub use command::{Command, Proposal, Rejection, Reply};

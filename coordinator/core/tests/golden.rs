@@ -10,7 +10,7 @@ use coordinator_core::state_machine::codec::{
 };
 use coordinator_core::state_machine::command::{Answer, RequestId};
 use coordinator_core::state_machine::effect::EffectOutcome;
-use coordinator_core::state_machine::host::{Invite, InviteId, NewHost, Pin};
+use coordinator_core::state_machine::host::{Invite, InviteId, NewHost, Pin, Rotation};
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
 use protocol::id::{ConfigId, InstanceId, ServerId};
 use protocol::report::{HostFacts, WorkloadReport};
@@ -91,6 +91,31 @@ fn proposals_of_form_1_are_read() {
         ),
         (proposal(Command::RemoveHost { server: server() }), REMOVE_HOST),
         (proposal(Command::RejoinHost { server: server() }), REJOIN_HOST),
+        (proposal(Command::Recover { member: 3 }), RECOVER),
+        (
+            proposal(Command::RotateAuthority {
+                rotation: Rotation {
+                    old: [1; 32],
+                    new: [2; 32],
+                    authority_pem: "new".to_owned(),
+                    bridge_pem: "bridge".to_owned(),
+                    sealed_key: vec![2],
+                    begun_at: UnixMillis(3000),
+                },
+            }),
+            ROTATE_AUTHORITY,
+        ),
+        (
+            proposal(Command::RecordAuthorities {
+                server: server(),
+                trusted: vec![[1; 32], [2; 32]],
+            }),
+            RECORD_AUTHORITIES,
+        ),
+        (
+            proposal(Command::FinishRotation { new: [2; 32] }),
+            FINISH_ROTATION,
+        ),
         (
             proposal(Command::PinHost {
                 server: server(),
@@ -255,6 +280,11 @@ const REMOVE_HOST: &str = "000780a0f1c2b134001d087365727665722d31";
 const PIN_HOST: &str = "000780a0f1c2b134001e087365727665722d3102";
 const REJOIN_HOST: &str = "000780a0f1c2b134001f087365727665722d31";
 const FINALIZE_FORMAT: &str = "000780a0f1c2b13400200205302e322e3001087365727665722d31";
+const RECOVER: &str = "000780a0f1c2b134002103";
+const ROTATE_AUTHORITY: &str = "000780a0f1c2b134002201010101010101010101010101010101010101010101010101010101010101010202020202020202020202020202020202020202020202020202020202020202036e6577066272696467650102b817";
+const RECORD_AUTHORITIES: &str = "000780a0f1c2b1340023087365727665722d310201010101010101010101010101010101010101010101010101010101010101010202020202020202020202020202020202020202020202020202020202020202";
+const FINISH_ROTATION: &str =
+    "000780a0f1c2b13400240202020202020202020202020202020202020202020202020202020202020202";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

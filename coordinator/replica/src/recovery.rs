@@ -14,7 +14,7 @@ use crate::error::Error;
 use crate::health::Shared;
 use crate::machine::StateMachine;
 use crate::open::{self, Opened};
-use crate::raft::{LeaderId, RaftEntry, Types};
+use crate::raft::{Commands, LeaderId, RaftEntry, Types};
 use crate::state_store::RowChange;
 
 /// How far the store of a member has come.
@@ -29,6 +29,8 @@ pub struct Condition {
     pub term: u64,
     /// Voters as far as this member knows.
     pub voters: BTreeSet<u64>,
+    /// Where each member is, those without a vote included.
+    pub addresses: BTreeMap<u64, String>,
 }
 
 /// Takes everything for granted: only the log is looked at.
@@ -63,16 +65,17 @@ pub async fn inspect(config: Config) -> Result<Condition, Error> {
 }
 
 /// Makes the member of this store the only voter and the only member of its cluster. Open the replica
-/// afterwards: it leads at once, with everything that is in its log.
+/// afterwards: it leads at once, with everything that is in its log. `first` are commands that are written with
+/// the change, in one piece, and applied before any other.
 ///
 /// # Errors
 /// As [`crate::Replica::open`]; `Membership` when the store is empty: there is nothing to go on with.
-pub async fn recover(config: Config) -> Result<Condition, Error> {
+pub async fn recover(config: Config, first: Vec<Vec<u8>>) -> Result<Condition, Error> {
     let (member, address) = (config.node_id, config.address.clone());
     let (mut opened, shared) = open_store(config).await?;
     let before = condition(&mut opened).await;
     let result = match &before {
-        Ok(before) => go_alone(&mut opened, before, member, address, &shared).await,
+        Ok(before) => go_alone(&mut opened, before, (member, address), first, &shared).await,
         Err(_) => Ok(()),
     };
     close(opened).await;
@@ -103,14 +106,19 @@ async fn condition(opened: &mut Opened) -> Result<Condition, Error> {
         last_term: last.map(|id| id.leader_id.term),
         term: vote.map_or(0, |vote| vote.leader_id.term),
         voters: opened.members.voter_ids().collect(),
+        addresses: opened
+            .members
+            .nodes()
+            .map(|(member, node)| (*member, node.addr.clone()))
+            .collect(),
     })
 }
 
 async fn go_alone(
     opened: &mut Opened,
     before: &Condition,
-    member: u64,
-    address: String,
+    (member, address): (u64, String),
+    first: Vec<Vec<u8>>,
     shared: &Shared,
 ) -> Result<(), Error> {
     let Some(last_index) = before.last_index else {
@@ -129,15 +137,18 @@ async fn go_alone(
     opened.log.save_vote(&vote).await.map_err(failed)?;
     let nodes = BTreeMap::from([(member, BasicNode { addr: address })]);
     let members = openraft::Membership::new(vec![BTreeSet::from([member])], nodes);
-    let entry = RaftEntry {
-        log_id: LogId {
-            leader_id,
-            index: last_index + 1,
-        },
-        payload: EntryPayload::Membership(members.map_err(failed)?),
-    };
+    let payloads = [
+        EntryPayload::Membership(members.map_err(failed)?),
+        EntryPayload::Normal(Commands::new(first)),
+    ];
+    let entries = (last_index + 1..)
+        .zip(payloads)
+        .map(|(index, payload)| RaftEntry {
+            log_id: LogId { leader_id, index },
+            payload,
+        });
     let (done, written) = Types::oneshot();
-    let appended = opened.log.append([entry], IOFlushed::signal(done)).await;
+    let appended = opened.log.append(entries, IOFlushed::signal(done)).await;
     appended.map_err(failed)?;
     written.await.map_err(failed)?.map_err(failed)?;
     shared

@@ -147,10 +147,14 @@ async fn the_last_one_left_goes_on_alone_when_it_is_told_to() {
 
     let inspected = recovery::inspect(cluster.config(3, Start::Join)).await.unwrap();
     assert_eq!(inspected.voters, BTreeSet::from([1, 2, 3]));
-    let recovered = recovery::recover(cluster.config(3, Start::Join)).await.unwrap();
+    assert_eq!(inspected.addresses[&2], "memory:2");
+    let recovered = recovery::recover(cluster.config(3, Start::Join), vec![b"first".to_vec()])
+        .await
+        .unwrap();
     assert_eq!(recovered, inspected);
     let last = cluster.start(3, Start::Join).await;
     last.linearizable().await.unwrap();
+    assert_eq!(cluster.commands(3).last(), Some(&b"first".to_vec()));
     let voters: Vec<u64> = last.membership().voters.into_keys().collect();
     assert_eq!(voters, [3]);
     assert!(last.membership().learners.is_empty());
@@ -172,7 +176,7 @@ async fn the_last_one_left_goes_on_alone_when_it_is_told_to() {
     assert!(!cluster.commands(3).contains(&b"stray".to_vec()));
 
     let mut empty = Cluster::new(501);
-    let nothing = recovery::recover(empty.config(1, Start::Join)).await;
+    let nothing = recovery::recover(empty.config(1, Start::Join), Vec::new()).await;
     assert!(matches!(nothing, Err(Error::Membership(_))), "{nothing:?}");
 }
 

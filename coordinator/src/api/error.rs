@@ -60,6 +60,9 @@ impl From<Rejection> for ApiError {
             | Rejection::HostInUse { .. }
             | Rejection::LastMember(_)
             | Rejection::NotEligible(_)
+            | Rejection::RotationUnderWay
+            | Rejection::NoRotation
+            | Rejection::OldCertificates(_)
             | Rejection::AlreadyEnrolled(_)
             | Rejection::GpuElsewhere(_)
             | Rejection::Protected { .. }

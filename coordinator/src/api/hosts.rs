@@ -56,7 +56,7 @@ async fn id_of(api: &Api, name: &str) -> Result<(ServerId, String)> {
 }
 
 /// A row of `GET /hosts`. `connected` is known to the leader only: hosts report to it.
-fn row(host: &HostRecord, roles: &Roles, connected: Option<bool>) -> Value {
+fn row(host: &HostRecord, role: &str, roles: &Roles, connected: Option<bool>) -> Value {
     json!({
         "server_id": host.host.server,
         "name": host.host.name,
@@ -64,7 +64,7 @@ fn row(host: &HostRecord, roles: &Roles, connected: Option<bool>) -> Value {
         "address": host.host.address,
         "member": host.member,
         "eligible": host.member.is_some(),
-        "role": roles.word(host),
+        "role": role,
         "leads": roles.leads(host),
         "pin": host.pin.as_str(),
         "joined_at": host.joined_at.iso8601(),
@@ -76,12 +76,15 @@ fn row(host: &HostRecord, roles: &Roles, connected: Option<bool>) -> Value {
 pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<Value>> {
     let roles = api.deps.cluster.roles();
     let leads = roles.leader == Some(roles.own);
-    let hosts: Vec<HostRecord> = api
-        .store
-        .read(|record| record.hosts().values().cloned().collect());
-    let row = |host: &HostRecord| {
+    let hosts: Vec<(HostRecord, &str)> = api.store.read(|record| {
+        let hosts = record.hosts().values();
+        hosts
+            .map(|host| (host.clone(), roles.word(record, host)))
+            .collect()
+    });
+    let row = |(host, role): &(HostRecord, &str)| {
         let report = || api.deps.host_reports.last_report(&host.host.server);
-        row(host, &roles, leads.then(|| report().is_some()))
+        row(host, role, &roles, leads.then(|| report().is_some()))
     };
     Json(hosts.iter().map(row).collect())
 }
@@ -95,7 +98,7 @@ pub(super) fn members(record: &Record, roles: &Roles) -> (Vec<Value>, Vec<String
             "host": host.host.name,
             "server_id": host.host.server,
             "member": host.member,
-            "role": roles.word(host),
+            "role": roles.word(record, host),
             "leads": roles.leads(host),
             "site": host.host.site,
             "address": host.host.address,
@@ -169,13 +172,12 @@ pub(super) async fn invite(
     api.store.linearizable().await?;
     let now = api.store.clock().now();
     let (authority, doors, open) = api.store.read(|record| {
-        let cluster = record.cluster().ok_or(Rejection::NotFounded)?;
-        let members = record.hosts().values();
-        let members = members.filter(|host| host.is_in() && host.member.is_some());
-        let doors: Vec<String> = members.map(|host| host.host.address.clone()).collect();
+        let authority = record.inviting_authority().ok_or(Rejection::NotFounded)?;
+        let members = record.members();
+        let doors: Vec<String> = members.map(|(_, host)| host.host.address.clone()).collect();
         let is_open = |invite: &&Invite| invite.used_by.is_none() && invite.expires_at > now;
         let open = record.invites().values().filter(is_open).count();
-        Ok::<_, Rejection>((fingerprint(&cluster.authority_pem), doors, open))
+        Ok::<_, Rejection>((fingerprint(authority), doors, open))
     })?;
     let broken = |what: &str| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, what);
     let authority = authority.ok_or_else(|| broken("the cluster's certificate cannot be read"))?;

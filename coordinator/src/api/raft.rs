@@ -120,10 +120,11 @@ impl ClusterView for ReplicatedCluster {
 
 impl Roles {
     /// The word for what a host is at present. A member that the log does not know yet is about to follow it.
-    pub(super) fn word(&self, record: &HostRecord) -> &'static str {
-        match record.member {
-            _ if !record.is_in() => "removed",
+    pub(super) fn word(&self, record: &Record, host: &HostRecord) -> &'static str {
+        match host.member {
+            _ if !host.is_in() => "removed",
             None => "observer",
+            Some(member) if record.is_given_up(member) => "lost",
             Some(member) if self.voters.contains(&member) => "voter",
             Some(_) => "learner",
         }
@@ -137,8 +138,7 @@ impl Roles {
 
 /// A member that left may still be known to the log for a moment, and a new one not yet.
 fn members(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> Vec<Value> {
-    let hosts = record.hosts().values().filter(|host| host.is_in());
-    let by_id: BTreeMap<u64, &HostRecord> = hosts.filter_map(|host| Some((host.member?, host))).collect();
+    let by_id: BTreeMap<u64, &HostRecord> = record.members().collect();
     let known = roles.voters.union(&roles.learners).copied();
     let all: BTreeSet<u64> = known.chain(by_id.keys().copied()).collect();
     let row = |member: u64| {
@@ -167,19 +167,16 @@ fn sites(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> 
         let answered = progress.get(&member).and_then(|it| it.answered_ago_ms);
         member == roles.own || answered.is_some_and(|ago| ago <= SILENCE_MAX_MS)
     };
-    let hosts = record.hosts().values().filter(|host| host.is_in());
-    let candidates: Vec<Candidate> = hosts
-        .filter_map(|record| {
-            let member = record.member?;
-            Some(Candidate {
-                member,
-                address: record.host.address.clone(),
-                site: record.host.site.clone(),
-                pin: Pin::Auto,
-                alive: alive(member),
-                // Only who becomes a voter depends on these two.
-                caught_up: true,
-            })
+    let candidates: Vec<Candidate> = record
+        .members()
+        .map(|(member, record)| Candidate {
+            member,
+            address: record.host.address.clone(),
+            site: record.host.site.clone(),
+            pin: Pin::Auto,
+            alive: alive(member),
+            // Only who becomes a voter depends on these two.
+            caught_up: true,
         })
         .collect();
     let known = policy::Roles {

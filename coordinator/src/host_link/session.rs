@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::desired::DesiredSet;
+use coordinator_core::state_machine::{Command, State};
 use protocol::id::ServerId;
 use protocol::link::{FromHost, RegistryHeaders, ToHost};
 use protocol::report::{HostFacts, WorkloadReport};
@@ -97,6 +97,7 @@ pub async fn serve(
         context: &context,
         server: server.clone(),
         sent: None,
+        told: None,
         recorded: None,
         recorded_at: Instant::now(),
     };
@@ -130,6 +131,8 @@ struct Session<'a> {
     server: ServerId,
     /// Fence of the last set that was sent.
     sent: Option<Fence>,
+    /// The authorities that it was told of.
+    told: Option<Vec<[u8; 32]>>,
     /// The last report that was recorded.
     recorded: Option<WorkloadReport>,
     recorded_at: Instant,
@@ -155,6 +158,7 @@ impl Session<'_> {
                 return Err(End::Replaced);
             }
             self.send_desired(outgoing).await?;
+            self.send_authorities(outgoing).await?;
             tokio::select! {
                 biased;
                 message = incoming.recv() => match message {
@@ -304,6 +308,21 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Tells the host when it should change over to other authorities.
+    async fn send_authorities(&mut self, outgoing: &mpsc::Sender<ToHost>) -> Result<(), End> {
+        let wanted = |state: &State| state.authorities_to_tell(&self.server);
+        let wanted = self.context.store.read(wanted);
+        if wanted == self.told {
+            return Ok(());
+        }
+        if let Some(wanted) = wanted.clone() {
+            let told = outgoing.send(ToHost::Authorities(wanted)).await;
+            told.map_err(|_| End::Closed)?;
+        }
+        self.told = wanted;
+        Ok(())
+    }
+
     async fn open(&self, set: DesiredSet) -> Result<ToHost, crate::signer::Error> {
         let mut workloads = Vec::with_capacity(set.workloads.len());
         for workload in set.workloads {
@@ -347,26 +366,27 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use crate::signer::{Key, LocalSigner, Seed};
+    use coordinator_core::state_machine::host::{NewHost, Rotation};
 
-    #[tokio::test]
-    async fn a_host_whose_connection_is_lost_is_not_connected_any_more() {
-        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+    fn context(clock: &Arc<ManualClock>, hub: &Hub) -> Context {
         let key = Key::new(&Seed::new([1; 32]));
-        let hub = Hub::default();
-        // Their senders live as long as the member.
-        let (headers, doors) = (watch::channel(Vec::new()), watch::channel(Vec::new()));
-        let in_touch = watch::channel(true);
-        let context = Context {
+        // A sender that is gone ends the session; these live as long as the test.
+        let headers = Box::leak(Box::new(watch::channel(Vec::new())));
+        let doors = Box::leak(Box::new(watch::channel(Vec::new())));
+        let in_touch = Box::leak(Box::new(watch::channel(true)));
+        Context {
             store: Store::in_memory(clock.clone()),
             signer: Arc::new(LocalSigner::new(key, clock.clone())),
             hub: hub.clone(),
-            headers: headers.1,
-            doors: doors.1,
-            in_touch: in_touch.1,
-        };
-        let server = ServerId::parse("host-1").expect("valid");
+            headers: headers.1.clone(),
+            doors: doors.1.clone(),
+            in_touch: in_touch.1.clone(),
+        }
+    }
+
+    fn hello() -> FromHost {
         let facts = HostFacts {
-            server: server.clone(),
+            server: ServerId::parse("host-1").expect("valid"),
             name: "host-1".to_owned(),
             address: "192.0.2.1".to_owned(),
             proof_port: 443,
@@ -376,14 +396,71 @@ mod tests {
             disk_free_gb: 1,
             agent_version: "1".to_owned(),
         };
-        let hello = FromHost::Hello {
+        FromHost::Hello {
             facts,
             fence: Fence::default(),
             clock: UnixMillis(1_000_000),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_host_is_told_once_which_authorities_to_trust() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let context = context(&clock, &Hub::default());
+        let store = context.store.clone();
+        let (to_session, incoming) = mpsc::channel(1);
+        let (outgoing, mut from_session) = mpsc::channel(8);
+        to_session.send(hello()).await.expect("there is room");
+        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let founder = NewHost {
+            server: ServerId::parse("host-1").expect("valid"),
+            name: "host-1".to_owned(),
+            site: String::new(),
+            address: "192.0.2.1:4433".to_owned(),
+            key_hash: [1; 32],
         };
+        let rotation = Rotation {
+            old: [1; 32],
+            new: [2; 32],
+            authority_pem: "new".to_owned(),
+            bridge_pem: "bridge".to_owned(),
+            sealed_key: vec![2],
+            begun_at: UnixMillis(0),
+        };
+        for command in [
+            Command::FoundCluster {
+                authority_pem: "old".to_owned(),
+                sealed_key: vec![1],
+                founder,
+            },
+            Command::RotateAuthority { rotation },
+            Command::PassTime,
+        ] {
+            store.propose(command).await.expect("good");
+        }
+        let told = loop {
+            let message = from_session.recv().await;
+            if let ToHost::Authorities(told) = message.expect("it goes on") {
+                break told;
+            }
+        };
+        assert_eq!(told, [[1; 32], [2; 32]]);
+        drop(to_session);
+        assert_eq!(session.await.expect("no panic"), Err(End::Closed));
+        while let Some(message) = from_session.recv().await {
+            assert!(!matches!(message, ToHost::Authorities(_)), "told twice");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_host_whose_connection_is_lost_is_not_connected_any_more() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let hub = Hub::default();
+        let context = context(&clock, &hub);
+        let server = ServerId::parse("host-1").expect("valid");
         let (to_session, incoming) = mpsc::channel(1);
         let (outgoing, mut from_session) = mpsc::channel(1);
-        to_session.send(hello).await.expect("there is room");
+        to_session.send(hello()).await.expect("there is room");
         let mut session = Box::pin(serve(context, |_| true, incoming, outgoing));
         tokio::select! {
             end = &mut session => panic!("{end:?}"),

@@ -98,12 +98,36 @@ impl Authority {
     pub fn found(folder: &Path) -> Result<Self> {
         let (certificate, key) = (folder.join(CA_CERTIFICATE), folder.join(CA_KEY));
         if !certificate.exists() {
-            let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-            let signed = parameters().self_signed(&pair)?;
-            write_secret(&key, &pair.serialize_pem())?;
-            write_secret(&certificate, &signed.pem())?;
+            let (made, key_pem) = Self::make()?;
+            write_secret(&key, &key_pem)?;
+            write_secret(&certificate, &made.certificate_pem)?;
         }
         Self::from_pem(read_text(&certificate)?, &read_text(&key)?)
+    }
+
+    /// Makes one, with its private key as PEM.
+    ///
+    /// # Errors
+    /// [`IdentityError::Make`].
+    pub fn make() -> Result<(Self, String)> {
+        let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let (certificate_pem, key_pem) = (parameters().self_signed(&pair)?.pem(), pair.serialize_pem());
+        let issuer = Issuer::new(parameters(), pair);
+        let made = Self {
+            certificate_pem,
+            issuer,
+        };
+        Ok((made, key_pem))
+    }
+
+    /// A certificate for the key of the authority that comes after this one: sent behind a certificate of that one,
+    /// it leads those that know only this one to it.
+    ///
+    /// # Errors
+    /// [`IdentityError::Make`].
+    pub fn bridge_to(&self, next: &Self) -> Result<String> {
+        let key = PublicKey(next.issuer.key().public_key_raw());
+        Ok(parameters().signed_by(&key, &self.issuer)?.pem())
     }
 
     /// The authority that the state holds.

@@ -20,17 +20,31 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn roots(authority: CertificateDer<'static>) -> Result<Arc<RootCertStore>> {
+fn roots(authorities: &[CertificateDer<'static>]) -> Result<Arc<RootCertStore>> {
     let mut roots = RootCertStore::empty();
-    roots.add(authority).map_err(|error| tls_error(&error))?;
+    for authority in authorities {
+        roots.add(authority.clone()).map_err(|error| tls_error(&error))?;
+    }
     Ok(Arc::new(roots))
 }
 
-/// A certificate with its key, and the authority that both ends trust.
+/// All certificates of a file, one at least.
+fn certificates(folder: &Path, name: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let (path, what) = (folder.join(name), "certificate");
+    let text = read_text(&path)?;
+    let found: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
+    let found = found.ok().filter(|found| !found.is_empty());
+    found.ok_or(IdentityError::Malformed { path, what })
+}
+
+/// A certificate with its key, and the authorities that both ends trust: one, or two while the cluster changes over
+/// from one to the other.
 #[derive(Debug)]
 pub struct Identity {
-    authority: CertificateDer<'static>,
-    certificate: CertificateDer<'static>,
+    /// The newest one last.
+    authorities: Vec<CertificateDer<'static>>,
+    /// Ours, and behind it what leads from the newest authority back to the one before.
+    chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
 }
 
@@ -40,33 +54,35 @@ impl Identity {
     /// # Errors
     /// [`IdentityError`] naming the file.
     pub fn of_host(folder: &Path) -> Result<Self> {
-        let certificate = |name: &str| -> Result<CertificateDer<'static>> {
-            let (path, what) = (folder.join(name), "certificate");
-            let found = CertificateDer::from_pem_slice(read_text(&path)?.as_bytes());
-            found.map_err(|_| IdentityError::Malformed { path, what })
-        };
         let (path, what) = (folder.join(HOST_KEY), "private key");
         let key = PrivateKeyDer::from_pem_slice(read_text(&path)?.as_bytes());
         Ok(Self {
-            authority: certificate(CA_CERTIFICATE)?,
-            certificate: certificate(HOST_CERTIFICATE)?,
+            authorities: certificates(folder, CA_CERTIFICATE)?,
+            chain: certificates(folder, HOST_CERTIFICATE)?,
             key: key.map_err(|_| IdentityError::Malformed { path, what })?,
         })
     }
 
+    /// Fingerprints of the authorities that it trusts; the last one has signed its certificate.
+    #[must_use]
+    pub fn trusted(&self) -> Vec<[u8; 32]> {
+        let hash = |authority: &CertificateDer<'_>| Sha256::digest(authority).into();
+        self.authorities.iter().map(hash).collect()
+    }
+
     /// TLS of the QUIC door. Whoever shows a certificate must have it from our authority; who shows none gets as
-    /// far as the protocols that need none. The authority's certificate is sent along, for those who know only its
+    /// far as the protocols that need none. The authorities' certificates are sent along, for those who know only a
     /// fingerprint.
     ///
     /// # Errors
     /// [`IdentityError::Tls`].
     pub fn quic_server(&self, protocols: &[&[u8]]) -> Result<QuicServerConfig> {
-        let roots = roots(self.authority.clone())?;
+        let roots = roots(&self.authorities)?;
         let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
             .allow_unauthenticated()
             .build()
             .map_err(|error| tls_error(&error))?;
-        let chain = vec![self.certificate.clone(), self.authority.clone()];
+        let chain = [&self.chain[..], &self.authorities].concat();
         let mut config = rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| tls_error(&error))?
@@ -85,8 +101,8 @@ impl Identity {
         let mut config = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| tls_error(&error))?
-            .with_root_certificates(roots(self.authority.clone())?)
-            .with_client_auth_cert(vec![self.certificate.clone()], self.key.clone_key())
+            .with_root_certificates(roots(&self.authorities)?)
+            .with_client_auth_cert(self.chain.clone(), self.key.clone_key())
             .map_err(|error| tls_error(&error))?;
         config.alpn_protocols = vec![protocol.to_vec()];
         QuicClientConfig::try_from(config).map_err(|error| tls_error(&error))
@@ -97,7 +113,7 @@ impl Identity {
     /// # Errors
     /// [`IdentityError::Unusable`].
     pub fn bearer(&self) -> Result<Bearer> {
-        Bearer::of(&self.certificate)
+        Bearer::of(&self.chain[0])
     }
 }
 
@@ -201,11 +217,11 @@ impl ServerCertVerifier for JoinVerifier {
             .iter()
             .find(|certificate| <[u8; 32]>::from(Sha256::digest(certificate)) == self.fingerprint)
             .ok_or_else(|| refused("this member belongs to another cluster than the invitation"))?;
-        let roots = roots(authority.clone().into_owned()).map_err(|error| refused(&error.to_string()))?;
+        let roots = roots(&[authority.clone().into_owned()]).map_err(|error| refused(&error.to_string()))?;
         let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
             .build()
             .map_err(|error| refused(&error.to_string()))?;
-        verifier.verify_server_cert(end_entity, &[], server_name, ocsp_response, now)
+        verifier.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(
@@ -293,6 +309,55 @@ mod tests {
             .to_string();
         assert!(error.contains("public key"), "{error}");
         issued(&unsealed, folder.path(), None);
+    }
+
+    /// What a chain of certificates is worth to somebody who trusts these authorities.
+    fn is_trusted(shown: &Identity, authorities: &Identity) -> bool {
+        let roots = roots(&authorities.authorities).unwrap();
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
+            .build()
+            .unwrap();
+        let name = ServerName::try_from("server-1").unwrap();
+        let now = UnixTime::since_unix_epoch(std::time::Duration::from_millis(NOW.0));
+        verifier
+            .verify_server_cert(&shown.chain[0], &shown.chain[1..], &name, &[], now)
+            .is_ok()
+    }
+
+    #[test]
+    fn whoever_knows_only_the_old_authority_follows_the_bridge_to_the_new_one() {
+        let folders = [(); 4].map(|()| tempfile::tempdir().unwrap());
+        let [founder, old, new, late] = folders.each_ref().map(tempfile::TempDir::path);
+        let first = Authority::found(founder).unwrap();
+        let (next, next_key) = Authority::make().unwrap();
+        let bridge = first.bridge_to(&next).unwrap();
+        let next = Authority::from_pem(next.certificate_pem().to_owned(), &next_key).unwrap();
+
+        let before = issued(&first, old, Some(1));
+        issued(&next, new, Some(1));
+        let certificate = read_text(&new.join(HOST_CERTIFICATE)).unwrap();
+        let both = format!("{}{}", first.certificate_pem(), next.certificate_pem());
+        std::fs::write(new.join(HOST_CERTIFICATE), format!("{certificate}{bridge}")).unwrap();
+        std::fs::write(new.join(CA_CERTIFICATE), both).unwrap();
+        let during = Identity::of_host(new).unwrap();
+        assert_eq!(during.trusted().len(), 2);
+        assert_eq!(during.trusted()[0], before.trusted()[0]);
+        assert_eq!(
+            during.bearer().unwrap().member,
+            Some(1),
+            "the bridge is not taken for ours"
+        );
+        let after = issued(&next, late, Some(1));
+        assert_eq!(after.trusted(), during.trusted()[1..]);
+
+        assert!(is_trusted(&during, &before), "by the bridge");
+        assert!(is_trusted(&before, &during));
+        assert!(is_trusted(&during, &after));
+        assert!(is_trusted(&after, &during));
+        assert!(!is_trusted(&before, &after), "the old one is dropped");
+        assert!(!is_trusted(&after, &before), "there is no bridge");
+        during.quic_client(b"test").unwrap();
+        during.quic_server(&[b"test"]).unwrap();
     }
 
     #[test]

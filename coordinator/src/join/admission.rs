@@ -94,7 +94,8 @@ pub fn found(
     Ok(Some(admission))
 }
 
-/// Keeps what a member answered: certificates first, the admission last.
+/// Keeps what a member answered: certificates first, the admission last. Who trusts a new authority has its
+/// certificate already, also after a crash in between.
 ///
 /// # Errors
 /// [`IdentityError::File`].

@@ -57,7 +57,9 @@ pub fn granted(answer: Answer) -> Result<Granted, Error> {
     match answer {
         Answer::Granted(granted) => Ok(*granted),
         Answer::Refused(reason) | Answer::Unavailable(reason) => Err(Error::Refused(reason)),
-        Answer::Probed { .. } => Err(Error::Refused("another question was answered".to_owned())),
+        Answer::Probed { .. } | Answer::Noted => {
+            Err(Error::Refused("another question was answered".to_owned()))
+        }
     }
 }
 
@@ -72,11 +74,34 @@ pub async fn renew_if_due(folder: &Path, now: UnixMillis) -> Result<bool, Error>
     if admission.certificate_until.since(now) > LIFE_MS / 3 {
         return Ok(false);
     }
+    renew(folder, &admission).await?;
+    Ok(true)
+}
+
+async fn renew(folder: &Path, admission: &Admission) -> Result<(), Error> {
     let answer = ask_as_host(&admission.doors, folder, &Question::Renew).await?;
     let mut granted = granted(answer)?;
     granted.admission.opened = admission.opened;
-    admission::keep(folder, &granted)?;
-    Ok(true)
+    Ok(admission::keep(folder, &granted)?)
+}
+
+/// Sees to it that the authorities trusted in `folder` are the `wanted` ones, with a new certificate if they are not,
+/// and tells the cluster: the old authority is dropped only when every host has said so.
+///
+/// # Errors
+/// [`Error`]; there may be a new certificate all the same, which is good. Try again.
+pub async fn change_over(folder: &Path, wanted: &[[u8; 32]]) -> Result<(), Error> {
+    let Some(admission) = Admission::read(folder)? else {
+        return Ok(());
+    };
+    if Identity::of_host(folder)?.trusted() != wanted {
+        renew(folder, &admission).await?;
+    }
+    let trusted = Identity::of_host(folder)?.trusted();
+    match ask_as_host(&admission.doors, folder, &Question::Trusts(trusted)).await? {
+        Answer::Noted => Ok(()),
+        other => granted(other).map(drop),
+    }
 }
 
 /// Asks one member after the other until one decides.

@@ -12,9 +12,9 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::wire::{Answer, Granted, Join, Question, read, write};
-use super::{Admission, token};
-use crate::identity::{Authority, Bearer, COORDINATOR_NAME, Identity, LIFE_MS, Names, key_hash};
-use crate::signer::{SealedKind, Sign};
+use super::{Admission, authority, token};
+use crate::identity::{Bearer, COORDINATOR_NAME, Identity, LIFE_MS, Names, key_hash};
+use crate::signer::Sign;
 use crate::store::{Error as StoreError, Store};
 
 /// How long a question may take to arrive, and its answer to leave.
@@ -69,6 +69,15 @@ impl From<StoreError> for No {
     }
 }
 
+impl From<authority::Error> for No {
+    fn from(error: authority::Error) -> Self {
+        match error {
+            authority::Error::Signer(_) => Self::Unavailable(error.to_string()),
+            authority::Error::Damaged | authority::Error::Identity(_) => Self::Refused(error.to_string()),
+        }
+    }
+}
+
 fn refused(reason: impl Into<String>) -> No {
     No::Refused(reason.into())
 }
@@ -97,6 +106,10 @@ impl Gate {
             Question::Rejoin => self.rejoin(bearer).await,
             Question::Probe => match self.known(bearer).await {
                 Ok((record, _)) => return self.probe(record.host.address).await,
+                Err(no) => Err(no),
+            },
+            Question::Trusts(trusted) => match self.note(bearer, trusted).await {
+                Ok(()) => return Answer::Noted,
                 Err(no) => Err(no),
             },
         };
@@ -208,6 +221,24 @@ impl Gate {
         self.grant(Names { server, member }, &bearer.public_key).await
     }
 
+    /// Records what a host trusts, once that is what it should.
+    async fn note(&self, bearer: Option<&Bearer>, trusted: Vec<[u8; 32]>) -> Result<(), No> {
+        let (record, _) = self.known(bearer).await?;
+        let server = record.host.server;
+        match self.store.read(|state| state.authorities_to_tell(&server)) {
+            // It has said so before, and the answer was lost.
+            None => Ok(()),
+            Some(wanted) if wanted == trusted => {
+                let command = Command::RecordAuthorities { server, trusted };
+                self.store.propose(command).await?;
+                Ok(())
+            }
+            Some(_) => Err(refused(
+                "the cluster's authorities are others by now: renew the certificate once more",
+            )),
+        }
+    }
+
     /// Dials a host at the address that it told. Any answer shows that UDP goes there and back, be it a refusal.
     async fn probe(&self, address: String) -> Answer {
         let (reached, detail) = match timeout(PROBE_MAX, self.dial(&address)).await {
@@ -262,25 +293,30 @@ impl Gate {
         })
     }
 
-    /// A certificate for a host that is in.
+    /// A certificate for a host that is in, of the newest authority.
     async fn grant(&self, names: Names, public_key: &[u8]) -> Result<Granted, No> {
-        let (cluster, doors) = self.store.read(|state| {
-            let members = state.hosts().values();
-            let members = members.filter(|host| host.is_in() && host.member.is_some());
-            let doors: Vec<String> = members.map(|host| host.host.address.clone()).collect();
-            (state.cluster().cloned(), doors)
+        // A new authority must not be missed: those who joined after it count as carrying its certificate.
+        self.store.linearizable().await?;
+        let (cluster, rotation, doors) = self.store.read(|state| {
+            let doors: Vec<String> = state
+                .members()
+                .map(|(_, host)| host.host.address.clone())
+                .collect();
+            (state.cluster().cloned(), state.rotation().cloned(), doors)
         });
         let cluster = cluster.ok_or_else(|| No::Unavailable("the cluster is not founded yet".to_owned()))?;
-        let key = self
-            .signer
-            .unseal(SealedKind::ClusterCaKey, &cluster.sealed_key)
-            .await;
-        let key = key.map_err(|error| No::Unavailable(format!("the authority's key: {error}")))?;
-        let key = String::from_utf8(key).map_err(|_| refused("the authority's key is damaged"))?;
-        let authority = Authority::from_pem(cluster.authority_pem.clone(), &key)
-            .map_err(|error| refused(error.to_string()))?;
+        let mut authorities = cluster.authority_pem.clone();
+        let (pem, sealed_key, bridge) = match rotation {
+            None => (cluster.authority_pem, cluster.sealed_key, String::new()),
+            Some(rotation) => {
+                authorities.push_str(&rotation.authority_pem);
+                (rotation.authority_pem, rotation.sealed_key, rotation.bridge_pem)
+            }
+        };
+        let authority = authority::open(self.signer.as_ref(), pem, &sealed_key).await?;
         let now = self.store.clock().now();
         let certificate = authority.issue(&names, public_key, now);
+        let certificate = certificate.map_err(|error| refused(error.to_string()))?;
         Ok(Granted {
             admission: Admission {
                 cluster: self.cluster.clone(),
@@ -290,8 +326,8 @@ impl Gate {
                 certificate_until: now + LIFE_MS,
                 opened: false,
             },
-            certificate_pem: certificate.map_err(|error| refused(error.to_string()))?,
-            authority_pem: cluster.authority_pem,
+            certificate_pem: certificate + &bridge,
+            authority_pem: authorities,
         })
     }
 }

@@ -25,6 +25,8 @@ pub enum Question {
     Rejoin,
     /// Dial the address that I told when I joined, and say whether anybody answers there.
     Probe,
+    /// I trust the authorities with these fingerprints, and the last one has signed the certificate that I carry.
+    Trusts(Vec<[u8; 32]>),
 }
 
 /// A host that wants to join.
@@ -66,7 +68,7 @@ pub struct Granted {
     pub admission: Admission,
     /// Its certificate.
     pub certificate_pem: String,
-    /// The authority's certificate.
+    /// Certificates of the authorities to trust; the last one has signed it.
     pub authority_pem: String,
 }
 
@@ -88,6 +90,8 @@ pub enum Answer {
         /// What, or why not.
         detail: String,
     },
+    /// What was said is recorded.
+    Noted,
 }
 
 /// Why a message did not get through.

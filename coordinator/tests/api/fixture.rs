@@ -13,6 +13,7 @@ use coordinator::api::{
 };
 use coordinator::backup::Door;
 use coordinator::clock::Clock;
+use coordinator::signer::{Key, LocalSigner, Seed, Sign};
 use coordinator::store::{BoxFuture, Store};
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use coordinator_core::state_machine::command::{Observation, PayProfile, Placement};
@@ -149,6 +150,12 @@ pub(crate) fn deployment_id(name: &str) -> DeploymentId {
     DeploymentId::parse(name).unwrap()
 }
 
+/// Seals and opens for nobody in particular.
+pub(crate) fn signer() -> Arc<dyn Sign> {
+    let key = Key::new(&Seed::new([1; 32]));
+    Arc::new(LocalSigner::new(key, Arc::new(coordinator::clock::WallClock)))
+}
+
 impl Fixture {
     /// Nothing but the configuration and a host `gpu-a` with GPUs `a` and `b`, not enrolled.
     pub(crate) async fn new() -> Self {
@@ -172,6 +179,7 @@ impl Fixture {
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
             backup: Door::default(),
             leader: Arc::new(Alone),
+            signer: signer(),
         };
         let config = Config {
             miner: miner.hotkey().clone(),

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::fixture::{Fixture, LOOPBACK, Members, Reports, Types};
+use super::fixture::{Fixture, LOOPBACK, Members, Reports, Types, signer};
 
 /// Sends bytes, reads until the other side closes.
 async fn exchange(address: std::net::SocketAddr, request: &[u8]) -> String {
@@ -48,6 +48,7 @@ async fn served(
         cluster: Arc::new(Members::default()),
         leader: Arc::new(Alone),
         backup: Door::default(),
+        signer: signer(),
     };
     let limits = config.limits;
     let routes = router(config, fixture.store.clone(), deps);

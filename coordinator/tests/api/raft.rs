@@ -15,7 +15,7 @@ use coordinator_core::state_machine::{Command, Faults, Reply};
 use replica::{Replica, Start, Storage, Transport, Unreachable};
 use serde_json::{Value, json};
 
-use super::fixture::{Fixture, LastListings, Reports, Types, server_id};
+use super::fixture::{Fixture, LastListings, Reports, Types, server_id, signer};
 
 const SITES: [&str; 3] = ["east", "east", "west"];
 
@@ -84,6 +84,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
             backup::Reports::default(),
         ),
         leader: Arc::new(Alone),
+        signer: signer(),
     };
     fixture.routes = router(config, fixture.store.clone(), deps);
     (fixture, replica)

@@ -17,7 +17,7 @@ use coordinator::host_link::Hub;
 use coordinator::identity::{Authority, CA_KEY};
 use coordinator::join::Token;
 use coordinator::leader::Listings;
-use coordinator::signer::SealedKind;
+use coordinator::signer::{LocalSigner, SealedKind};
 use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::effect::{EffectKind, EffectOutcome};
 use hyper::service::Service;
@@ -134,6 +134,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone())),
         backup: keeper.door(),
         leader: Arc::new(Alone),
+        signer: Arc::new(LocalSigner::new(seed(), Arc::clone(member.store.clock()))),
     };
     Api(router(config, member.store.clone(), deps), 0)
 }

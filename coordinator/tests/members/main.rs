@@ -1,9 +1,12 @@
-//! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back;
+//! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back, going on alone, another
+//! authority;
 //! and what is refused at the door.
 
 mod cluster;
 mod door;
 mod joining;
+mod recovery;
+mod rotation;
 
 /// Far above what is needed, on machines that have much else to do.
 pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);

@@ -174,6 +174,10 @@ impl State {
                 program,
                 vouched,
             } => self.finalize_format(format, program, &vouched),
+            Command::Recover { member } => Ok(self.recover(member)),
+            Command::RotateAuthority { rotation } => self.rotate_authority(rotation),
+            Command::RecordAuthorities { server, trusted } => self.record_authorities(server, trusted),
+            Command::FinishRotation { new } => self.finish_rotation(&new),
         }
     }
 

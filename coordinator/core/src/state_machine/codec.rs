@@ -110,6 +110,9 @@ macro_rules! tables {
         $each!(14, hosts, ServerId);
         $each!(15, invites, InviteId);
         $each!(16, cluster, u8);
+        $each!(17, given_up, u64);
+        $each!(18, rotation, u8);
+        $each!(19, trusted, ServerId);
     };
 }
 

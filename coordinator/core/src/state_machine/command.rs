@@ -12,7 +12,7 @@ use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use super::deployment::{Phase, StopReason};
 use super::effect::{EffectId, EffectOutcome};
 use super::format::FIRST;
-use super::host::{Invite, InviteId, KeyHash, NewHost, Pin};
+use super::host::{Invite, InviteId, KeyHash, NewHost, Pin, Rotation};
 
 /// Names a write, so that a repeated one is not applied twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -356,6 +356,28 @@ pub enum Command {
         /// Hosts that report no version, and that the operator has looked after.
         vouched: BTreeSet<ServerId>,
     },
+    /// The majority of the voters is lost for good, and this member goes on with what it has.
+    Recover {
+        /// Its member id; all others are given up.
+        member: u64,
+    },
+    /// The cluster changes over to another authority.
+    RotateAuthority {
+        /// The new one, beside the old one.
+        rotation: Rotation,
+    },
+    /// A host has said which authorities it trusts.
+    RecordAuthorities {
+        /// Which host.
+        server: ServerId,
+        /// Fingerprints of the authorities; the last one has signed its certificate.
+        trusted: Vec<KeyHash>,
+    },
+    /// The old authority is dropped.
+    FinishRotation {
+        /// Fingerprint of the new one.
+        new: KeyHash,
+    },
 }
 
 impl Command {
@@ -491,6 +513,18 @@ pub enum Rejection {
         /// What the data has.
         present: u32,
     },
+    /// One at a time.
+    #[error("the cluster is changing over to another authority already: `chutes-miner ca status`")]
+    RotationUnderWay,
+    /// Nothing to finish.
+    #[error("the cluster is not changing over to another authority")]
+    NoRotation,
+    /// They would be locked out.
+    #[error(
+        "still with a certificate of the old authority: {}; each changes over when it is connected, or is removed with \
+         `chutes-miner host remove`", .0.join(", ")
+    )]
+    OldCertificates(Vec<String>),
 }
 
 /// What a proposal is answered with.

@@ -27,6 +27,23 @@ pub struct Cluster {
     pub founded_at: UnixMillis,
 }
 
+/// The authority that takes the place of the cluster's, while hosts change over to it. There is one at most.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rotation {
+    /// SHA-256 of the DER of the old authority's certificate.
+    pub old: KeyHash,
+    /// The same of the new one.
+    pub new: KeyHash,
+    /// The new authority's certificate, as PEM.
+    pub authority_pem: String,
+    /// The new authority's key in a certificate of the old one, as PEM: who knows only the old one follows it.
+    pub bridge_pem: String,
+    /// The new authority's private key, sealed.
+    pub sealed_key: Vec<u8>,
+    /// When it began.
+    pub begun_at: UnixMillis,
+}
+
 /// Whether a member should vote.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Pin {

@@ -21,6 +21,9 @@ pub fn violations(state: &State) -> Vec<String> {
 /// No member id and no key is used twice, and none is above the count.
 fn members_are_told_apart(state: &State, found: &mut Vec<String>) {
     let next = state.cluster().map_or(0, |cluster| cluster.next_member);
+    for member in state.given_up.keys().filter(|member| **member >= next) {
+        found.push(format!("2: member {member} was given up, but never was"));
+    }
     let (mut members, mut keys) = (BTreeSet::new(), BTreeSet::new());
     for record in state.hosts().values() {
         let server = &record.host.server;

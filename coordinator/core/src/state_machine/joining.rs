@@ -54,11 +54,19 @@ impl State {
         Ok(invite)
     }
 
+    /// The members that belong to us, by the order of their hosts; without those that a recovery gave up.
+    pub fn members(&self) -> impl Iterator<Item = (u64, &HostRecord)> {
+        let hosts = self.hosts.values().filter(|record| record.is_in());
+        let members = hosts.filter_map(|record| Some((record.member?, record)));
+        members.filter(|(member, _)| !self.is_given_up(*member))
+    }
+
     /// The member with this id, if it belongs to us.
     #[must_use]
     pub fn member(&self, member: u64) -> Option<&HostRecord> {
-        let mut hosts = self.hosts.values();
-        hosts.find(|record| record.is_in() && record.member == Some(member))
+        self.members()
+            .find(|(id, _)| *id == member)
+            .map(|(_, record)| record)
     }
 
     /// True if a key that was this host's is worthless now.
@@ -177,6 +185,7 @@ impl State {
             former_keys,
             host,
         };
+        self.trust_from_the_start(&record.host.server);
         self.hosts.insert(record.host.server.clone(), record);
         member
     }
@@ -186,9 +195,10 @@ impl State {
     pub(crate) fn rejoin_host(&mut self, server: &ServerId) -> Answer {
         let record = self.hosts.get(server).filter(|record| record.is_in());
         let record = record.ok_or_else(|| unknown(server))?;
-        if record.member.is_none() {
+        let Some(before) = record.member else {
             return Err(Rejection::NotEligible(server.clone()));
-        }
+        };
+        self.given_up.remove(&before);
         let member = self.next_member();
         if let Some(record) = self.hosts.get_mut(server) {
             record.member = member;
@@ -216,14 +226,18 @@ impl State {
                 deployments: u64::try_from(deployments).unwrap_or(u64::MAX),
             });
         }
-        let is_other_member =
-            |other: &HostRecord| other.is_in() && other.member.is_some() && other.host.server != *server;
-        if record.member.is_some() && !self.hosts.values().any(is_other_member) {
+        let member = record.member;
+        let is_other = |(_, other): (u64, &HostRecord)| other.host.server != *server;
+        if member.is_some() && !self.members().any(is_other) {
             return Err(Rejection::LastMember(server.clone()));
         }
         if let Some(record) = self.hosts.get_mut(server) {
             record.revoked_at = Some(now);
         }
+        if let Some(member) = member {
+            self.given_up.remove(&member);
+        }
+        self.trusted.remove(server);
         Ok(Reply::Done)
     }
 

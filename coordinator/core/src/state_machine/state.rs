@@ -12,7 +12,7 @@ use super::command::{Answer, PayProfile, RequestId};
 use super::deployment::{Audit, Deployment};
 use super::effect::{Effect, EffectId, EffectKind, Subject};
 use super::format::Finalized;
-use super::host::{Cluster, HostRecord, Invite, InviteId};
+use super::host::{Cluster, HostRecord, Invite, InviteId, KeyHash, Rotation};
 use super::job::Job;
 use super::outbox::Outbox;
 use super::server::{Gpu, Server};
@@ -114,6 +114,12 @@ pub struct State {
     pub(crate) cluster: Table<u8, Cluster>,
     /// One row, under 0, once an upgrade was finalized.
     pub(crate) format: Table<u8, Finalized>,
+    /// Member ids that a recovery gave up, and when; until their hosts rejoin under another id.
+    pub(crate) given_up: Table<u64, UnixMillis>,
+    /// One row, under 0, while the cluster changes over to another authority.
+    pub(crate) rotation: Table<u8, Rotation>,
+    /// What hosts have said that they trust. None for those that know the cluster's authority only.
+    pub(crate) trusted: Table<ServerId, Vec<KeyHash>>,
     index: Index,
 }
 
