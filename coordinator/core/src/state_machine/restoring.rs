@@ -61,7 +61,11 @@ impl State {
                 record.revoked_at = Some(now);
             }
         }
-        self.let_in(host, true).ok_or(Rejection::NotFounded)
+        let server = host.server.clone();
+        let member = self.let_in(host, true).ok_or(Rejection::NotFounded)?;
+        // Its certificate is of the cluster's authority, also in the middle of the change to another one.
+        self.trusted.remove(&server);
+        Ok(member)
     }
 }
 
@@ -69,7 +73,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::state_machine::command::{Command, Proposal, RequestId};
-    use crate::state_machine::host::{Invite, InviteId, Standing};
+    use crate::state_machine::host::{Invite, InviteId, Rotation, Standing};
     use crate::state_machine::{Faults, apply, invariant};
     use protocol::id::ServerId;
 
@@ -139,6 +143,29 @@ mod tests {
             state.settings().now,
             UnixMillis(5_000_000),
             "time never runs backwards"
+        );
+    }
+
+    #[test]
+    fn a_change_of_the_authority_goes_on() {
+        let mut state = founded();
+        let rotation = Rotation {
+            old: [1; 32],
+            new: [2; 32],
+            authority_pem: "new".to_owned(),
+            bridge_pem: "bridge".to_owned(),
+            sealed_key: vec![2],
+            begun_at: UnixMillis(1),
+        };
+        state.rotate_authority(rotation).expect("founded");
+        state
+            .restore(host("new", 3), UnixMillis(6_000_000))
+            .expect("a good host");
+        let new = ServerId::parse("new").expect("a good id");
+        assert_eq!(
+            state.authorities_to_tell(&new),
+            Some(vec![[1; 32], [2; 32]]),
+            "its certificate is of the old one"
         );
     }
 
