@@ -53,6 +53,7 @@ pub(super) async fn rotate(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Value>> {
+    api.store.linearizable().await?;
     let cluster = api.store.read(|record| match record.rotation() {
         Some(_) => Err(Rejection::RotationUnderWay),
         None => record.cluster().cloned().ok_or(Rejection::NotFounded),
@@ -73,7 +74,9 @@ pub(super) async fn finish(
     Extension(caller): Extension<Caller>,
 ) -> Result<Json<Value>> {
     let rotation = |record: &Record| record.rotation().map(|rotation| rotation.new);
-    let new = api.store.read(rotation).ok_or(Rejection::NoRotation)?;
+    let new = api
+        .find(|record| Ok(rotation(record).ok_or(Rejection::NoRotation)?))
+        .await?;
     api.propose(&caller, Command::FinishRotation { new }).await?;
     api.store.linearizable().await?;
     Ok(Json(api.store.read(status_of)?))

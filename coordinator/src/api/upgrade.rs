@@ -64,6 +64,7 @@ pub(super) async fn finalize(
     } else {
         parse(&body)?
     };
+    api.store.linearizable().await?;
     let (vouched, present) = api.store.read(|record| {
         let named = body
             .vouch
@@ -83,6 +84,8 @@ pub(super) async fn finalize(
         Command::PassTime
     };
     api.propose(&caller, command).await?;
+    // On a member that does not lead the command may still be on its way.
+    api.store.linearizable().await?;
     let mut answer = api.store.read(of_state);
     answer["changed"] = json!(present < NEWEST);
     Ok(Json(answer))
