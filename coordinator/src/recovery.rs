@@ -1,6 +1,6 @@
 //! When the majority of the voters is lost for good: what a surviving member knows, and how it goes on alone.
 //!
-//! Both work on the files of a member that does not run. Who calls [`go_alone`] has seen to it that a person knows
+//! Both work on the files of a member that does not run. Who calls [`Survivor::go_alone`] has seen to it that a person knows
 //! what that means: what others had acknowledged and this one never got is lost.
 
 use std::path::{Path, PathBuf};
