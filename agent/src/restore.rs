@@ -6,7 +6,6 @@
 //! that the rest is whole.
 
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use agent::config::checked::{Joining, certificates_folder, coordinator_folder, joining};
@@ -23,6 +22,8 @@ use coordinator::signer::{Key, SealedKind};
 use coordinator_core::state_machine::host::NewHost;
 use protocol::snapshot_file::SnapshotKey;
 use protocol::time::UnixMillis;
+
+use crate::setup::{runtime, say};
 
 /// What is restored, and from what.
 #[derive(Debug, clap::Args)]
@@ -74,26 +75,17 @@ pub(crate) fn restore(sources: &Sources, arguments: &Arguments) -> anyhow::Resul
         restoring.head().last_index,
     );
     let lost_after = restoring.head().created_at;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context("start the async runtime")?;
     let host = introduced(&place, &own);
-    let member = runtime.block_on(restoring.into_store(host, store, now))?;
+    let member = runtime()?.block_on(restoring.into_store(host, store, now))?;
     let granted = granted(&arguments.cluster, &place, member, &own, &authority, now)?;
     admission::keep(&folder, &granted)?;
 
-    let mut out = std::io::stdout();
-    writeln!(out, "{done}")?;
-    writeln!(
-        out,
-        "host {} is member {member}, the only one. What happened after {lost_after} is lost",
+    say(&format!(
+        "{done}\nhost {} is member {member}, the only one. What happened after {lost_after} is lost\nnext: see to it \
+         that no member of before starts again on its old data; start the agent; invite the others anew with \
+         chutes-miner host invite --eligible",
         place.name
-    )?;
-    writeln!(
-        out,
-        "next: see to it that no member of before starts again on its old data; start the agent; invite the others \
-         anew with chutes-miner host invite --eligible"
-    )?;
-    Ok(())
+    ))
 }
 
 fn seed(written: &Written) -> anyhow::Result<Key> {

@@ -4,6 +4,8 @@
 
 #[path = "restore/machine.rs"]
 mod machine;
+#[path = "processes/signed.rs"]
+mod signed;
 
 use std::path::Path;
 

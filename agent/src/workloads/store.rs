@@ -3,9 +3,7 @@
 //! One thread owns the file and writes durably. The file holds launch tokens, so only its owner may read it.
 //! A value begins with its version (the variant of [`Versioned`]), and old versions are read for ever.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use protocol::gpu::DeviceInfo;
@@ -111,7 +109,7 @@ impl Store {
             reason,
         };
         if !path.try_exists().map_err(at)? {
-            make(path).map_err(|error| match error {
+            replica::make_database(path).map_err(|error| match error {
                 DatabaseError::Storage(redb::StorageError::Io(source)) => at(source),
                 other => damaged(other.to_string()),
             })?;
@@ -172,22 +170,6 @@ impl Store {
     }
 }
 
-/// Makes an empty database under another name first: a full disk or a crash in the middle of it must not leave
-/// something that looks like a damaged one.
-fn make(path: &Path) -> Result<(), DatabaseError> {
-    let unnamed = path.with_extension("new");
-    let io = |error: io::Error| DatabaseError::Storage(redb::StorageError::Io(error));
-    let mut options = File::options();
-    let options = options.write(true).create(true).truncate(true).mode(0o600);
-    options.open(&unnamed).map_err(io)?;
-    drop(Database::create(&unnamed)?);
-    std::fs::rename(&unnamed, path).map_err(io)?;
-    let folder = path.parent().unwrap_or(Path::new("."));
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(io)
-}
-
 fn encode(value: &impl Serialize) -> Result<Vec<u8>, postcard::Error> {
     postcard::to_allocvec(&Versioned::V1(value))
 }
@@ -245,6 +227,7 @@ mod tests {
     use super::super::fence::tests::spec;
     use super::*;
     use protocol::workload::{Fence, Secret};
+    use std::fs::File;
     use std::os::unix::fs::PermissionsExt as _;
 
     fn set() -> DesiredSet {

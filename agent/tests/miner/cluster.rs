@@ -13,7 +13,6 @@ use coordinator::join::admission;
 use coordinator_core::state_machine::desired::DISK_GB_DEFAULT;
 use protocol::hotkey::Signer;
 use protocol::id::ServerId;
-use protocol::signing::BoundRequest;
 use reqwest::{Method, StatusCode};
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
@@ -22,6 +21,7 @@ use tokio::process::{Child, Command};
 use tokio::time::timeout;
 use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
 
+use super::signed::signed;
 use super::stand_in::StandIn;
 use super::{PATIENCE, until};
 
@@ -139,18 +139,8 @@ impl Miner {
 
     /// A signed request; its status and its body, which is JSON or text.
     async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Option<(StatusCode, Value)> {
-        let body = body.map_or_else(Vec::new, |body| serde_json::to_vec(body).expect("JSON"));
-        let bound = BoundRequest {
-            method: method.as_str(),
-            path_and_query: path,
-            body: &body,
-        };
-        let headers = bound.sign(&self.key, WallClock.now(), fastrand::u128(..));
-        let mut request = self.http.request(method, format!("http://{}{path}", self.api));
-        for (name, value) in headers {
-            request = request.header(name, value);
-        }
-        let request = request.header("Content-Type", "application/json").body(body);
+        let body = body.unwrap_or(&Value::Null);
+        let request = signed(&self.http, &self.key, self.api, method, path, body);
         let answer = timeout(PATIENCE, async {
             let response = request.send().await.ok()?;
             Some((response.status(), response.text().await.ok()?))

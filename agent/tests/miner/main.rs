@@ -10,6 +10,8 @@ mod cluster;
 mod jobs;
 mod legacy;
 mod private_chutes;
+#[path = "../processes/signed.rs"]
+mod signed;
 mod stand_in;
 mod two_validators;
 

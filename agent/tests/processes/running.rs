@@ -45,20 +45,10 @@ enabled = true
 hosts_listen = "127.0.0.1:0"
 api_listen = "127.0.0.1:0"
 observe = "1s"
-[proof]
-listen = "127.0.0.1:0"
-backend = "cpu"
-software_gpus = 1
-[registry]
-listen = "127.0.0.1:0"
-store = false
-[egress]
-listen = "127.0.0.1:0"
-[runtime]
-kind = "process"
-[log]
+{planes}[log]
 format = "json"
 "#,
+        planes = include_str!("planes.toml"),
         data = folder.join("data").display(),
         seed = seed.display(),
     );

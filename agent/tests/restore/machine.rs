@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use coordinator::clock::{Clock as _, WallClock};
 use protocol::hotkey::Signer;
-use protocol::signing::BoundRequest;
 use reqwest::Method;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
+
+use super::signed::signed;
 
 pub(crate) const SEED: [u8; 32] = [1; 32];
 /// Far above what is needed, on machines that have much else to do.
@@ -100,21 +100,11 @@ address = "127.0.0.1"
 enabled = {member}
 hosts_listen = "{door}"
 api_listen = "{api}"
-[proof]
-listen = "127.0.0.1:0"
-backend = "cpu"
-software_gpus = 1
-[registry]
-listen = "127.0.0.1:0"
-store = false
-[egress]
-listen = "127.0.0.1:0"
-[runtime]
-kind = "process"
-[raft]
+{planes}[raft]
 timing = "lan"
 {backup}
 "#,
+            planes = include_str!("../processes/planes.toml"),
             data = folder.path().join("data").display(),
             hotkey = Signer::from_seed(seed).hotkey(),
             seed = if member {
@@ -189,23 +179,9 @@ timing = "lan"
     }
 
     async fn send(&self, method: Method, path: &str, body: &Value) -> Result<reqwest::Response, String> {
-        let body = if body.is_null() {
-            Vec::new()
-        } else {
-            serde_json::to_vec(body).expect("JSON")
-        };
-        let bound = BoundRequest {
-            method: method.as_str(),
-            path_and_query: path,
-            body: &body,
-        };
-        let headers = bound.sign(&Signer::from_seed(&SEED), WallClock.now(), fastrand::u128(..));
         let http = reqwest::Client::builder().no_proxy().build().expect("a client");
-        let mut request = http.request(method, format!("http://{}{path}", self.api));
-        for (name, value) in headers {
-            request = request.header(name, value);
-        }
-        let response = request.body(body).send().await;
+        let request = signed(&http, &Signer::from_seed(&SEED), self.api, method, path, body);
+        let response = request.send().await;
         let response = response.map_err(|error| error.to_string())?;
         if response.status().is_success() {
             Ok(response)

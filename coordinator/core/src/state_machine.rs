@@ -26,6 +26,8 @@ pub mod reconcile;
 pub mod server;
 pub mod state;
 pub mod table;
+#[cfg(test)]
+mod testing;
 pub mod upgrading;
 
 mod enrolment;

@@ -203,30 +203,30 @@ fn damaged_and_newer_bytes_are_refused() {
     }
 }
 
+/// A state after these commands, each of which changes something.
+fn applied(commands: Vec<Command>) -> State {
+    let mut state = State::new(Faults::none());
+    for (number, command) in commands.into_iter().enumerate() {
+        let request = RequestId(number as u128);
+        let proposal = Proposal {
+            request,
+            ..proposal(command)
+        };
+        assert_eq!(apply(&mut state, proposal), Ok(Reply::Done));
+    }
+    state
+}
+
 /// All rows of a small state, by their hash: any change of any stored form shows.
 #[test]
 fn rows_of_form_1_are_written_alike() {
-    let mut state = State::new(Faults::none());
-    for (number, command) in [
+    let mut state = applied(vec![
         Command::RecordHost { facts: facts() },
         Command::LockServer {
             server: server(),
             locked: true,
         },
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let request = RequestId(number as u128);
-        let answer = apply(
-            &mut state,
-            Proposal {
-                request,
-                ..proposal(command)
-            },
-        );
-        assert_eq!(answer, Ok(Reply::Done));
-    }
+    ]);
     let mut hash = Sha256::new();
     for row in state.drain_rows() {
         hash.update([row.table]);
@@ -239,30 +239,16 @@ fn rows_of_form_1_are_written_alike() {
 /// The row that a program which is too old finds first: it is read like this for ever.
 #[test]
 fn the_row_of_the_format_never_changes() {
-    let mut state = State::new(Faults::none());
     let mut facts = facts();
     facts.agent_version = "0.2.0+format.2".to_owned();
-    for (number, command) in [
+    let mut state = applied(vec![
         Command::RecordHost { facts },
         Command::FinalizeFormat {
             format: 2,
             program: "0.2.0".to_owned(),
             vouched: BTreeSet::new(),
         },
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let request = RequestId(number as u128);
-        let answer = apply(
-            &mut state,
-            Proposal {
-                request,
-                ..proposal(command)
-            },
-        );
-        assert_eq!(answer, Ok(Reply::Done));
-    }
+    ]);
     let row = state
         .drain_rows()
         .into_iter()

@@ -61,7 +61,7 @@ pub use proposer::Proposals;
 pub use redb::{BackendError, StorageBackend};
 pub use snapshot::MemorySnapshots;
 pub use state_store::RowChange;
-pub use storage::{Storage, Writer};
+pub use storage::{Storage, Writer, make_database};
 pub use transport::{Transport, Unconnected, Unreachable};
 pub use wire::MESSAGE_BYTES_MAX;
 

@@ -354,7 +354,7 @@ impl Directory {
         let file = self.0.join(name);
         // An empty one is not ours: `check_member` has seen to that.
         if std::fs::metadata(&file).map_or(0, |found| found.len()) == 0 {
-            make(&file)?;
+            make_database(&file).map_err(|error| database_error(&file, error))?;
         }
         let opened = private_file().read(true).create(true).truncate(false).open(&file);
         let handle = opened.map_err(|source| self.io(&file, source))?;
@@ -371,22 +371,21 @@ impl Directory {
     }
 }
 
-/// Makes an empty database under another name first: a full disk or a crash in the middle of it must not leave
-/// something that looks like a damaged one.
-fn make(file: &Path) -> Result<(), Error> {
+/// Makes an empty redb file that only its owner may read. It is made under another name first: a full disk or a crash
+/// in the middle of it must not leave something that looks like a damaged one.
+///
+/// # Errors
+/// Those of redb, and `Storage(Io)` for the file.
+pub fn make_database(file: &Path) -> Result<(), DatabaseError> {
     let unfinished = file.with_extension("new");
-    let io = |source| Error::Io {
-        file: file.to_owned(),
-        source,
-    };
+    let io = |error: std::io::Error| DatabaseError::Storage(StorageError::Io(error));
     let opened = private_file()
         .read(true)
         .create(true)
         .truncate(true)
         .open(&unfinished);
-    let backend = FileBackend::new(opened.map_err(io)?);
-    let made = backend.and_then(|backend| Builder::new().create_with_backend(backend));
-    drop(made.map_err(|error| database_error(file, error))?);
+    let backend = FileBackend::new(opened.map_err(io)?)?;
+    drop(Builder::new().create_with_backend(backend)?);
     std::fs::rename(&unfinished, file).map_err(io)?;
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::File::open(folder)

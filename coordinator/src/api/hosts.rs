@@ -166,7 +166,7 @@ pub(super) async fn invite(
     Extension(caller): Extension<Caller>,
     body: Bytes,
 ) -> Result<Json<Value>> {
-    let body: InviteBody = parse(if body.is_empty() { b"{}" } else { &body })?;
+    let body: InviteBody = parse(&body)?;
     let ttl_seconds = body.ttl.map_or(Ok(TTL_SECONDS), |ttl| ttl.seconds())?;
     let site = body.site.map(checked_site).transpose()?;
     api.store.linearizable().await?;

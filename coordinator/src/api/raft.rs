@@ -205,7 +205,7 @@ pub(super) async fn raft(State(api): State<Arc<Api>>) -> Json<Value> {
     }))
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TransferBody {
     to: Option<String>,
@@ -216,11 +216,7 @@ pub(super) async fn transfer(
     Extension(caller): Extension<Caller>,
     body: Bytes,
 ) -> Result<Json<Value>> {
-    let body: TransferBody = if body.is_empty() {
-        TransferBody::default()
-    } else {
-        parse(&body)?
-    };
+    let body: TransferBody = parse(&body)?;
     let conflict = |detail: String| ApiError::new(StatusCode::CONFLICT, detail);
     let roles = api.deps.cluster.roles();
     let to = match &body.to {

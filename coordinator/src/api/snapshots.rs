@@ -19,7 +19,7 @@ use super::error::{ApiError, Result};
 use super::operate::{invalid, parse};
 use crate::backup::{Error, Name, Report, Stream};
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SaveBody {
     recipient: Option<String>,
@@ -30,11 +30,7 @@ pub(super) async fn save(
     Extension(caller): Extension<Caller>,
     body: Bytes,
 ) -> Result<Response> {
-    let body: SaveBody = if body.is_empty() {
-        SaveBody::default()
-    } else {
-        parse(&body)?
-    };
+    let body: SaveBody = parse(&body)?;
     let door = &api.deps.backup;
     let named = body.recipient.as_deref().map(str::parse::<Recipient>).transpose();
     let named = named.map_err(|error| invalid(&error.to_string()))?;

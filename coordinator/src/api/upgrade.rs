@@ -47,7 +47,7 @@ pub(super) async fn show(State(api): State<Arc<Api>>) -> Json<Value> {
     Json(api.store.read(of_state))
 }
 
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FinalizeBody {
     #[serde(default)]
@@ -59,11 +59,7 @@ pub(super) async fn finalize(
     Extension(caller): Extension<Caller>,
     body: Bytes,
 ) -> Result<Json<Value>> {
-    let body: FinalizeBody = if body.is_empty() {
-        FinalizeBody::default()
-    } else {
-        parse(&body)?
-    };
+    let body: FinalizeBody = parse(&body)?;
     api.store.linearizable().await?;
     let (vouched, present) = api.store.read(|record| {
         let named = body

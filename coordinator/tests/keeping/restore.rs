@@ -21,14 +21,15 @@ async fn lost(folder: &Path) -> (std::path::PathBuf, State) {
     let file = folder.join("saved.chutes-snapshot");
     member.saved(&file).await;
     let state = member.machine.read(Clone::clone);
-    member
-        .propose(Command::LockServer {
-            server: server("gpu-a"),
-            locked: true,
-        })
-        .await;
+    lock_one(&member).await;
     member.replica.shutdown().await;
     (file, state)
+}
+
+/// A write that changes the state.
+async fn lock_one(member: &Member) {
+    let (server, locked) = (server("gpu-a"), true);
+    member.propose(Command::LockServer { server, locked }).await;
 }
 
 fn names(folder: &Path) -> Vec<std::ffi::OsString> {
@@ -72,12 +73,7 @@ async fn a_lost_cluster_goes_on_on_a_new_machine() {
         assert!(matches!(state.standing(&[2; 32]), Standing::In(_)));
     });
     assert!(member.replica.leadership().borrow().leads);
-    member
-        .propose(Command::LockServer {
-            server: server("gpu-a"),
-            locked: true,
-        })
-        .await;
+    lock_one(&member).await;
     member.replica.shutdown().await;
     assert!(
         Member::open(&new, 1).await.is_err(),

@@ -277,80 +277,12 @@ fn unknown(server: &ServerId) -> Rejection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_machine::command::{Command, Proposal, RequestId};
-    use crate::state_machine::{Faults, apply, invariant};
-
-    /// A state with the number of its next request.
-    struct World(State, u128);
+    use crate::state_machine::command::Command;
+    use crate::state_machine::testing::{World, found, host, id, join};
 
     impl World {
-        fn founded() -> Self {
-            let mut world = Self(State::new(Faults::none()), 0);
-            let founded = world.at(1000, found("founder", 1));
-            assert_eq!(founded, Ok(Reply::Done));
-            world
-        }
-
-        fn at(&mut self, at: u64, command: Command) -> Answer {
-            self.1 += 1;
-            let (request, at) = (RequestId(self.1), UnixMillis(at));
-            let answer = apply(
-                &mut self.0,
-                Proposal {
-                    request,
-                    at,
-                    guard: None,
-                    command,
-                },
-            );
-            assert_eq!(invariant::violations(&self.0), Vec::<String>::new());
-            answer
-        }
-
-        fn invite(&mut self, id: u128, eligible: bool) {
-            let invite = Invite {
-                secret_hash: [7; 32],
-                expires_at: UnixMillis(10_000),
-                eligible,
-                site: None,
-                used_by: None,
-            };
-            let id = InviteId(id);
-            assert_eq!(self.at(2000, Command::InviteHost { id, invite }), Ok(Reply::Done));
-        }
-
         fn record(&self, server: &str) -> &HostRecord {
             self.0.hosts().get(&id(server)).expect("it has joined")
-        }
-    }
-
-    fn id(server: &str) -> ServerId {
-        ServerId::parse(server).expect("a good id")
-    }
-
-    fn host(server: &str, key: u8) -> NewHost {
-        NewHost {
-            server: id(server),
-            name: format!("name-{server}"),
-            site: String::new(),
-            address: format!("{server}:4433"),
-            key_hash: [key; 32],
-        }
-    }
-
-    fn found(server: &str, key: u8) -> Command {
-        Command::FoundCluster {
-            authority_pem: "certificate".to_owned(),
-            sealed_key: vec![1],
-            founder: host(server, key),
-        }
-    }
-
-    fn join(invite: u128, server: &str, key: u8) -> Command {
-        Command::JoinHost {
-            id: InviteId(invite),
-            secret_hash: [7; 32],
-            host: host(server, key),
         }
     }
 
@@ -364,7 +296,7 @@ mod tests {
 
     #[test]
     fn the_first_founder_is_the_first_member_and_the_only_founder() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         assert_eq!(world.at(2000, found("other", 2)), Ok(Reply::Unchanged));
         assert_eq!(world.record("founder").member, Some(FIRST_MEMBER));
         assert_eq!(world.0.hosts().len(), 1);
@@ -372,7 +304,7 @@ mod tests {
 
     #[test]
     fn an_invitation_is_good_once_and_its_answer_may_be_repeated() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         world.invite(1, true);
         assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
         assert_eq!(
@@ -399,7 +331,7 @@ mod tests {
 
     #[test]
     fn names_ids_and_keys_belong_to_one_host() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         for invite in 1..=3 {
             world.invite(invite, true);
         }
@@ -408,7 +340,7 @@ mod tests {
             Err(Rejection::AlreadyJoined(_))
         ));
         let mut namesake = host("b", 2);
-        namesake.name = "name-founder".to_owned();
+        namesake.name = "founder".to_owned();
         let command = Command::JoinHost {
             id: InviteId(1),
             secret_hash: [7; 32],
@@ -428,7 +360,7 @@ mod tests {
 
     #[test]
     fn who_was_removed_comes_back_as_somebody_else() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         world.invite(1, true);
         world.invite(2, true);
         assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
@@ -462,7 +394,7 @@ mod tests {
 
     #[test]
     fn the_last_member_stays_and_pins_are_for_members() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         let remove = Command::RemoveHost {
             server: id("founder"),
         };
@@ -493,7 +425,7 @@ mod tests {
 
     #[test]
     fn a_member_that_lost_its_store_gets_another_id() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         world.invite(1, true);
         world.invite(2, false);
         assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
@@ -514,7 +446,7 @@ mod tests {
 
     #[test]
     fn old_invitations_are_forgotten() {
-        let mut world = World::founded();
+        let mut world = World::founded("founder");
         world.invite(1, true);
         world
             .at(10_000 + INVITE_MEMORY_MS - 1, Command::PassTime)

@@ -45,74 +45,18 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use protocol::id::ServerId;
-    use protocol::time::UnixMillis;
-
     use crate::state_machine::codec::Row;
-    use crate::state_machine::command::{Answer, Command, Proposal, RequestId};
-    use crate::state_machine::host::{Invite, InviteId, NewHost, Pin};
-    use crate::state_machine::{Faults, Rejection, Reply, State, apply, invariant};
-
-    fn id(server: &str) -> ServerId {
-        ServerId::parse(server).expect("a good id")
-    }
-
-    fn host(server: &str, key: u8) -> NewHost {
-        NewHost {
-            server: id(server),
-            name: server.to_owned(),
-            site: String::new(),
-            address: format!("{server}:4433"),
-            key_hash: [key; 32],
-        }
-    }
-
-    struct World(State, u128);
+    use crate::state_machine::command::Command;
+    use crate::state_machine::host::Pin;
+    use crate::state_machine::testing::{World, id};
+    use crate::state_machine::{Rejection, Reply};
 
     impl World {
-        fn at(&mut self, at: u64, command: Command) -> Answer {
-            self.1 += 1;
-            let (request, at) = (RequestId(self.1), UnixMillis(at));
-            let proposal = Proposal {
-                request,
-                at,
-                guard: None,
-                command,
-            };
-            let answer = apply(&mut self.0, proposal);
-            assert_eq!(invariant::violations(&self.0), Vec::<String>::new());
-            answer
-        }
-
         /// `a`, `b` and `c` are members 1, 2 and 3; `d` has no vote.
         fn of_three() -> Self {
-            let mut world = Self(State::new(Faults::none()), 0);
-            let found = Command::FoundCluster {
-                authority_pem: "certificate".to_owned(),
-                sealed_key: vec![1],
-                founder: host("a", 1),
-            };
-            world.at(1_000, found).expect("it is the first");
-            for (number, server, eligible) in [(2, "b", true), (3, "c", true), (4, "d", false)] {
-                let invite = Invite {
-                    secret_hash: [7; 32],
-                    expires_at: UnixMillis(10_000),
-                    eligible,
-                    site: None,
-                    used_by: None,
-                };
-                let invitation = InviteId(number.into());
-                let command = Command::InviteHost {
-                    id: invitation,
-                    invite,
-                };
-                world.at(2_000, command).expect("founded");
-                let join = Command::JoinHost {
-                    id: invitation,
-                    secret_hash: [7; 32],
-                    host: host(server, number),
-                };
-                world.at(2_000, join).expect("invited");
+            let mut world = Self::founded("a");
+            for (key, server, eligible) in [(2, "b", true), (3, "c", true), (4, "d", false)] {
+                world.take_in(server, key, eligible);
             }
             world
         }

@@ -72,35 +72,15 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_machine::command::{Command, Proposal, RequestId};
-    use crate::state_machine::host::{Invite, InviteId, Rotation, Standing};
-    use crate::state_machine::{Faults, apply, invariant};
-    use protocol::id::ServerId;
+    use crate::state_machine::host::{InviteId, Rotation, Standing};
+    use crate::state_machine::testing::{World, found, host, id, invite};
+    use crate::state_machine::{Faults, invariant};
 
-    fn host(name: &str, key: u8) -> NewHost {
-        NewHost {
-            server: ServerId::parse(name).expect("a good id"),
-            name: name.to_owned(),
-            site: String::new(),
-            address: format!("{name}:4433"),
-            key_hash: [key; 32],
-        }
-    }
-
+    /// A cluster of the member `old`, and the host `gpu-a`.
     fn founded() -> State {
-        let mut state = State::new(Faults::none());
-        let command = Command::FoundCluster {
-            authority_pem: "pem".to_owned(),
-            sealed_key: vec![1],
-            founder: host("old", 1),
-        };
-        let proposal = Proposal {
-            request: RequestId(1),
-            at: UnixMillis(5_000_000),
-            guard: None,
-            command,
-        };
-        apply(&mut state, proposal).expect("an empty state");
+        let mut world = World::empty();
+        world.at(5_000_000, found("old", 1)).expect("an empty state");
+        let mut state = world.0;
         state.let_in(host("gpu-a", 2), false);
         state.drain_rows();
         state
@@ -110,14 +90,7 @@ mod tests {
     fn the_members_of_before_are_out_and_the_incarnation_rises() {
         let mut state = founded();
         state.settings_mut().incarnation = 7_000;
-        let invite = Invite {
-            secret_hash: [7; 32],
-            expires_at: UnixMillis(9_000_000),
-            eligible: true,
-            site: None,
-            used_by: None,
-        };
-        state.invites.insert(InviteId(1), invite);
+        state.invites.insert(InviteId(1), invite(true));
         let member = state.restore(host("new", 3), UnixMillis(6_000_000));
         assert_eq!(member, Ok(7_001), "no id that was given out after the snapshot");
         assert_eq!(state.settings().incarnation, 7_001, "above the clock too");
@@ -161,9 +134,8 @@ mod tests {
         state
             .restore(host("new", 3), UnixMillis(6_000_000))
             .expect("a good host");
-        let new = ServerId::parse("new").expect("a good id");
         assert_eq!(
-            state.authorities_to_tell(&new),
+            state.authorities_to_tell(&id("new")),
             Some(vec![[1; 32], [2; 32]]),
             "its certificate is of the old one"
         );

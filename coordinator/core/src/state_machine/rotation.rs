@@ -125,32 +125,16 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use protocol::id::ServerId;
     use protocol::time::UnixMillis;
 
     use crate::state_machine::codec::Row;
-    use crate::state_machine::command::{Answer, Command, Proposal, RequestId};
-    use crate::state_machine::host::{Invite, InviteId, KeyHash, NewHost, Rotation};
-    use crate::state_machine::{Faults, Rejection, Reply, State, apply, invariant};
+    use crate::state_machine::command::{Answer, Command};
+    use crate::state_machine::host::{KeyHash, Rotation};
+    use crate::state_machine::testing::{World, id};
+    use crate::state_machine::{Faults, Rejection, Reply, State};
 
     const OLD: KeyHash = [1; 32];
     const NEW: KeyHash = [2; 32];
-
-    struct World(State, u128);
-
-    fn id(server: &str) -> ServerId {
-        ServerId::parse(server).expect("a good id")
-    }
-
-    fn host(server: &str, key: u8) -> NewHost {
-        NewHost {
-            server: id(server),
-            name: server.to_owned(),
-            site: String::new(),
-            address: format!("{server}:4433"),
-            key_hash: [key; 32],
-        }
-    }
 
     fn rotation() -> Rotation {
         Rotation {
@@ -164,50 +148,8 @@ mod tests {
     }
 
     impl World {
-        fn founded() -> Self {
-            let mut world = Self(State::new(Faults::none()), 0);
-            let found = Command::FoundCluster {
-                authority_pem: "old".to_owned(),
-                sealed_key: vec![1],
-                founder: host("a", 1),
-            };
-            world.apply(found).expect("it is the first");
-            world
-        }
-
         fn apply(&mut self, command: Command) -> Answer {
-            self.1 += 1;
-            let proposal = Proposal {
-                request: RequestId(self.1),
-                at: UnixMillis(2_000),
-                guard: None,
-                command,
-            };
-            let answer = apply(&mut self.0, proposal);
-            assert_eq!(invariant::violations(&self.0), Vec::<String>::new());
-            answer
-        }
-
-        fn join(&mut self, server: &str, key: u8) {
-            let invite = Invite {
-                secret_hash: [7; 32],
-                expires_at: UnixMillis(10_000),
-                eligible: false,
-                site: None,
-                used_by: None,
-            };
-            let invitation = InviteId(key.into());
-            let command = Command::InviteHost {
-                id: invitation,
-                invite,
-            };
-            self.apply(command).expect("founded");
-            let join = Command::JoinHost {
-                id: invitation,
-                secret_hash: [7; 32],
-                host: host(server, key),
-            };
-            self.apply(join).expect("invited");
+            self.at(2_000, command)
         }
 
         fn say(&mut self, server: &str, trusted: &[KeyHash]) -> Answer {
@@ -224,18 +166,18 @@ mod tests {
 
     #[test]
     fn the_old_authority_is_dropped_when_nobody_needs_it() {
-        let mut world = World::founded();
-        world.join("b", 2);
+        let mut world = World::founded("a");
+        world.take_in("b", 2, false);
         assert_eq!(world.told("a"), None);
         let finish = Command::FinishRotation { new: NEW };
         assert_eq!(world.apply(finish.clone()), Err(Rejection::NoRotation));
         let rotate = Command::RotateAuthority { rotation: rotation() };
         assert_eq!(world.apply(rotate.clone()), Ok(Reply::Done));
         assert_eq!(world.apply(rotate), Err(Rejection::RotationUnderWay));
-        world.join("c", 3);
+        world.take_in("c", 3, false);
         assert_eq!(world.told("c"), None, "it was given both when it joined");
         assert_eq!(world.told("a"), Some(vec![OLD, NEW]));
-        assert_eq!(world.0.inviting_authority(), Some("old"));
+        assert_eq!(world.0.inviting_authority(), Some("certificate"));
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         assert_eq!(
             world.apply(finish.clone()),
@@ -275,7 +217,7 @@ mod tests {
 
     #[test]
     fn who_missed_the_end_of_one_change_takes_part_in_the_next() {
-        let mut world = World::founded();
+        let mut world = World::founded("a");
         world
             .apply(Command::RotateAuthority { rotation: rotation() })
             .expect("the first");
@@ -299,7 +241,7 @@ mod tests {
     /// Rows of both tables, which must be read for ever.
     #[test]
     fn rows_have_golden_bytes() {
-        let mut world = World::founded();
+        let mut world = World::founded("a");
         world.0.drain_rows();
         world
             .apply(Command::RotateAuthority { rotation: rotation() })

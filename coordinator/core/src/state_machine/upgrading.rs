@@ -97,27 +97,14 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state_machine::Faults;
     use crate::state_machine::codec::Row;
-    use crate::state_machine::command::{Command, Proposal, RequestId};
-    use crate::state_machine::host::NewHost;
-    use crate::state_machine::{Faults, apply};
+    use crate::state_machine::command::Command;
+    use crate::state_machine::testing::{World, found, host, id};
     use protocol::report::HostFacts;
     use protocol::time::UnixMillis;
 
-    struct World(State, u128);
-
     impl World {
-        fn at(&mut self, command: Command) -> Answer {
-            self.1 += 1;
-            let proposal = Proposal {
-                request: RequestId(self.1),
-                at: UnixMillis(1000),
-                guard: None,
-                command,
-            };
-            apply(&mut self.0, proposal)
-        }
-
         fn reports(&mut self, host: &str, version: &str) {
             let facts = HostFacts {
                 server: id(host),
@@ -130,20 +117,20 @@ mod tests {
                 disk_free_gb: 100,
                 agent_version: version.to_owned(),
             };
-            self.at(Command::RecordHost { facts }).expect("a host may report");
+            self.at(1_000, Command::RecordHost { facts })
+                .expect("a host may report");
         }
 
         fn finalize(&mut self, format: u32, vouched: &[&str]) -> Answer {
-            self.at(Command::FinalizeFormat {
-                format,
-                program: "0.9.0".to_owned(),
-                vouched: vouched.iter().map(|host| id(host)).collect(),
-            })
+            self.at(
+                1_000,
+                Command::FinalizeFormat {
+                    format,
+                    program: "0.9.0".to_owned(),
+                    vouched: vouched.iter().map(|host| id(host)).collect(),
+                },
+            )
         }
-    }
-
-    fn id(host: &str) -> ServerId {
-        ServerId::parse(host).expect("a good id")
     }
 
     fn refused(answer: &Answer, what: &str) -> bool {
@@ -154,21 +141,8 @@ mod tests {
 
     #[test]
     fn an_upgrade_is_finalized_when_every_host_knows_the_format() {
-        let mut world = World(State::new(Faults::none()), 0);
-        let founder = NewHost {
-            server: id("keeper"),
-            name: "keeper".to_owned(),
-            site: String::new(),
-            address: "keeper:4433".to_owned(),
-            key_hash: [1; 32],
-        };
-        let (authority_pem, sealed_key) = ("pem".to_owned(), vec![1]);
-        let founded = world.at(Command::FoundCluster {
-            authority_pem,
-            sealed_key,
-            founder,
-        });
-        assert_eq!(founded, Ok(Reply::Done));
+        let mut world = World::empty();
+        world.at(1_000, found("keeper", 1)).expect("it is the first");
         world.reports("gpu-a", "0.8.0");
         world.reports("gpu-b", "0.9.0+format.2");
         assert_eq!(world.finalize(1, &[]), Ok(Reply::Unchanged));
@@ -186,15 +160,8 @@ mod tests {
 
     #[test]
     fn a_host_that_was_removed_holds_nobody_up() {
-        let mut world = World(State::new(Faults::none()), 0);
+        let mut world = World::empty();
         world.reports("gpu-a", "0.8.0");
-        let host = |name: &str, key| NewHost {
-            server: id(name),
-            name: name.to_owned(),
-            site: String::new(),
-            address: format!("{name}:4433"),
-            key_hash: [key; 32],
-        };
         world.0.hosts.insert(
             id("gpu-a"),
             crate::state_machine::host::HostRecord {
@@ -212,7 +179,7 @@ mod tests {
     /// What this program does with the data of a program that comes after it.
     #[test]
     fn data_of_a_format_that_is_too_new_is_refused_with_both_versions() {
-        let mut world = World(State::new(Faults::none()), 0);
+        let mut world = World::empty();
         world.reports("gpu-a", "9.9.9+format.99");
         assert_eq!(world.finalize(99, &[]), Ok(Reply::Done));
         let rows = world.0.drain_rows().into_iter();
