@@ -2,6 +2,7 @@
 
 use replica::Error;
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
@@ -207,4 +208,32 @@ async fn whatever_happens_one_leads_and_nothing_is_lost() {
             "seed {seed}: {writes} writes, {leads} leads"
         );
     }
+}
+
+/// Reads share their barriers. One that comes while a round is under way must not be content with it: what was
+/// acknowledged after the leader answered that round may not have come to this member yet.
+#[tokio::test(start_paused = true)]
+async fn a_read_that_comes_during_a_round_sees_what_was_acknowledged_before_it() {
+    let cluster = Cluster::of(7, 3).await;
+    let (leader, reader) = (cluster.up[&1].clone(), cluster.up[&3].clone());
+    cluster.links.slow(Duration::from_millis(10));
+    let acknowledged = AtomicUsize::new(0);
+    let write = async {
+        for number in 0..40u8 {
+            leader.propose(vec![number]).await.unwrap();
+            acknowledged.fetch_add(1, Ordering::SeqCst);
+        }
+    };
+    let reads = (0..500u64).map(|start_ms| {
+        let (cluster, reader, acknowledged) = (&cluster, &reader, &acknowledged);
+        async move {
+            sleep(Duration::from_millis(start_ms)).await;
+            let before = acknowledged.load(Ordering::SeqCst);
+            reader.linearizable().await.unwrap();
+            let seen = cluster.commands(3).len();
+            assert!(seen >= before, "begun at {start_ms} ms: {seen} of {before}");
+        }
+    });
+    let ((), _) = tokio::join!(write, futures_util::future::join_all(reads));
+    assert_eq!(acknowledged.load(Ordering::SeqCst), 40);
 }

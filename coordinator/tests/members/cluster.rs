@@ -135,11 +135,14 @@ impl Host {
         }
     }
 
-    /// Runs the member to its end.
-    pub(crate) async fn run(&self, stop: CancellationToken) -> Result<(), Error> {
+    /// Why the member does not start.
+    pub(crate) async fn refused(&self) -> Error {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
         let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
-        Box::pin(member::run(self.config(), Arc::new(signer), clock, stop)).await
+        let run = member::run(self.config(), Arc::new(signer), clock, CancellationToken::new());
+        let ended = tokio::time::timeout(PATIENCE, Box::pin(run)).await;
+        let ended = ended.expect("it ends at once, and does not serve");
+        ended.expect_err("it must not start")
     }
 
     pub(crate) fn start(&mut self) {

@@ -6,7 +6,6 @@ use coordinator::member::Error;
 use protocol::hotkey::Signer;
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio_util::sync::CancellationToken;
 
 use super::cluster::{Host, copy, three};
 use super::until;
@@ -160,10 +159,7 @@ async fn a_member_that_lost_its_store_comes_back_as_another_one() {
     let [mut first, mut second, mut third] = three().await;
     third.stop().await;
     std::fs::remove_dir_all(third.raft_folder()).expect("it is there");
-    let error = third
-        .run(CancellationToken::new())
-        .await
-        .expect_err("its promises are lost");
+    let error = third.refused().await;
     assert!(matches!(error, Error::StoreLost { member: 3, .. }), "{error}");
     assert!(error.to_string().contains("chutes-agent rejoin"), "{error}");
 
