@@ -14,6 +14,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "coordinator/core/src/state_machine",
         rows: &[
+            &["testing"],
             &["apply", "codec", "invariant"],
             &[
                 "reconcile",
