@@ -3,11 +3,7 @@
 use replica::Start;
 use std::time::Duration;
 
-#[path = "support/cluster.rs"]
-mod cluster;
-#[path = "support/store.rs"]
-mod store;
-use cluster::{Cluster, eventually};
+use crate::cluster::{Cluster, eventually};
 
 #[tokio::test(start_paused = true)]
 async fn many_bytes_cause_a_snapshot_and_a_purge_although_they_are_few_entries() {

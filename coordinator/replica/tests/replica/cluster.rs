@@ -1,7 +1,5 @@
 //! Several members in one process on simulated time, over links in memory that can be cut.
 
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of this")]
-
 use futures_util::future::BoxFuture;
 use replica::{Config, Error, Pace, Progress, Replica, Start, Timing, Transport, Unreachable};
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,13 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::store::{Disks, Journal, Published};
+use crate::store::{Disks, Journal, Published};
 
-pub const PACE: Pace = Pace::LAN;
+pub(crate) const PACE: Pace = Pace::LAN;
 
 /// All links. Clones are the same ones.
 #[derive(Clone, Default)]
-pub struct Links(Arc<Mutex<LinksState>>);
+pub(crate) struct Links(Arc<Mutex<LinksState>>);
 
 #[derive(Default)]
 struct LinksState {
@@ -37,14 +35,14 @@ impl Links {
     }
 
     /// Cuts or restores both directions between `one` and everyone in `others`.
-    pub fn cut(&self, one: u64, others: impl IntoIterator<Item = u64>, cut: bool) {
+    pub(crate) fn cut(&self, one: u64, others: impl IntoIterator<Item = u64>, cut: bool) {
         for other in others {
             self.cut_one_way(one, other, cut);
             self.cut_one_way(other, one, cut);
         }
     }
 
-    pub fn cut_one_way(&self, from: u64, to: u64, cut: bool) {
+    pub(crate) fn cut_one_way(&self, from: u64, to: u64, cut: bool) {
         self.with(|links| {
             if cut {
                 links.cut.insert((from, to));
@@ -55,7 +53,7 @@ impl Links {
     }
 
     /// The member is at `moved:N` from now on.
-    pub fn move_away(&self, member: u64) {
+    pub(crate) fn move_away(&self, member: u64) {
         self.with(|links| links.moved.insert(member));
     }
 
@@ -64,16 +62,16 @@ impl Links {
         format!("{}:{member}", if moved { "moved" } else { "memory" })
     }
 
-    pub fn slow(&self, one_way: Duration) {
+    pub(crate) fn slow(&self, one_way: Duration) {
         self.with(|links| links.one_way = one_way);
     }
 
-    pub fn lose_large(&self, number: usize) {
+    pub(crate) fn lose_large(&self, number: usize) {
         self.with(|links| links.lose_large = Some(number));
     }
 
     /// Receivers and sizes of requests above 200 KB so far.
-    pub fn large(&self) -> Vec<(u64, usize)> {
+    pub(crate) fn large(&self) -> Vec<(u64, usize)> {
         self.with(|links| links.large.clone())
     }
 
@@ -105,9 +103,9 @@ impl Links {
 }
 
 /// One member's end of the links.
-pub struct End {
-    pub from: u64,
-    pub links: Links,
+pub(crate) struct End {
+    pub(crate) from: u64,
+    pub(crate) links: Links,
 }
 
 impl Transport for End {
@@ -153,17 +151,17 @@ impl Transport for End {
 }
 
 /// Members, up or down, with their disks.
-pub struct Cluster {
-    pub links: Links,
-    pub up: BTreeMap<u64, Replica>,
-    pub published: BTreeMap<u64, Arc<Mutex<Published>>>,
+pub(crate) struct Cluster {
+    pub(crate) links: Links,
+    pub(crate) up: BTreeMap<u64, Replica>,
+    pub(crate) published: BTreeMap<u64, Arc<Mutex<Published>>>,
     disks: BTreeMap<u64, Disks>,
     seed: u64,
-    pub configure: fn(&mut Config),
+    pub(crate) configure: fn(&mut Config),
 }
 
 impl Cluster {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self {
             links: Links::default(),
             up: BTreeMap::new(),
@@ -175,7 +173,7 @@ impl Cluster {
     }
 
     /// Settings of a member over its disks.
-    pub fn config(&mut self, member: u64, start: Start) -> Config {
+    pub(crate) fn config(&mut self, member: u64, start: Start) -> Config {
         let seed = self.seed ^ member.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let disks = self.disks.entry(member).or_insert_with(|| Disks::new(seed));
         let mut config = disks.config(seed);
@@ -188,7 +186,7 @@ impl Cluster {
     }
 
     /// Opens a member on its disks, which are empty the first time.
-    pub async fn start(&mut self, member: u64, start: Start) -> Replica {
+    pub(crate) async fn start(&mut self, member: u64, start: Start) -> Replica {
         let config = self.config(member, start);
         let (machine, published) = Journal::new();
         let end = End {
@@ -205,13 +203,13 @@ impl Cluster {
     }
 
     /// Member 1 founds, the others join as learners and become voters.
-    pub async fn of(seed: u64, members: u64) -> Self {
+    pub(crate) async fn of(seed: u64, members: u64) -> Self {
         let mut cluster = Self::new(seed);
         cluster.found(members).await;
         cluster
     }
 
-    pub async fn found(&mut self, members: u64) {
+    pub(crate) async fn found(&mut self, members: u64) {
         let first = self.start(1, Start::Found).await;
         first.linearizable().await.expect("the only voter leads");
         for member in 2..=members {
@@ -224,7 +222,7 @@ impl Cluster {
         voters.expect("learners become voters");
     }
 
-    pub async fn caught_up(&self, leader: &Replica, member: u64) {
+    pub(crate) async fn caught_up(&self, leader: &Replica, member: u64) {
         let last = leader.metrics().last_index;
         let there = || {
             let progress = leader.progress();
@@ -236,14 +234,14 @@ impl Cluster {
     }
 
     /// Ends in order.
-    pub async fn stop(&mut self, member: u64) {
+    pub(crate) async fn stop(&mut self, member: u64) {
         let replica = self.up.remove(&member).expect("it is up");
         replica.shutdown().await;
         self.links.with(|links| links.members.remove(&member));
     }
 
     /// Ends like a machine that loses its power.
-    pub fn kill(&mut self, member: u64) {
+    pub(crate) fn kill(&mut self, member: u64) {
         let replica = self.up.remove(&member).expect("it is up");
         self.links.with(|links| links.members.remove(&member));
         self.links.cut(member, 1..10, true);
@@ -252,13 +250,13 @@ impl Cluster {
     }
 
     /// After [`Cluster::kill`].
-    pub async fn restart(&mut self, member: u64) -> Replica {
+    pub(crate) async fn restart(&mut self, member: u64) -> Replica {
         self.links.cut(member, 1..10, false);
         self.start(member, Start::Join).await
     }
 
     /// The one member that leads, among these.
-    pub async fn leader_of(&self, members: &[u64]) -> u64 {
+    pub(crate) async fn leader_of(&self, members: &[u64]) -> u64 {
         let leads = || -> Vec<u64> {
             let up = members.iter().filter(|member| self.up.contains_key(member));
             up.filter(|member| self.up[member].leadership().borrow().leads)
@@ -269,16 +267,16 @@ impl Cluster {
         leads()[0]
     }
 
-    pub async fn leader(&self) -> u64 {
+    pub(crate) async fn leader(&self) -> u64 {
         let up: Vec<u64> = self.up.keys().copied().collect();
         self.leader_of(&up).await
     }
 
-    pub fn others(&self, member: u64) -> Vec<u64> {
+    pub(crate) fn others(&self, member: u64) -> Vec<u64> {
         self.up.keys().copied().filter(|other| *other != member).collect()
     }
 
-    pub fn commands(&self, member: u64) -> Vec<Vec<u8>> {
+    pub(crate) fn commands(&self, member: u64) -> Vec<Vec<u8>> {
         self.published[&member]
             .lock()
             .expect("no test panics with it")
@@ -288,7 +286,7 @@ impl Cluster {
 }
 
 /// Looks again and again in simulated time.
-pub async fn eventually(what: &str, within: Duration, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn eventually(what: &str, within: Duration, mut holds: impl FnMut() -> bool) {
     let looked = timeout(within, async {
         while !holds() {
             sleep(Duration::from_millis(5)).await;
@@ -298,7 +296,7 @@ pub async fn eventually(what: &str, within: Duration, mut holds: impl FnMut() ->
 }
 
 /// Proposes until it is acknowledged: what a caller with a request id does.
-pub async fn propose_surely(replica: &Replica, command: &[u8]) {
+pub(crate) async fn propose_surely(replica: &Replica, command: &[u8]) {
     loop {
         match replica.propose(command.to_vec()).await {
             Ok(_) => return,
@@ -310,6 +308,6 @@ pub async fn propose_surely(replica: &Replica, command: &[u8]) {
     }
 }
 
-pub fn is_membership_error(result: Result<(), Error>) -> bool {
+pub(crate) fn is_membership_error(result: Result<(), Error>) -> bool {
     matches!(result, Err(Error::Membership(_)))
 }

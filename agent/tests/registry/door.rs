@@ -1,13 +1,10 @@
 //! The registry door against a fake upstream: what goes up, what comes down, and what is refused.
 
-#[path = "registry/fake_upstream.rs"]
-mod fake_upstream;
-
 use std::sync::Arc;
 
+use crate::fake_upstream::{Door, FakeUpstream, NOW, Step, answer, client, raw, sha256, signed};
 use agent::registry::metrics::Outcome;
 use agent::registry::store;
-use fake_upstream::{Door, FakeUpstream, NOW, Step, answer, client, raw, sha256, signed};
 use tokio::sync::Semaphore;
 
 const MIB: u64 = 1024 * 1024;

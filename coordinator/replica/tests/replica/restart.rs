@@ -3,9 +3,7 @@
 use replica::{ProposeError, Writer};
 use std::os::unix::fs::PermissionsExt;
 
-#[path = "support/store.rs"]
-mod support;
-use support::{files, open, position};
+use crate::store::{Disk, Disks, Journal, files, open, position};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restart_keeps_every_acknowledged_command() {
@@ -35,7 +33,7 @@ async fn a_replica_dropped_without_shutdown_loses_nothing() {
     drop(replica);
     // The files are free once the last task of the dropped replica has ended.
     let (replica, published) = loop {
-        let (machine, published) = support::Journal::new();
+        let (machine, published) = Journal::new();
         match replica::Replica::open(
             files(directory.path()),
             machine,
@@ -97,7 +95,7 @@ async fn snapshots_purge_the_log_and_restarts_go_on_from_them() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_state_file_is_rebuilt_from_the_snapshot_and_the_log() {
     // A crash may leave the state file older than the snapshot: the snapshot is taken over again.
-    let disks = support::Disks::new(1);
+    let disks = Disks::new(1);
     let mut config = disks.config(1);
     config.snapshots.keep_entries = 0;
     let (replica, _) = open(config).await;
@@ -110,8 +108,8 @@ async fn a_lost_state_file_is_rebuilt_from_the_snapshot_and_the_log() {
     }
     replica.shutdown().await;
 
-    let empty = support::Disks {
-        state: support::Disk::new(2, disks.power.clone()),
+    let empty = Disks {
+        state: Disk::new(2, disks.power.clone()),
         ..disks
     };
     let (replica, published) = open(empty.config(2)).await;

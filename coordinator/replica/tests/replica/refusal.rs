@@ -3,9 +3,7 @@
 use replica::{Config, Storage};
 use std::path::Path;
 
-#[path = "support/store.rs"]
-mod support;
-use support::{files, open, refusal};
+use crate::store::{files, open, refusal};
 
 async fn written(directory: &Path) {
     let (replica, _) = open(files(directory)).await;

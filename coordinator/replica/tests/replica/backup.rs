@@ -3,12 +3,8 @@
 use replica::{Config, Error, Replica, Start, backup};
 use std::path::Path;
 
-#[path = "support/cluster.rs"]
-mod cluster;
-#[path = "support/store.rs"]
-mod store;
-use cluster::{Cluster, propose_surely};
-use store::{files, open};
+use crate::cluster::{Cluster, propose_surely};
+use crate::store::{files, open};
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_cluster_begins_again_with_a_snapshot_file() {

@@ -1,7 +1,5 @@
 //! Members over QUIC on loopback, with certificates of their own authority.
 
-#![allow(clippy::unwrap_used, reason = "a panic in a helper is how its test fails")]
-
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{ClientConfig, Connection, Endpoint, ServerConfig};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
@@ -17,9 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 
-#[path = "support/store.rs"]
-mod store;
-use store::{Disks, Journal, Published};
+use crate::store::{Disks, Journal, Published};
 
 const SOON: Duration = Duration::from_secs(2);
 const LOCALHOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

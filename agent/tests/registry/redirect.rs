@@ -1,22 +1,18 @@
 //! Blobs that a registry redirects to object storage: followed over TLS, through the egress seam, shared.
 
-#[path = "registry/fake_upstream.rs"]
-#[expect(dead_code, reason = "shared with the tests against the fake upstream")]
-mod fake_upstream;
-
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::fake_upstream::{Door, FakeUpstream, answer, client, sha256};
 use agent::egress::Network;
 use agent::egress::address::Checked;
 use agent::egress::network::{Dial, DialError, NotResolved, Pending, Resolve};
 use agent::egress::policy::Name;
 use agent::registry::redirect::{Config, Follower};
 use agent::registry::store;
-use fake_upstream::{Door, FakeUpstream, answer, client, sha256};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::net::TcpStream;
 

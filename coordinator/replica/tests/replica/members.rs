@@ -5,11 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::sleep;
 
-#[path = "support/cluster.rs"]
-mod cluster;
-#[path = "support/store.rs"]
-mod store;
-use cluster::{Cluster, eventually, is_membership_error, propose_surely};
+use crate::cluster::{Cluster, eventually, is_membership_error, propose_surely};
 
 #[tokio::test(start_paused = true)]
 async fn a_learner_gets_a_snapshot_in_pieces_of_which_one_is_lost() {

@@ -1,9 +1,5 @@
 //! An image goes from Debian's `docker-registry` through the registry door to `skopeo`, byte for byte.
 
-#[path = "registry/fake_upstream.rs"]
-#[expect(dead_code, reason = "shared with the tests against the fake upstream")]
-mod fake_upstream;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
@@ -11,9 +7,9 @@ use std::path::Path;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
+use crate::fake_upstream::{Door, sha256};
 use agent::registry::metrics::Outcome;
 use agent::registry::store;
-use fake_upstream::{Door, sha256};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};

@@ -4,9 +4,7 @@
 use replica::{Config, Health, ProposeError, Replica};
 use std::collections::BTreeMap;
 
-#[path = "support/store.rs"]
-mod support;
-use support::{Disks, Journal, open, position};
+use crate::store::{Disks, Journal, open, position};
 
 fn config(disks: &Disks, seed: u64) -> Config {
     let mut config = disks.config(seed);

@@ -3,9 +3,7 @@
 use replica::ProposeError;
 use std::collections::BTreeSet;
 
-#[path = "support/store.rs"]
-mod support;
-use support::{files, open, position};
+use crate::store::{files, open, position};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn concurrent_proposers_get_each_command_once_in_one_order_with_few_fsyncs() {

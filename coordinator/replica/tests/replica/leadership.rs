@@ -5,11 +5,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-#[path = "support/cluster.rs"]
-mod cluster;
-#[path = "support/store.rs"]
-mod store;
-use cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
+use crate::cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
 
 const LEASE: Duration = Duration::from_millis(PACE.election_max_ms);
 

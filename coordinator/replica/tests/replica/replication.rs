@@ -6,12 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-#[path = "support/cluster.rs"]
-mod cluster;
-#[path = "support/store.rs"]
-mod store;
-use cluster::{Cluster, propose_surely};
-use store::position;
+use crate::cluster::{Cluster, propose_surely};
+use crate::store::position;
 
 #[tokio::test(start_paused = true)]
 async fn three_members_elect_one_leader_and_all_apply_the_same() {

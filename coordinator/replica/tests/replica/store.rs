@@ -1,8 +1,6 @@
 //! What the tests share: a counter machine whose published state can be read, a backend that loses unsynced
 //! writes, and short ways to open a replica.
 
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of this")]
-
 use replica::{Config, MemorySnapshots, Replica, RowChange, StateMachine, Storage, Writer};
 use std::collections::BTreeMap;
 use std::io;
@@ -11,25 +9,25 @@ use std::sync::{Arc, Mutex};
 
 /// What the machine published at its last `applied`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Published {
-    pub index: u64,
+pub(crate) struct Published {
+    pub(crate) index: u64,
     /// Commands in the order in which they were applied.
-    pub applied: Vec<Vec<u8>>,
-    pub rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
+    pub(crate) applied: Vec<Vec<u8>>,
+    pub(crate) rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
 }
 
 /// Appends every command to a list: row (1, position) holds the command, row (0, "count") their number. The
 /// reply is the position.
 #[derive(Debug, Default)]
-pub struct Journal {
+pub(crate) struct Journal {
     next: u64,
     rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
     changed: Vec<RowChange>,
-    pub published: Arc<Mutex<Published>>,
+    pub(crate) published: Arc<Mutex<Published>>,
 }
 
 impl Journal {
-    pub fn new() -> (Box<Self>, Arc<Mutex<Published>>) {
+    pub(crate) fn new() -> (Box<Self>, Arc<Mutex<Published>>) {
         let machine = Box::<Self>::default();
         let published = machine.published.clone();
         (machine, published)
@@ -86,11 +84,11 @@ impl StateMachine for Journal {
     }
 }
 
-pub fn position(reply: &[u8]) -> u64 {
+pub(crate) fn position(reply: &[u8]) -> u64 {
     u64::from_be_bytes(reply.try_into().expect("a position is 8 bytes"))
 }
 
-pub fn files(directory: &Path) -> Config {
+pub(crate) fn files(directory: &Path) -> Config {
     Config::new(
         "test",
         1,
@@ -100,7 +98,7 @@ pub fn files(directory: &Path) -> Config {
     )
 }
 
-pub async fn open(config: Config) -> (Replica, Arc<Mutex<Published>>) {
+pub(crate) async fn open(config: Config) -> (Replica, Arc<Mutex<Published>>) {
     let (machine, published) = Journal::new();
     let replica = Replica::open(config, machine, Arc::new(replica::Unconnected))
         .await
@@ -109,7 +107,7 @@ pub async fn open(config: Config) -> (Replica, Arc<Mutex<Published>>) {
 }
 
 /// What the message of a refused open says.
-pub async fn refusal(config: Config) -> String {
+pub(crate) async fn refusal(config: Config) -> String {
     let (machine, _) = Journal::new();
     match Replica::open(config, machine, Arc::new(replica::Unconnected)).await {
         Ok(_) => panic!("the store must be refused"),
@@ -120,15 +118,15 @@ pub async fn refusal(config: Config) -> String {
 /// A disk that keeps unsynced writes apart, so that a crash can lose or tear them, and that can run full or
 /// fail to sync. Clones are the same disk.
 #[derive(Debug, Clone)]
-pub struct Disk(Arc<Mutex<DiskState>>);
+pub(crate) struct Disk(Arc<Mutex<DiskState>>);
 
 /// The power of a machine: its disks lose it at the same moment.
 #[derive(Debug, Clone, Default)]
-pub struct Power(Arc<Mutex<Option<u64>>>);
+pub(crate) struct Power(Arc<Mutex<Option<u64>>>);
 
 impl Power {
     /// Fails after that many more writes and syncs; `None` is never.
-    pub fn fail_after(&self, steps: Option<u64>) {
+    pub(crate) fn fail_after(&self, steps: Option<u64>) {
         *self.0.lock().expect("no test panics with it") = steps;
     }
 
@@ -181,7 +179,7 @@ fn change(bytes: &mut Vec<u8>, change: &Change) {
 }
 
 impl Disk {
-    pub fn new(seed: u64, power: Power) -> Self {
+    pub(crate) fn new(seed: u64, power: Power) -> Self {
         Self(Arc::new(Mutex::new(DiskState {
             synced: Vec::new(),
             current: Vec::new(),
@@ -198,16 +196,16 @@ impl Disk {
         self.0.lock().expect("no test panics with it")
     }
 
-    pub fn fill(&self, full: bool) {
+    pub(crate) fn fill(&self, full: bool) {
         self.state().full = full;
     }
 
-    pub fn fail_syncs(&self, fail: bool) {
+    pub(crate) fn fail_syncs(&self, fail: bool) {
         self.state().syncs_fail = fail;
     }
 
     /// Comes back after a loss of power: each unsynced write is there, is not, or is there in part.
-    pub fn restart(&self) {
+    pub(crate) fn restart(&self) {
         let mut state = self.state();
         let state = &mut *state;
         let mut bytes = std::mem::take(&mut state.synced);
@@ -236,7 +234,7 @@ impl Disk {
         state.generation += 1;
     }
 
-    pub fn backend(&self) -> Box<dyn replica::StorageBackend> {
+    pub(crate) fn backend(&self) -> Box<dyn replica::StorageBackend> {
         Box::new(Mounted {
             disk: self.clone(),
             generation: self.state().generation,
@@ -315,15 +313,15 @@ impl replica::StorageBackend for Mounted {
 
 /// The disks of one member.
 #[derive(Debug, Clone)]
-pub struct Disks {
-    pub power: Power,
-    pub log: Disk,
-    pub state: Disk,
-    pub snapshots: MemorySnapshots,
+pub(crate) struct Disks {
+    pub(crate) power: Power,
+    pub(crate) log: Disk,
+    pub(crate) state: Disk,
+    pub(crate) snapshots: MemorySnapshots,
 }
 
 impl Disks {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let power = Power::default();
         let (log, state) = (Disk::new(seed, power.clone()), Disk::new(!seed, power.clone()));
         Self {
@@ -335,7 +333,7 @@ impl Disks {
     }
 
     /// A replica without threads over these disks.
-    pub fn config(&self, seed: u64) -> Config {
+    pub(crate) fn config(&self, seed: u64) -> Config {
         let (log, state) = (self.log.backend(), self.state.backend());
         let storage = Storage::Backend {
             log,
@@ -349,7 +347,7 @@ impl Disks {
     }
 
     /// The machine comes back after a loss of power.
-    pub fn restart(&self) {
+    pub(crate) fn restart(&self) {
         self.power.fail_after(None);
         self.log.restart();
         self.state.restart();

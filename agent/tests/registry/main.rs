@@ -1,0 +1,7 @@
+//! The registry proxy from outside: its door, its admin socket, redirects, and skopeo as a client.
+
+mod admin;
+mod door;
+mod fake_upstream;
+mod redirect;
+mod skopeo;
