@@ -5,13 +5,13 @@ use std::fmt;
 
 use replica::QUIET_LOG_DIRECTIVE;
 use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::filter::{ParseError, Targets};
 use tracing_subscriber::fmt::format::{DefaultFields, JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, format};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
-use tracing_subscriber::{EnvFilter, Layer, Registry};
+use tracing_subscriber::{Layer, Registry};
 
 use crate::config::written::{Log, LogFormat};
 
@@ -26,12 +26,18 @@ pub enum Error {
     Taken(#[from] TryInitError),
 }
 
-/// The filter of a level or of directives; libraries that chatter are kept quiet unless named.
+/// The filter of a level or of directives (`info,coordinator=debug`); libraries that chatter are kept quiet unless
+/// named.
 ///
 /// # Errors
-/// [`ParseError`], naming the directive.
-pub fn filter(level: &str) -> Result<EnvFilter, ParseError> {
-    EnvFilter::builder().parse(format!("{QUIET_LOG_DIRECTIVE},{level}"))
+/// [`ParseError`].
+pub fn filter(level: &str) -> Result<Targets, ParseError> {
+    let directives = std::iter::once(QUIET_LOG_DIRECTIVE).chain(level.split(','));
+    // An empty one would let everything through.
+    let said: Vec<&str> = directives
+        .filter(|directive| !directive.trim().is_empty())
+        .collect();
+    said.join(",").parse()
 }
 
 /// Makes this process log, and log its panics.
@@ -113,7 +119,9 @@ mod tests {
 
     #[test]
     fn levels_and_directives_are_read_and_chatter_is_not() {
-        assert_eq!(filter("info").expect("valid").to_string(), "openraft=error,info");
+        for info in ["info", "info,", ",info"] {
+            assert_eq!(filter(info).expect("valid").to_string(), "openraft=error,info");
+        }
         assert!(filter("info,coordinator=debug").is_ok());
         let error = filter("loud=shouting").expect_err("no level").to_string();
         assert!(!error.is_empty());

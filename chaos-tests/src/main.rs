@@ -5,9 +5,13 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use chaos_tests::members::{self, Outcome};
 use chaos_tests::{faults, sim, storm};
 use clap::{Parser, Subcommand};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 #[derive(Debug, Parser)]
 #[command(about = "Faults, and what must hold in spite of them")]
@@ -36,11 +40,10 @@ enum Command {
 
 fn main() -> anyhow::Result<ExitCode> {
     // Faults make the code under test complain all the time; who wants to read it sets RUST_LOG.
-    if std::env::var_os("RUST_LOG").is_some() {
-        tracing_subscriber::fmt()
-            .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
-            .with_writer(std::io::stderr)
-            .init();
+    if let Ok(directives) = std::env::var("RUST_LOG") {
+        let targets: Targets = directives.parse().context("RUST_LOG")?;
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        tracing_subscriber::registry().with(lines).with(targets).init();
     }
     match Arguments::parse().command {
         Command::Sim(arguments) => sim::run(&arguments, &mut std::io::stdout().lock()),

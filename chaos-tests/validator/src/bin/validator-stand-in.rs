@@ -2,7 +2,11 @@
 
 use std::path::Path;
 
+use anyhow::Context;
 use clap::Parser;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// A validator that speaks the real protocol, for development and tests.
 #[derive(Debug, Parser)]
@@ -13,13 +17,10 @@ struct Cli {
 }
 
 fn main() -> anyhow::Result<()> {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .init();
+    let directives = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned());
+    let targets: Targets = directives.parse().context("RUST_LOG")?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    tracing_subscriber::registry().with(lines).with(targets).init();
     let arguments: Vec<String> = std::env::args().collect();
     let called_as = arguments.first().and_then(|path| Path::new(path).file_name());
     let is_chute = called_as.is_some_and(|name| name == "chutes");
