@@ -20,24 +20,37 @@ use crate::config::written::{Log, LogFormat};
 pub enum Error {
     /// Directives.
     #[error("log.level, or RUST_LOG: {0}")]
-    Level(#[from] ParseError),
+    Level(#[from] BadDirective),
     /// Somebody else logs already.
     #[error("{0}")]
     Taken(#[from] TryInitError),
+}
+
+/// A directive that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("`{directive}`: {why}; write a level (off, error, warn, info, debug, trace) or target=level")]
+pub struct BadDirective {
+    directive: String,
+    why: ParseError,
 }
 
 /// The filter of a level or of directives (`info,coordinator=debug`); libraries that chatter are kept quiet unless
 /// named.
 ///
 /// # Errors
-/// [`ParseError`].
-pub fn filter(level: &str) -> Result<Targets, ParseError> {
-    let directives = std::iter::once(QUIET_LOG_DIRECTIVE).chain(level.split(','));
-    // An empty one would let everything through.
-    let said: Vec<&str> = directives
-        .filter(|directive| !directive.trim().is_empty())
-        .collect();
-    said.join(",").parse()
+/// [`BadDirective`], the first one.
+pub fn filter(level: &str) -> Result<Targets, BadDirective> {
+    let written = level.split(',').map(str::trim);
+    let mut said = vec![QUIET_LOG_DIRECTIVE];
+    // An empty one would be read as `error`, and would win over a level before it.
+    for directive in written.filter(|directive| !directive.is_empty()) {
+        directive.parse::<Targets>().map_err(|why| BadDirective {
+            directive: directive.to_owned(),
+            why,
+        })?;
+        said.push(directive);
+    }
+    Ok(said.join(",").parse().expect("each one was read"))
 }
 
 /// Makes this process log, and log its panics.
@@ -119,12 +132,12 @@ mod tests {
 
     #[test]
     fn levels_and_directives_are_read_and_chatter_is_not() {
-        for info in ["info", "info,", ",info"] {
+        for info in ["info", "info,", " info , "] {
             assert_eq!(filter(info).expect("valid").to_string(), "openraft=error,info");
         }
         assert!(filter("info,coordinator=debug").is_ok());
-        let error = filter("loud=shouting").expect_err("no level").to_string();
-        assert!(!error.is_empty());
+        let error = filter("info,loud=shouting").expect_err("no level").to_string();
+        assert!(error.starts_with("`loud=shouting`: "), "{error}");
     }
 
     #[test]

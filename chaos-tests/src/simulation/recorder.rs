@@ -151,3 +151,28 @@ impl Recorder {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    async fn hash(instants: &[&[&str]]) -> String {
+        let recorder = Recorder::new(false);
+        for lines in instants {
+            lines.iter().for_each(|line| recorder.note(line));
+            tokio::time::advance(Duration::from_millis(1)).await;
+        }
+        recorder.finish().hash
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_hash_knows_what_happened_and_when_but_no_order_within_a_millisecond() {
+        let first = hash(&[&["a", "b"], &["c"]]).await;
+        assert_eq!(hash(&[&["b", "a"], &["c"]]).await, first);
+        for other in [&[&["a", "b"][..], &["d"]], &[&["a"][..], &["b", "c"]]] {
+            assert_ne!(hash(other).await, first);
+        }
+    }
+}

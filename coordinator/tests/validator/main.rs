@@ -3,3 +3,16 @@
 mod client;
 mod peers;
 mod socket;
+
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// Waits until a task that was told to stop has ended.
+pub(crate) async fn ended(task: JoinHandle<()>, within: Duration) {
+    timeout(within, task)
+        .await
+        .expect("it ends")
+        .expect("it does not panic");
+}

@@ -154,10 +154,7 @@ impl Client {
 
     async fn stop(self) {
         self.cancel.cancel();
-        timeout(PATIENCE, self.task)
-            .await
-            .expect("it ends")
-            .expect("it does not panic");
+        crate::ended(self.task, PATIENCE).await;
     }
 }
 
