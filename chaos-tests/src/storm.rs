@@ -26,7 +26,8 @@ pub(crate) mod processes;
 pub(crate) mod writes;
 
 use checks::Endings;
-use cluster::{Cluster, Victim};
+use cluster::Cluster;
+pub use cluster::Victim;
 use doors::Doors;
 use processes::Process;
 use writes::Promises;
@@ -52,12 +53,23 @@ pub struct Options {
     /// How many processes are killed
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=200))]
     pub kills: u32,
+    /// Which process is killed each time; one kind after the other when absent
+    #[arg(long, value_enum)]
+    pub victim: Option<Victim>,
     /// Where the moments come from; a random one when absent
     #[arg(long)]
     pub seed: Option<u64>,
     /// The chutes-agent executable; the one beside this program when absent
     #[arg(long)]
     pub agent: Option<PathBuf>,
+}
+
+impl Options {
+    /// What is killed, in order.
+    fn victims(&self) -> impl Iterator<Item = Victim> {
+        let kinds = self.victim.map_or_else(|| Victim::ALL.to_vec(), |victim| vec![victim]);
+        (0..self.kills).zip(kinds.into_iter().cycle()).map(|(_, victim)| victim)
+    }
 }
 
 /// What came of it.
@@ -134,7 +146,7 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
         None => cluster::agent_beside_us()?,
     };
     let folder = tempfile::Builder::new().prefix("chutes-storm-").tempdir()?;
-    let report = shake(options.kills, seed, &agent, folder.path()).await;
+    let report = shake(options, seed, &agent, folder.path()).await;
     if report.as_ref().is_ok_and(|report| report.reasons.is_empty()) {
         return report;
     }
@@ -144,8 +156,8 @@ pub async fn run(options: &Options) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-async fn shake(kills: u32, seed: u64, agent: &Path, folder: &Path) -> anyhow::Result<Report> {
-    let limit = Duration::from_secs(300 + 60 * u64::from(kills));
+async fn shake(options: &Options, seed: u64, agent: &Path, folder: &Path) -> anyhow::Result<Report> {
+    let limit = Duration::from_secs(300 + 60 * u64::from(options.kills));
     let mut cluster = Cluster::start(agent, folder, limit).await?;
     let mut storm = Storm::begin(&mut cluster, seed).await?;
     let stop = CancellationToken::new();
@@ -156,7 +168,7 @@ async fn shake(kills: u32, seed: u64, agent: &Path, folder: &Path) -> anyhow::Re
         stop.clone(),
     ));
     let mut random = fastrand::Rng::with_seed(seed);
-    for victim in Victim::ALL.into_iter().cycle().zip(0..kills).map(|(v, _)| v) {
+    for victim in options.victims() {
         if let Err(error) = storm.strike(&mut cluster, victim, &mut random).await {
             let why = format!("after a kill of {}: {error:#}", victim.subcommand());
             storm.report.reasons.push(why);

@@ -26,14 +26,20 @@ const STOP_PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// A process of a host's agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Victim {
-    /// With it all others die.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Victim {
+    /// The agent itself: with it all its other processes die
+    #[value(name = "agent")]
     Supervisor,
+    /// The member of the coordinator
     Coordinator,
+    /// The host plane
     Host,
+    /// The doors for images and egress
     Data,
+    /// The process that holds the seed
     Signer,
+    /// The one that proves GPUs
     Proof,
 }
 
