@@ -22,6 +22,7 @@ use protocol::link::{RegistryHeaders, ToHost};
 use protocol::report::HostFacts;
 use protocol::workload::Fence;
 use runtime::Runtime;
+use runtime::kubernetes::{self, Kubernetes};
 use runtime::process::Process;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -58,8 +59,19 @@ pub struct Config {
 /// How workloads run.
 #[derive(Debug, Clone)]
 pub enum RuntimeKind {
+    /// As Jobs on a node of a Kubernetes cluster.
+    Kubernetes(Box<Node>),
     /// As child processes, for development.
     Process(Box<runtime::process::Config>),
+}
+
+/// The node that this host is.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// Kubeconfig of its cluster; none: whatever the surroundings offer.
+    pub kubeconfig: Option<PathBuf>,
+    /// What its chutes are like.
+    pub config: runtime::kubernetes::Config,
 }
 
 /// Why the process cannot start.
@@ -99,6 +111,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;
     match config.runtime.clone() {
+        RuntimeKind::Kubernetes(node) => {
+            let client = kubernetes::client(node.kubeconfig.as_deref()).await?;
+            let runtime = Arc::new(Kubernetes::start(client, node.config));
+            serve(&config, (store, found), link, runtime, shutdown).await
+        }
         RuntimeKind::Process(settings) => {
             let runtime = Arc::new(Process::open(*settings).await?);
             let result = serve(&config, (store, found), link, Arc::clone(&runtime) as _, shutdown).await;

@@ -56,10 +56,7 @@ enum Command {
     /// Write an example configuration; once that is filled in, found a cluster. Leaves what exists
     Init,
     /// Join the cluster that a token of `chutes-miner host invite` invites to
-    Join {
-        /// The token
-        token: String,
-    },
+    Join(setup::Invitation),
     /// Find what is wrong around this host
     #[command(subcommand)]
     Doctor(DoctorCommand),
@@ -142,7 +139,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Run => run(&settings.sources()),
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
-        Command::Join { token } => setup::join(&settings.sources(), &token),
+        Command::Join(invitation) => setup::join(&settings.sources(), &invitation),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),

@@ -71,15 +71,50 @@ pub(crate) fn init(mut sources: Sources) -> anyhow::Result<()> {
     ))
 }
 
+/// How a host is invited.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Invitation {
+    /// The token
+    #[arg(required_unless_present = "token_file")]
+    token: Option<String>,
+    /// File with the token
+    #[arg(long, value_name = "FILE", conflicts_with = "token")]
+    token_file: Option<PathBuf>,
+    /// Leave a host that belongs to a cluster already as it is, and need no token for it
+    #[arg(long)]
+    if_needed: bool,
+}
+
+impl Invitation {
+    fn token(&self) -> anyhow::Result<Token> {
+        let text = match (&self.token, &self.token_file) {
+            (Some(token), _) => token.clone(),
+            (None, Some(file)) => {
+                fs::read_to_string(file).with_context(|| format!("read the token in {}", file.display()))?
+            }
+            (None, None) => anyhow::bail!("a token of `chutes-miner host invite` is missing"),
+        };
+        Ok(text.trim().parse()?)
+    }
+}
+
 /// Enters the cluster that a token invites to.
 ///
 /// # Errors
 /// With a chain of reasons.
-pub(crate) fn join(sources: &Sources, token: &str) -> anyhow::Result<()> {
-    let token: Token = token.parse()?;
+pub(crate) fn join(sources: &Sources, invitation: &Invitation) -> anyhow::Result<()> {
     let (written, _) = config::read(sources)?;
-    private_folder(&written.data)?;
     let folder = certificates_folder(&written.data);
+    if invitation.if_needed
+        && let Some(admission) = Admission::read(&folder)?
+    {
+        return say(&format!(
+            "this host belongs to the cluster {} already",
+            admission.cluster
+        ));
+    }
+    let token = invitation.token()?;
+    private_folder(&written.data)?;
     private_folder(&folder)?;
     let _lock = Lock::take(&written.data)?;
     if let Some(admission) = Admission::read(&folder)? {

@@ -226,11 +226,6 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             "api = \"http://8.8.8.8\"",
             "only for loopback",
         ),
-        (
-            "kind = \"process\"",
-            "kind = \"kubernetes\"",
-            "not in this version yet",
-        ),
         ("seed_on_gpu_host = true", "", "set miner.seed_on_gpu_host = true"),
         (
             "seed_on_gpu_host = true",
@@ -479,4 +474,23 @@ fn init_writes_an_example_then_founds_and_leaves_what_exists() {
     let token = token.to_string();
     let (good, _, complained) = chutes_agent(&["join", "--config", &file, "--data", &data, &token]);
     assert!(!good && complained.contains("invites to other-1"), "{complained}");
+
+    // As a chart does it: the token lies in a file, which may be gone once the host is in.
+    let file_of_token = folder.path().join("token");
+    std::fs::write(&file_of_token, format!("{token}\n")).expect("writable");
+    let name = file_of_token.display().to_string();
+    let mut join = vec!["join", "--config", &file, "--data", &data, "--token-file", &name];
+    let (good, _, complained) = chutes_agent(&join);
+    assert!(!good && complained.contains("invites to other-1"), "{complained}");
+    std::fs::remove_file(&file_of_token).expect("it is there");
+    let (good, _, complained) = chutes_agent(&join);
+    assert!(!good && complained.contains("read the token in"), "{complained}");
+    join.push("--if-needed");
+    let (good, printed, complained) = chutes_agent(&join);
+    assert!(
+        good && printed.contains("belongs to the cluster"),
+        "{printed} {complained}"
+    );
+    let (good, _, complained) = chutes_agent(&["join", "--config", &file, "--data", &data]);
+    assert!(!good && complained.contains("<TOKEN"), "{complained}");
 }

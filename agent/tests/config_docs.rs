@@ -19,8 +19,8 @@ them. An unknown key is an error that names the file and the key. `chutes-agent 
 settings in effect, or all that is wrong. The signer, coordinator, host, proof and data processes get the
 settings in effect from `run` through a file in the data folder; a changed file counts after a restart.
 
-Runtimes: `"kubernetes"` is not in this version yet. `"process"` is for development and isolates nothing, so it
-starts only with validators on this machine. A machine with `host.enabled = false` needs no runtime.
+Runtimes: `"kubernetes"` runs chutes as Jobs on the node that this host is. `"process"` is for development and
+isolates nothing, so it starts only with validators on this machine. A machine with `host.enabled = false` needs no runtime.
 
 <!-- Made of the comments on the keys: UPDATE_DOCS=1 cargo test -p agent --test config_docs -->
 "#;

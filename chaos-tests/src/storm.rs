@@ -67,8 +67,12 @@ pub struct Options {
 impl Options {
     /// What is killed, in order.
     fn victims(&self) -> impl Iterator<Item = Victim> {
-        let kinds = self.victim.map_or_else(|| Victim::ALL.to_vec(), |victim| vec![victim]);
-        (0..self.kills).zip(kinds.into_iter().cycle()).map(|(_, victim)| victim)
+        let kinds = self
+            .victim
+            .map_or_else(|| Victim::ALL.to_vec(), |victim| vec![victim]);
+        (0..self.kills)
+            .zip(kinds.into_iter().cycle())
+            .map(|(_, victim)| victim)
     }
 }
 

@@ -7,6 +7,7 @@ use chaos_tests::storm::{Options, run};
 async fn a_killed_agent_doubles_loses_and_ends_nothing() {
     let options = Options {
         kills: 3,
+        victim: None,
         seed: Some(1),
         agent: None,
     };

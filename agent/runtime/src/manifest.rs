@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
-use protocol::id::{ChuteId, ChuteVersion, DeploymentId};
+use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
 use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, PortMapping, PortProtocol, WorkloadSpec};
 use sha1::{Digest, Sha1};
 
@@ -27,8 +27,24 @@ use crate::environment::{Surroundings, command, environment, health_port};
 pub const FENCE_ANNOTATION: &str = "chutes-agent/fence";
 /// Annotation with the GPU ids of a workload, separated by commas.
 pub const GPUS_ANNOTATION: &str = "chutes-agent/gpus";
+/// Annotation of a Job with the ports of its Service, as JSON: where they are reached from outside.
+pub const PORTS_ANNOTATION: &str = "chutes-agent/ports";
+/// Annotation of a Service whose deployment's Job was made, or is about to be.
+pub const LAUNCHED_ANNOTATION: &str = "chutes-agent/launched";
+/// Annotation of the code with the deployment that wrote it last, so that each write changes it.
+const WRITER_ANNOTATION: &str = "chutes-agent/written-for";
 /// Label that names the workload of a deployment.
 pub const DEPLOYMENT_LABEL: &str = "chutes/deployment-id";
+/// Label with the node whose agent an object belongs to.
+pub const NODE_LABEL: &str = "chutes-agent/node";
+/// Under this name the fields that we write are ours.
+pub const FIELD_MANAGER: &str = "chutes-agent";
+/// The container with the chute itself.
+pub const CHUTE_CONTAINER: &str = "chute";
+const CHUTE_LABEL: &str = "chutes/chute-id";
+const VERSION_LABEL: &str = "chutes/version";
+/// The longest value of a label.
+const LABEL_CHARACTERS_MAX: usize = 63;
 const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "chutes-agent");
 const SHARED_MEMORY: &str = "16Gi";
 
@@ -45,7 +61,7 @@ pub struct Settings {
     pub runtime_class: String,
     /// Folder on the node that holds one folder of models for each chute.
     pub cache_root: String,
-    /// Image of the container that prepares the cache folder; needs `bash`.
+    /// Image of the container that prepares the cache folder; needs `/bin/sh`.
     pub init_image: String,
     /// Seconds between the request to stop and the kill.
     pub stop_grace_seconds: i64,
@@ -63,7 +79,7 @@ impl Settings {
             registry_port: 30500,
             runtime_class: "nvidia-container-runtime".to_owned(),
             cache_root: "/var/snap/cache".to_owned(),
-            init_image: "parachutes/cache-cleaner:latest".to_owned(),
+            init_image: "busybox:1.37.0".to_owned(),
             stop_grace_seconds: 30,
             egress_door: None,
         }
@@ -123,14 +139,48 @@ pub fn image_name(spec: &WorkloadSpec, settings: &Settings) -> String {
     )
 }
 
-/// The ports of a deployment reached from outside, on the node's own address.
+/// The value of [`NODE_LABEL`]: the node's name, or what stands for one that is too long for a label.
 #[must_use]
-pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Service {
-    let mut labels = base_labels(spec);
-    labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
+pub fn node_label(node_name: &str) -> String {
+    if node_name.len() <= LABEL_CHARACTERS_MAX {
+        node_name.to_owned()
+    } else {
+        uuid5_oid(node_name)
+    }
+}
+
+/// Selects the objects of one node's agent.
+#[must_use]
+pub fn node_selector(settings: &Settings) -> String {
+    format!("{NODE_LABEL}={}", node_label(&settings.node_name))
+}
+
+/// Selects the objects of one deployment.
+#[must_use]
+pub fn deployment_selector(deployment: &DeploymentId) -> String {
+    format!("{DEPLOYMENT_LABEL}={deployment}")
+}
+
+/// Selects what uses the code of one version.
+#[must_use]
+pub fn version_selector(chute: &ChuteId, version: &ChuteVersion) -> String {
+    format!("{CHUTE_LABEL}={chute},{VERSION_LABEL}={version}")
+}
+
+/// The ports of a deployment reached from outside, on the node's own address. `launched` says that its Job was made
+/// or is about to be.
+#[must_use]
+pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings, launched: bool) -> Service {
+    let labels = own_labels(base_labels(spec), settings);
+    let mut own = metadata(service_name(&spec.deployment), labels, fence, settings);
+    let annotations = own.annotations.get_or_insert_default();
+    annotations.insert(GPUS_ANNOTATION.to_owned(), gpu_list(spec));
+    if launched {
+        annotations.insert(LAUNCHED_ANNOTATION.to_owned(), "true".to_owned());
+    }
     let selector = BTreeMap::from([(DEPLOYMENT_LABEL.to_owned(), spec.deployment.to_string())]);
     Service {
-        metadata: metadata(service_name(&spec.deployment), labels, fence, settings),
+        metadata: own,
         spec: Some(ServiceSpec {
             type_: Some("NodePort".to_owned()),
             external_traffic_policy: Some("Local".to_owned()),
@@ -157,17 +207,25 @@ pub fn node_ports(spec: &WorkloadSpec, service: &Service) -> Option<Vec<PortMapp
     ports(spec).iter().map(mapping).collect()
 }
 
-/// The chute's code. Deployments of one version share it.
+/// The chute's code. Deployments of one version share it. Written before (`launched` false) and after the Job.
 #[must_use]
-pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> ConfigMap {
+pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings, launched: bool) -> ConfigMap {
     let labels = BTreeMap::from([
-        ("chutes/chute-id".to_owned(), spec.chute.to_string()),
-        ("chutes/version".to_owned(), spec.version.to_string()),
+        (CHUTE_LABEL.to_owned(), spec.chute.to_string()),
+        (VERSION_LABEL.to_owned(), spec.version.to_string()),
         ("chutes/code".to_owned(), "true".to_owned()),
         (MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned()),
     ]);
+    let mut own = metadata(code_name(&spec.chute, &spec.version), labels, fence, settings);
+    let writer = format!(
+        "{}{}",
+        spec.deployment,
+        if launched { "" } else { ", about to be launched" }
+    );
+    let annotations = own.annotations.get_or_insert_default();
+    annotations.insert(WRITER_ANNOTATION.to_owned(), writer);
     ConfigMap {
-        metadata: metadata(code_name(&spec.chute, &spec.version), labels, fence, settings),
+        metadata: own,
         data: Some(BTreeMap::from([(spec.filename.clone(), spec.code.clone())])),
         ..ConfigMap::default()
     }
@@ -176,14 +234,14 @@ pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> ConfigMap
 /// The chute itself, once its node ports are known.
 #[must_use]
 pub fn job(spec: &WorkloadSpec, fence: Fence, settings: &Settings, ports: &[PortMapping]) -> Job {
-    let labels = job_labels(spec);
-    let mut own_labels = labels.clone();
-    own_labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
+    let mut labels = job_labels(spec);
+    labels.insert(NODE_LABEL.to_owned(), node_label(&settings.node_name));
+    let own_labels = own_labels(labels.clone(), settings);
     let mut own = metadata(job_name(&spec.deployment), own_labels, fence, settings);
-    let gpus: Vec<&str> = spec.gpus.iter().map(|gpu| gpu.as_str()).collect();
-    own.annotations
-        .get_or_insert_default()
-        .insert(GPUS_ANNOTATION.to_owned(), gpus.join(","));
+    let annotations = own.annotations.get_or_insert_default();
+    annotations.insert(GPUS_ANNOTATION.to_owned(), gpu_list(spec));
+    let ports_text = serde_json::to_string(ports).expect("plain data");
+    annotations.insert(PORTS_ANNOTATION.to_owned(), ports_text);
     let scrape = [("scrape", "true"), ("path", "/_metrics"), ("port", "8000")]
         .map(|(name, value)| (format!("prometheus.io/{name}"), value.to_owned()));
     Job {
@@ -217,6 +275,40 @@ pub fn fence_of(object: &impl ResourceExt) -> Option<Fence> {
     })
 }
 
+/// The GPUs that an object's deployment was given, if it is one of ours.
+#[must_use]
+pub fn gpus_of(object: &impl ResourceExt) -> Option<Vec<GpuId>> {
+    let list = object.annotations().get(GPUS_ANNOTATION)?;
+    let gpus = list.split(',').filter(|gpu| !gpu.is_empty());
+    gpus.map(|gpu| GpuId::from_device_uuid(gpu).ok()).collect()
+}
+
+/// Where the ports of a Job are reached from outside.
+#[must_use]
+pub fn ports_of(job: &Job) -> Option<Vec<PortMapping>> {
+    serde_json::from_str(job.annotations().get(PORTS_ANNOTATION)?).ok()
+}
+
+/// The chute and its version that an object belongs to.
+#[must_use]
+pub fn version_of(object: &impl ResourceExt) -> Option<(ChuteId, ChuteVersion)> {
+    let labels = object.labels();
+    let chute = ChuteId::parse(labels.get(CHUTE_LABEL)?).ok()?;
+    let version = ChuteVersion::parse(labels.get(VERSION_LABEL)?).ok()?;
+    Some((chute, version))
+}
+
+fn gpu_list(spec: &WorkloadSpec) -> String {
+    let gpus: Vec<&str> = spec.gpus.iter().map(|gpu| gpu.as_str()).collect();
+    gpus.join(",")
+}
+
+fn own_labels(mut labels: BTreeMap<String, String>, settings: &Settings) -> BTreeMap<String, String> {
+    labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
+    labels.insert(NODE_LABEL.to_owned(), node_label(&settings.node_name));
+    labels
+}
+
 fn metadata(name: String, labels: BTreeMap<String, String>, fence: Fence, settings: &Settings) -> ObjectMeta {
     let fence = format!("{}/{}", fence.incarnation, fence.revision);
     ObjectMeta {
@@ -232,8 +324,8 @@ fn base_labels(spec: &WorkloadSpec) -> BTreeMap<String, String> {
     BTreeMap::from([
         (DEPLOYMENT_LABEL.to_owned(), spec.deployment.to_string()),
         ("chutes/chute".to_owned(), "true".to_owned()),
-        ("chutes/chute-id".to_owned(), spec.chute.to_string()),
-        ("chutes/version".to_owned(), spec.version.to_string()),
+        (CHUTE_LABEL.to_owned(), spec.chute.to_string()),
+        (VERSION_LABEL.to_owned(), spec.version.to_string()),
     ])
 }
 
@@ -348,7 +440,7 @@ fn init_container(settings: &Settings) -> Container {
         name: "cache-init".to_owned(),
         image: Some(settings.init_image.clone()),
         image_pull_policy: Some("IfNotPresent".to_owned()),
-        command: Some(["/bin/bash", "-c", script].map(str::to_owned).to_vec()),
+        command: Some(["/bin/sh", "-c", script].map(str::to_owned).to_vec()),
         security_context: Some(SecurityContext {
             run_as_user: Some(0),
             run_as_group: Some(0),
@@ -384,7 +476,7 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         ..ContainerPort::default()
     };
     Container {
-        name: "chute".to_owned(),
+        name: CHUTE_CONTAINER.to_owned(),
         image: Some(image_name(spec, settings)),
         image_pull_policy: Some("Always".to_owned()),
         command: Some(command(spec)),
@@ -450,7 +542,7 @@ mod tests {
     /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
     fn check(name: &str, spec: &WorkloadSpec) {
         let settings = Settings::for_node("gpu-host-1");
-        let mut service = service(spec, FENCE, &settings);
+        let mut service = service(spec, FENCE, &settings, false);
         assert_eq!(node_ports(spec, &service), None, "no node port was given yet");
         let given = service
             .spec
@@ -463,9 +555,12 @@ mod tests {
         let ports = node_ports(spec, &service).expect("all are given");
         let job = job(spec, FENCE, &settings, &ports);
         assert_eq!(fence_of(&job), Some(FENCE));
+        assert_eq!(gpus_of(&job), Some(spec.gpus.clone()));
+        assert_eq!(ports_of(&job), Some(ports));
+        assert_eq!(version_of(&job), Some((spec.chute.clone(), spec.version.clone())));
         let objects = serde_json::json!({
             "service": service,
-            "code": code(spec, FENCE, &settings),
+            "code": code(spec, FENCE, &settings, true),
             "job": job,
         });
         let text = serde_json::to_string_pretty(&objects).expect("plain data") + "\n";
@@ -513,6 +608,12 @@ mod tests {
             job.ports.push(Port { internal, protocol });
         }
         check("job", &job);
+    }
+
+    #[test]
+    fn a_long_node_name_fits_a_label() {
+        assert_eq!(node_label("gpu-1.example"), "gpu-1.example");
+        assert_eq!(node_label(&"n".repeat(64)).len(), 36);
     }
 
     #[test]

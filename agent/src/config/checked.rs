@@ -20,6 +20,7 @@ use crate::gpu::worker::Limits;
 use crate::host_plane::facts::Identity;
 use crate::proof_plane::Backend;
 use crate::{cache, data_plane, egress, host_plane, link, proof_plane, registry, signer, telemetry};
+use ::runtime::manifest::Settings;
 
 /// The longest path of a Unix socket, less some room for the names that stand for a socket not yet there.
 const SOCKET_PATH_BYTES_MAX: usize = 100;
@@ -280,7 +281,7 @@ fn host(
                 server_name: COORDINATOR_NAME.to_owned(),
                 certificates: certificates_folder(&written.data),
             },
-            runtime: host_plane::RuntimeKind::Process(Box::new(runtime?)),
+            runtime: runtime?,
         },
         proof: proof?,
         data: data?,
@@ -408,15 +409,50 @@ fn runtime(
     written: &Written,
     validators: Option<&Directory>,
     checker: &mut Checker<'_>,
-) -> Option<runtime::process::Config> {
-    if written.runtime.kind == RuntimeKind::Kubernetes {
-        checker.complain(
-            "runtime.kind",
-            "runtime.kind = \"kubernetes\" is not in this version yet (see docs/configuration.md); \"process\" \
-             is for development, host.enabled = false for members without workloads",
-        );
-        return None;
+) -> Option<host_plane::RuntimeKind> {
+    match written.runtime.kind {
+        RuntimeKind::Kubernetes => Some(host_plane::RuntimeKind::Kubernetes(Box::new(kubernetes(written)))),
+        RuntimeKind::Process => {
+            let processes = processes(written, validators, checker)?;
+            Some(host_plane::RuntimeKind::Process(Box::new(processes)))
+        }
     }
+}
+
+fn kubernetes(written: &Written) -> host_plane::Node {
+    let settings = &written.runtime;
+    let name = settings.node.as_ref().or(written.host.name.as_ref());
+    let mut node = Settings::for_node(name.map_or("", String::as_str));
+    node.namespace.clone_from(&settings.namespace);
+    node.registry_port = written.registry.listen.port();
+    node.runtime_class.clone_from(&settings.runtime_class);
+    node.init_image.clone_from(&settings.init_image);
+    node.stop_grace_seconds = i64::try_from(settings.stop_grace.0.as_secs()).unwrap_or(i64::MAX);
+    if let Some(cache) = &written.cache.directory {
+        node.cache_root = cache.display().to_string();
+    }
+    let mut config = ::runtime::kubernetes::Config::new(node);
+    let doors = [
+        Some(written.registry.listen.port()),
+        Some(written.egress.listen.port()),
+        written
+            .coordinator
+            .enabled
+            .then_some(written.coordinator.api_listen.port()),
+        Some(written.proof.listen.port()),
+    ];
+    config.reserved_ports = doors.into_iter().flatten().collect();
+    host_plane::Node {
+        kubeconfig: settings.kubeconfig.clone(),
+        config,
+    }
+}
+
+fn processes(
+    written: &Written,
+    validators: Option<&Directory>,
+    checker: &mut Checker<'_>,
+) -> Option<runtime::process::Config> {
     if let Some(stranger) = strangers(validators) {
         let text = format!(
             "runtime.kind = \"process\" isolates nothing: a chute runs as the agent's user and sees its files. \

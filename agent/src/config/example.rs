@@ -50,8 +50,10 @@ hosts_listen = "0.0.0.0:4433"
 api_listen = "127.0.0.1:32000"
 
 [runtime]
-# "kubernetes" is not in this version yet. "process" is for development with validators on this machine.
+# "process" is for development with validators on this machine.
 kind = "kubernetes"
+# Without it: the usual kubeconfig, or the service account of the pod that the agent runs in.
+# kubeconfig = "/etc/rancher/k3s/k3s.yaml"
 
 [log]
 level = "info"

@@ -259,12 +259,23 @@ pub enum ProofBackend {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Runtime {
-    /// What runs chutes: `"kubernetes"`, which this version does not have yet, or `"process"`, child processes
-    /// for development, which isolate nothing and are refused unless all validators are on this machine.
+    /// What runs chutes: `"kubernetes"`, or `"process"`, child processes for development, which isolate nothing and
+    /// are refused unless all validators are on this machine.
     pub kind: RuntimeKind,
-    /// External ports that chutes may get, as `"first-last"` (`process` only).
+    /// Kubeconfig file of the cluster that this host is a node of. Without it: the file that `KUBECONFIG` names,
+    /// else `~/.kube/config`, else the service account of the pod that the agent runs in (`kubernetes` only).
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace of all chutes; it must exist (`kubernetes` only).
+    pub namespace: String,
+    /// Name of the node that this host is; `host.name` if missing (`kubernetes` only).
+    pub node: Option<String>,
+    /// Runtime class that gives containers the GPUs of `NVIDIA_VISIBLE_DEVICES` (`kubernetes` only).
+    pub runtime_class: String,
+    /// Image of the container that prepares a chute's cache folder; needs `/bin/sh` (`kubernetes` only).
+    pub init_image: String,
+    /// External ports that chutes may get, as `"first-last"` (`process` only; a cluster has its own range).
     pub ports: String,
-    /// Time between asking a chute to stop and killing it (`process` only).
+    /// Time between asking a chute to stop and killing it.
     pub stop_grace: Span,
 }
 
@@ -272,8 +283,13 @@ impl Default for Runtime {
     fn default() -> Self {
         Self {
             kind: RuntimeKind::Kubernetes,
+            kubeconfig: None,
+            namespace: "chutes".to_owned(),
+            node: None,
+            runtime_class: "nvidia-container-runtime".to_owned(),
+            init_image: "busybox:1.37.0".to_owned(),
             ports: "31000-31999".to_owned(),
-            stop_grace: Span::seconds(10),
+            stop_grace: Span::seconds(30),
         }
     }
 }

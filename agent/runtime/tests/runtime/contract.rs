@@ -9,7 +9,7 @@ use runtime::process::Process;
 use crate::support::{self, FENCE, World, is_ended, is_running, phase, until};
 
 /// How the suite lets things happen that a runtime does by itself.
-trait Subject {
+pub(crate) trait Subject {
     fn runtime(&self) -> &dyn Runtime;
     /// A workload that goes on until it is stopped.
     fn lasting(&self) -> WorkloadSpec;
@@ -21,7 +21,7 @@ trait Subject {
     fn let_go(&self, deployment: &DeploymentId);
 }
 
-async fn contract(subject: &impl Subject) {
+pub(crate) async fn contract(subject: &impl Subject) {
     let runtime = subject.runtime();
     assert_eq!(
         runtime.observe().await.expect("it works"),

@@ -1,6 +1,9 @@
 //! The runtimes from outside: one contract for all, then what only child processes can do wrong.
 
+mod chart;
 mod contract;
+mod control_plane;
 mod crash;
+mod kubernetes;
 mod process;
 mod support;

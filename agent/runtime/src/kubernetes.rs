@@ -1,0 +1,245 @@
+//! Workloads as Jobs of a Kubernetes cluster: objects by server-side apply, what exists by watching.
+//!
+//! Reading order: [`crate::manifest`] (the objects; pure), [`phase`] (what objects say of a workload; pure),
+//! [`seen`] (the objects that exist, kept by watches), [`life`] (what is done for one workload, in which order),
+//! [`trouble`] (which refusals pass).
+//!
+//! Only objects with the label of this node and our names are looked at. Whatever else is in the namespace is
+//! nobody's business here: it is neither listed nor touched.
+//!
+//! Nothing is remembered outside of the cluster. A deployment's Service is made first and removed last, and says
+//! whether the Job was ever made: a workload whose Job somebody removed has ended, it is not started again.
+
+mod life;
+mod phase;
+mod seen;
+mod trouble;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client};
+use protocol::id::{DeploymentId, GpuId};
+use protocol::report::WorkloadStatus;
+use protocol::workload::{Fence, WorkloadPhase, WorkloadSpec};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use self::life::{Doing, Life};
+use self::seen::Seen;
+use crate::manifest::Settings;
+use crate::{Error, Observed, Runtime};
+
+/// How workloads run in a cluster.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// What the objects have in common.
+    pub settings: Settings,
+    /// Node ports that are ours: no chute may be given one.
+    pub reserved_ports: Vec<u16>,
+    /// How long a refusal that may pass (quota, webhook, missing namespace) is put up with.
+    pub patience: Duration,
+    /// How long one call may take.
+    pub call_timeout: Duration,
+}
+
+impl Config {
+    /// The usual values.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            reserved_ports: vec![30500, 32000],
+            patience: Duration::from_secs(60),
+            call_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// A client of the cluster that a kubeconfig file names, or else of the one that the surroundings offer: the usual
+/// kubeconfig file, or the service account of the pod.
+///
+/// # Errors
+/// [`Error::Refused`] when there is none, or none that can be used.
+pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
+    let refused = |why: String| Error::Refused(format!("no Kubernetes cluster: {why}"));
+    let config = match kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path)
+                .map_err(|error| refused(format!("{}: {error}", path.display())))?;
+            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+                .await
+                .map_err(|error| refused(format!("{}: {error}", path.display())))?
+        }
+        None => kube::Config::infer()
+            .await
+            .map_err(|error| refused(format!("set runtime.kubeconfig, or run in a pod of it ({error})")))?,
+    };
+    Client::try_from(config).map_err(|error| refused(error.to_string()))
+}
+
+/// The runtime. Dropping it stops the watching; workloads go on.
+#[derive(Debug)]
+pub struct Kubernetes {
+    cluster: Arc<Cluster>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+/// What the lives of all workloads share.
+struct Cluster {
+    config: Config,
+    jobs: Api<Job>,
+    pods: Api<Pod>,
+    services: Api<Service>,
+    code: Api<ConfigMap>,
+    seen: Seen,
+    lives: Mutex<BTreeMap<DeploymentId, Arc<Life>>>,
+    changes: watch::Sender<u64>,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Cluster({})", self.config.settings.node_name)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Cluster {
+    fn changed(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+}
+
+impl Kubernetes {
+    /// Begins to watch what exists. Must be called inside a tokio runtime; does not wait for the API server, which
+    /// may be down: until it has answered, everything here is an error.
+    #[must_use]
+    pub fn start(client: Client, config: Config) -> Self {
+        let namespace = &config.settings.namespace;
+        let (changes, _) = watch::channel(0);
+        let mut tasks = JoinSet::new();
+        let (jobs, pods, services) = (
+            Api::namespaced(client.clone(), namespace),
+            Api::namespaced(client.clone(), namespace),
+            Api::namespaced(client.clone(), namespace),
+        );
+        let seen = Seen::start((&jobs, &pods, &services), &config.settings, &changes, &mut tasks);
+        let cluster = Arc::new(Cluster {
+            jobs,
+            pods,
+            services,
+            code: Api::namespaced(client, namespace),
+            seen,
+            lives: Mutex::default(),
+            changes,
+            config,
+        });
+        Self {
+            cluster,
+            tasks: Mutex::new(tasks),
+        }
+    }
+
+    fn live(&self, deployment: &DeploymentId, gpus: Vec<GpuId>, start: Option<(Fence, WorkloadSpec)>) {
+        let mut lives = lock(&self.cluster.lives);
+        if let Some(life) = lives.get(deployment) {
+            if start.is_none() {
+                life.ask_to_stop();
+            }
+            return;
+        }
+        let life = Arc::new(Life::new(deployment.clone(), gpus));
+        if start.is_none() {
+            life.ask_to_stop();
+        }
+        lives.insert(deployment.clone(), Arc::clone(&life));
+        drop(lives);
+        let mut tasks = lock(&self.tasks);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(life::live(Arc::clone(&self.cluster), life, start));
+        drop(tasks);
+        self.cluster.changed();
+    }
+}
+
+impl Runtime for Kubernetes {
+    fn apply<'a>(&'a self, fence: Fence, spec: &'a WorkloadSpec) -> BoxFuture<'a, Result<(), Error>> {
+        async move {
+            let objects = self.cluster.seen.objects(&spec.deployment)?;
+            if !objects.was_launched() {
+                let start = Some((fence, spec.clone()));
+                self.live(&spec.deployment, spec.gpus.clone(), start);
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn stop<'a>(&'a self, deployment: &'a DeploymentId) -> BoxFuture<'a, Result<(), Error>> {
+        async move {
+            let objects = self.cluster.seen.objects(deployment)?;
+            let lives = lock(&self.cluster.lives).contains_key(deployment);
+            if lives || !objects.is_empty() {
+                self.live(deployment, objects.gpus(), None);
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+
+    fn observe(&self) -> BoxFuture<'_, Result<Vec<Observed>, Error>> {
+        std::future::ready(self.cluster.observe()).boxed()
+    }
+
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.cluster.changes.subscribe()
+    }
+}
+
+impl Cluster {
+    fn observe(&self) -> Result<Vec<Observed>, Error> {
+        // The lives first: one that ends in between has left nothing to see.
+        let lives = lock(&self.lives).clone();
+        let mut all = self.seen.all()?;
+        let mut observed = Vec::new();
+        for (deployment, life) in lives {
+            let objects = all.remove(&deployment).unwrap_or_default();
+            let phase = match life.doing() {
+                Doing::Starting => WorkloadPhase::Pending,
+                Doing::Failed(reason) => WorkloadPhase::Ended {
+                    exit_code: None,
+                    reason,
+                },
+                Doing::Started if objects.job.is_none() && !life.was_seen() => WorkloadPhase::Pending,
+                Doing::Started => {
+                    life.note_seen();
+                    objects.phase()
+                }
+                Doing::Stopping => WorkloadPhase::Stopping,
+                Doing::Gone => continue,
+            };
+            let gpus = life.gpus.clone();
+            let status = WorkloadStatus { deployment, phase };
+            observed.push(Observed { status, gpus });
+        }
+        // What an earlier agent started. A Service alone that never had a Job holds nothing, and `apply` goes on
+        // from there; it is listed all the same, so that it is removed when nobody wants it.
+        for (deployment, objects) in all {
+            let (phase, gpus) = (objects.phase(), objects.gpus());
+            let status = WorkloadStatus { deployment, phase };
+            observed.push(Observed { status, gpus });
+        }
+        observed.sort_by(|a, b| a.status.deployment.cmp(&b.status.deployment));
+        Ok(observed)
+    }
+}

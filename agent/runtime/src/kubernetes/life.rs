@@ -1,0 +1,389 @@
+//! What is done for one workload, in which order. One task for each workload that is begun or ended by this agent.
+//!
+//! ```text
+//! start: code, Service -> Service says "launched" -> Job -> code once more
+//! stop:  Job (foreground: its pods first) -> pods that are left -> nothing holds a GPU -> code, Service
+//! ```
+//! Each step may be repeated; an agent that dies in between leaves what the next one goes on from.
+//! The code is shared by the deployments of a version. It is written before the Job, which needs it, and after it:
+//! whoever removes it between looks for Jobs first, and whoever looks before the Job is there removes what comes back.
+
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Service};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Resource, ResourceExt as _};
+use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
+use protocol::workload::{Fence, PortMapping, Secret, WorkloadSpec};
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
+
+use super::phase::is_over;
+use super::trouble::{Pauses, Trouble, is_conflict, is_missing};
+use super::{Cluster, lock};
+use crate::manifest::{self, FIELD_MANAGER};
+
+/// How often a Service may be made anew because it was given a port of ours.
+const PORT_ATTEMPTS: u32 = 20;
+/// A stop that does not end is complained about so often.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+
+/// How far a life is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Doing {
+    /// Its objects are being made.
+    Starting,
+    /// Its Job was made: the objects say the rest.
+    Started,
+    /// It could not be started, and never will be.
+    Failed(String),
+    /// Its objects are being removed.
+    Stopping,
+    /// Nothing is left.
+    Gone,
+}
+
+/// One workload as this agent deals with it.
+#[derive(Debug)]
+pub(super) struct Life {
+    pub(super) deployment: DeploymentId,
+    pub(super) gpus: Vec<GpuId>,
+    doing: Mutex<Doing>,
+    seen: AtomicBool,
+    stop: watch::Sender<bool>,
+}
+
+impl Life {
+    pub(super) fn new(deployment: DeploymentId, gpus: Vec<GpuId>) -> Self {
+        Self {
+            deployment,
+            gpus,
+            doing: Mutex::new(Doing::Starting),
+            seen: AtomicBool::new(false),
+            stop: watch::channel(false).0,
+        }
+    }
+
+    pub(super) fn doing(&self) -> Doing {
+        match lock(&self.doing).clone() {
+            Doing::Starting | Doing::Started if self.is_to_stop() => Doing::Stopping,
+            doing => doing,
+        }
+    }
+
+    pub(super) fn ask_to_stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    fn is_to_stop(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    async fn stop_asked(&self) {
+        // It ends only with the sender, which is ours.
+        let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// Its Job was among the objects that exist; missing from now on means removed.
+    pub(super) fn note_seen(&self) {
+        self.seen.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn was_seen(&self) -> bool {
+        self.seen.load(Ordering::Relaxed)
+    }
+}
+
+/// Lives through one workload, until nothing of it is left.
+pub(super) async fn live(cluster: Arc<Cluster>, life: Arc<Life>, start: Option<(Fence, WorkloadSpec)>) {
+    let work = Work {
+        cluster: &cluster,
+        life: &life,
+        token: start.as_ref().and_then(|(_, spec)| spec.launch_token.as_ref()),
+    };
+    if let Some((fence, spec)) = &start
+        && !life.is_to_stop()
+    {
+        match work.start(*fence, spec).await {
+            Ok(()) => work.set(Doing::Started),
+            Err(Given::Stopped) => {}
+            Err(Given::Up(reason)) => {
+                tracing::warn!(deployment = %life.deployment, reason, "it was not started");
+                work.set(Doing::Failed(reason));
+            }
+        }
+    }
+    life.stop_asked().await;
+    work.set(Doing::Stopping);
+    work.remove().await;
+    lock(&cluster.lives).remove(&life.deployment);
+    work.set(Doing::Gone);
+}
+
+/// Why a start ended without a Job.
+enum Given {
+    Stopped,
+    Up(String),
+}
+
+struct Work<'a> {
+    cluster: &'a Cluster,
+    life: &'a Life,
+    /// Never to be logged or reported.
+    token: Option<&'a Secret>,
+}
+
+impl Work<'_> {
+    fn set(&self, doing: Doing) {
+        *lock(&self.life.doing) = doing;
+        self.cluster.changed();
+    }
+
+    async fn start(&self, fence: Fence, spec: &WorkloadSpec) -> Result<(), Given> {
+        let cluster = self.cluster;
+        let settings = &cluster.config.settings;
+        let code = manifest::code(spec, fence, settings, false);
+        self.insist("write its code", || apply(&cluster.code, &code))
+            .await?;
+        let ports = self.ports(fence, spec).await?;
+        let launched = manifest::service(spec, fence, settings, true);
+        self.insist("note the launch", || apply(&cluster.services, &launched))
+            .await?;
+        let job = manifest::job(spec, fence, settings, &ports);
+        self.insist("create its Job", || create(&cluster.jobs, &job))
+            .await?;
+        let code = manifest::code(spec, fence, settings, true);
+        self.insist("write its code", || apply(&cluster.code, &code))
+            .await
+    }
+
+    /// Makes the Service, until it is given ports that are not ours.
+    async fn ports(&self, fence: Fence, spec: &WorkloadSpec) -> Result<Vec<PortMapping>, Given> {
+        let cluster = self.cluster;
+        let service = manifest::service(spec, fence, &cluster.config.settings, false);
+        for _ in 0..PORT_ATTEMPTS {
+            let made: Service = self
+                .insist_on("make its Service", || apply(&cluster.services, &service))
+                .await?;
+            let ports = manifest::node_ports(spec, &made)
+                .ok_or_else(|| Given::Up("its Service was given no node ports".to_owned()))?;
+            let reserved = &cluster.config.reserved_ports;
+            if !ports.iter().any(|port| reserved.contains(&port.external)) {
+                return Ok(ports);
+            }
+            self.insist("make its Service anew", || remove(&cluster.services, &made))
+                .await?;
+        }
+        let why = format!("each of {PORT_ATTEMPTS} Services was given a port of the agent's own");
+        Err(Given::Up(why))
+    }
+
+    async fn insist<F, T>(&self, what: &str, call: impl Fn() -> F) -> Result<(), Given>
+    where
+        F: Future<Output = kube::Result<T>>,
+    {
+        self.insist_on(what, call).await.map(|_| ())
+    }
+
+    /// Repeats a call while that may help. A stop is noticed between calls, never in the middle of one.
+    async fn insist_on<F, T>(&self, what: &str, call: impl Fn() -> F) -> Result<T, Given>
+    where
+        F: Future<Output = kube::Result<T>>,
+    {
+        let mut pauses = Pauses::new();
+        let mut refused_since = None;
+        loop {
+            if self.life.is_to_stop() {
+                return Err(Given::Stopped);
+            }
+            let trouble = match self.call(call()).await {
+                Ok(done) => return Ok(done),
+                Err(trouble) => trouble,
+            };
+            tracing::warn!(deployment = %self.life.deployment, what, ?trouble, "the API server did not do it");
+            match trouble {
+                Trouble::Invalid(why) => return Err(Given::Up(format!("{what}: {why}"))),
+                Trouble::Refused(why) => {
+                    let since = *refused_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= self.cluster.config.patience {
+                        return Err(Given::Up(format!("{what}: {why}")));
+                    }
+                }
+                Trouble::Unreachable(_) => refused_since = None,
+            }
+            tokio::select! {
+                () = pauses.pause() => {}
+                () = self.life.stop_asked() => return Err(Given::Stopped),
+            }
+        }
+    }
+
+    async fn call<T>(&self, call: impl Future<Output = kube::Result<T>>) -> Result<T, Trouble> {
+        match timeout(self.cluster.config.call_timeout, call).await {
+            Ok(result) => result.map_err(|error| match self.token {
+                Some(token) => Trouble::of(&error).without(token.reveal()),
+                None => Trouble::of(&error),
+            }),
+            Err(_) => Err(Trouble::Unreachable("no answer in time".to_owned())),
+        }
+    }
+
+    /// Removes all objects, however long it takes.
+    async fn remove(&self) {
+        let (mut pauses, mut changes) = (Pauses::new(), self.cluster.changes.subscribe());
+        let mut complained = Instant::now();
+        loop {
+            let waits = match self.remove_once().await {
+                Ok(None)
+                    if self
+                        .cluster
+                        .seen
+                        .objects(&self.life.deployment)
+                        .is_ok_and(|seen| seen.is_empty()) =>
+                {
+                    return;
+                }
+                Ok(None) => "the watches show it still".to_owned(),
+                Ok(Some(waits)) => waits,
+                Err(Trouble::Unreachable(why) | Trouble::Refused(why) | Trouble::Invalid(why)) => why,
+            };
+            if complained.elapsed() >= COMPLAIN_EVERY {
+                complained = Instant::now();
+                tracing::warn!(deployment = %self.life.deployment, waits, "it is not removed yet");
+            }
+            tokio::select! {
+                _ = changes.changed() => pauses = Pauses::new(),
+                () = pauses.pause() => {}
+            }
+        }
+    }
+
+    /// One step towards removal; what it waits for, or nothing when all is gone. It asks the API server and not the
+    /// watches, which may be behind.
+    async fn remove_once(&self) -> Result<Option<String>, Trouble> {
+        let (cluster, deployment) = (self.cluster, &self.life.deployment);
+        let job = self
+            .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
+            .await?;
+        if let Some(job) = &job
+            && job.metadata.deletion_timestamp.is_none()
+        {
+            self.call(remove(&cluster.jobs, job)).await?;
+            return Ok(Some("the Job is being removed".to_owned()));
+        }
+        let ours = ListParams::default().labels(&manifest::deployment_selector(deployment));
+        let pods = self.call(cluster.pods.list(&ours)).await?.items;
+        if job.is_none() {
+            // Its Job was removed without them.
+            for pod in pods
+                .iter()
+                .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+            {
+                self.call(remove(&cluster.pods, pod)).await?;
+            }
+        }
+        if let Some(pod) = pods.iter().find(|pod| !is_over(pod)).or(pods.first()) {
+            return Ok(Some(waits_for("pod", pod)));
+        }
+        if let Some(job) = &job {
+            return Ok(Some(waits_for("Job", job)));
+        }
+        let name = manifest::service_name(deployment);
+        if let Some(service) = self.call(cluster.services.get_opt(&name)).await? {
+            if let Some((chute, version)) = manifest::version_of(&service) {
+                self.remove_code(&chute, &version).await?;
+            }
+            self.call(remove(&cluster.services, &service)).await?;
+        }
+        Ok(None)
+    }
+
+    /// Removes a version's code once no Job needs it.
+    async fn remove_code(&self, chute: &ChuteId, version: &ChuteVersion) -> Result<(), Trouble> {
+        let cluster = self.cluster;
+        let code: Option<ConfigMap> = self
+            .call(cluster.code.get_opt(&manifest::code_name(chute, version)))
+            .await?;
+        let Some(code) = code else { return Ok(()) };
+        let users = ListParams::default().labels(&manifest::version_selector(chute, version));
+        if self.call(cluster.jobs.list(&users)).await?.items.is_empty() {
+            let unchanged = Preconditions {
+                uid: code.uid(),
+                resource_version: code.resource_version(),
+            };
+            let parameters = DeleteParams {
+                preconditions: Some(unchanged),
+                ..DeleteParams::default()
+            };
+            let name = code.name_any();
+            let deleted = async { gone(cluster.code.delete(&name, &parameters).await.map(|_| ())) };
+            self.call(deleted).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What keeps an object that is to go.
+fn waits_for<K: Resource>(kind: &str, object: &K) -> String {
+    let finalizers = object.meta().finalizers.clone().unwrap_or_default();
+    let name = object.meta().name.clone().unwrap_or_default();
+    format!("{kind} {name} is still there, finalizers {finalizers:?}")
+}
+
+async fn apply<K>(api: &Api<K>, object: &K) -> kube::Result<K>
+where
+    K: Resource + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
+{
+    let parameters = PatchParams::apply(FIELD_MANAGER).force();
+    api.patch(&object.name_any(), &parameters, &Patch::Apply(object))
+        .await
+}
+
+/// Creates a Job. One that is there already under this name is this one, made before an answer was lost.
+async fn create(api: &Api<Job>, job: &Job) -> kube::Result<()> {
+    let parameters = PostParams {
+        field_manager: Some(FIELD_MANAGER.to_owned()),
+        ..PostParams::default()
+    };
+    match api.create(&parameters, job).await {
+        Err(error) if is_conflict(&error) => {
+            let there = api.get(&job.name_any()).await?;
+            if manifest::fence_of(&there).is_some() {
+                Ok(())
+            } else {
+                Err(error)
+            }
+        }
+        result => result.map(|_| ()),
+    }
+}
+
+/// Removes this very object. One that took its place meanwhile is left alone. A Job goes after its pods.
+async fn remove<K>(api: &Api<K>, object: &K) -> kube::Result<()>
+where
+    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+{
+    let parameters = if K::kind(&()) == "Job" {
+        DeleteParams::foreground()
+    } else {
+        DeleteParams::background()
+    };
+    let this = Preconditions {
+        uid: object.uid(),
+        resource_version: None,
+    };
+    let parameters = parameters.preconditions(this);
+    gone(api.delete(&object.name_any(), &parameters).await.map(|_| ()))
+}
+
+/// What is not there, or is another one by now, was removed.
+fn gone(result: kube::Result<()>) -> kube::Result<()> {
+    match result {
+        Err(error) if is_missing(&error) || is_conflict(&error) => Ok(()),
+        result => result,
+    }
+}
