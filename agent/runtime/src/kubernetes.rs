@@ -118,6 +118,16 @@ impl Cluster {
     fn changed(&self) {
         self.changes.send_modify(|count| *count += 1);
     }
+
+    /// Notes a life, unless its deployment has one: that one then.
+    fn begin(&self, life: &Arc<Life>) -> Option<Arc<Life>> {
+        let mut lives = lock(&self.lives);
+        let present = lives.get(&life.deployment).cloned();
+        if present.is_none() {
+            lives.insert(life.deployment.clone(), Arc::clone(life));
+        }
+        present
+    }
 }
 
 impl Kubernetes {
@@ -144,6 +154,7 @@ impl Kubernetes {
             changes,
             config,
         });
+        tasks.spawn(remove_half_made(Arc::clone(&cluster)));
         Self {
             cluster,
             tasks: Mutex::new(tasks),
@@ -151,24 +162,44 @@ impl Kubernetes {
     }
 
     fn live(&self, deployment: &DeploymentId, gpus: Vec<GpuId>, start: Option<(Fence, WorkloadSpec)>) {
-        let mut lives = lock(&self.cluster.lives);
-        if let Some(life) = lives.get(deployment) {
-            if start.is_none() {
-                life.ask_to_stop();
-            }
-            return;
-        }
         let life = Arc::new(Life::new(deployment.clone(), gpus));
         if start.is_none() {
             life.ask_to_stop();
         }
-        lives.insert(deployment.clone(), Arc::clone(&life));
-        drop(lives);
+        if let Some(present) = self.cluster.begin(&life) {
+            if start.is_none() {
+                present.ask_to_stop();
+            }
+            return;
+        }
         let mut tasks = lock(&self.tasks);
         while tasks.try_join_next().is_some() {}
         tasks.spawn(life::live(Arc::clone(&self.cluster), life, start));
         drop(tasks);
         self.cluster.changed();
+    }
+}
+
+/// Removes what an agent left that died before it had marked a Service as launched: the deployment is begun anew.
+async fn remove_half_made(cluster: Arc<Cluster>) {
+    let mut changes = cluster.changes.subscribe();
+    let left = loop {
+        match cluster.seen.all() {
+            Ok(left) => break left,
+            Err(_) if changes.changed().await.is_err() => return,
+            Err(_) => {}
+        }
+    };
+    for (deployment, objects) in left {
+        if objects.was_launched() {
+            continue;
+        }
+        let life = Arc::new(Life::new(deployment, objects.gpus()));
+        life.ask_to_stop();
+        // One that is being applied already goes on from there.
+        if cluster.begin(&life).is_none() {
+            life::live(Arc::clone(&cluster), life, None).await;
+        }
     }
 }
 
@@ -232,8 +263,7 @@ impl Cluster {
             let status = WorkloadStatus { deployment, phase };
             observed.push(Observed { status, gpus });
         }
-        // What an earlier agent started. A Service alone that never had a Job holds nothing, and `apply` goes on
-        // from there; it is listed all the same, so that it is removed when nobody wants it.
+        // What an earlier agent started.
         for (deployment, objects) in all {
             let (phase, gpus) = (objects.phase(), objects.gpus());
             let status = WorkloadStatus { deployment, phase };

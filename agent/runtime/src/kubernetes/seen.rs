@@ -89,6 +89,7 @@ where
     K: Lookup + Clone + 'static,
     K::DynamicType: Eq + std::hash::Hash + Clone,
 {
+    // Only asked, never awaited: of several that wait, the store wakes the last one.
     if store.wait_until_ready().now_or_never().is_none() {
         return Err(Error::Unknown("the API server has not listed it yet".to_owned()));
     }

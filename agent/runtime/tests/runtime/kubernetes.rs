@@ -160,10 +160,27 @@ async fn adoption(space: &Space) {
         .await
         .expect("it has one");
     assert_eq!(Some(ports), manifest::node_ports(&spec, &service).as_ref());
+    half_made(space).await;
     let other = space.open("node-2").await;
     assert_eq!(other.observe().await.expect("known"), [], "it is another node's");
     stop(&second, &spec).await;
     assert_eq!(space.remains().await, Vec::<String>::new());
+}
+
+/// An agent that died after it had made a Service, and before the Service said so much as that there is a Job.
+async fn half_made(space: &Space) {
+    let spec = spec("half-made");
+    let config = space.config("node-3");
+    let service = manifest::service(&spec, FENCE, &config.settings, false);
+    space
+        .services()
+        .create(&PostParams::default(), &service)
+        .await
+        .expect("it works");
+    let runtime = space.open("node-3").await;
+    until(&runtime, &spec.deployment, "gone", |phase| phase.is_none()).await;
+    start(space, &runtime, &spec).await;
+    stop(&runtime, &spec).await;
 }
 
 async fn removed_job(space: &Space) {
