@@ -51,6 +51,11 @@ pub(crate) struct Miner {
 impl Miner {
     /// Starts the hosts, waits until each has joined, and enrols it.
     pub(crate) async fn start(validators: &[&StandIn], plans: &[Plan<'_>]) -> Self {
+        Self::start_with(validators, plans, "kind = \"process\"").await
+    }
+
+    /// As [`Self::start`], with these settings of `[runtime]`.
+    pub(crate) async fn start_with(validators: &[&StandIn], plans: &[Plan<'_>], runtime: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let disk = rustix::fs::statvfs(folder.path()).expect("our own folder");
         let free_gb = disk.f_bavail.saturating_mul(disk.f_frsize) >> 30;
@@ -69,7 +74,7 @@ impl Miner {
             std::fs::create_dir_all(home.join("host")).expect("our own folder");
             let ports = Ports::free();
             let member = member.get_or_insert(ports);
-            let mut config = configuration(&name, &home, ports, *member, plan.gpus);
+            let mut config = configuration(&name, &home, ports, *member, plan.gpus, runtime);
             write!(config, "[miner]\nhotkey = \"{}\"\n", key.hotkey()).expect("a text");
             if index == 0 {
                 let seed_file = seed_file.display();
@@ -294,7 +299,7 @@ impl Ports {
     }
 }
 
-fn configuration(name: &str, home: &Path, own: Ports, member: Ports, gpus: usize) -> String {
+fn configuration(name: &str, home: &Path, own: Ports, member: Ports, gpus: usize, runtime: &str) -> String {
     format!(
         r#"
 data = "{home}"
@@ -319,7 +324,7 @@ store_free_bytes_min = "1MiB"
 [egress]
 listen = "{egress}"
 [runtime]
-kind = "process"
+{runtime}
 "#,
         home = home.display(),
         address = own.api.ip(),

@@ -1,5 +1,5 @@
 //! The whole miner with real processes against validator stand-ins in this process: several validators, the
-//! legacy flow, private chutes, jobs whose workload dies.
+//! legacy flow, private chutes, jobs whose workload dies, chutes as Jobs of a Kubernetes cluster.
 //!
 //! `cluster.rs` runs the hosts and asks the management API, `stand_in.rs` runs the validators; the other
 //! rooms are the tests. Each test has a whole miner of its own, so they run one after the other.
@@ -7,7 +7,11 @@
 #![cfg(feature = "dev")]
 
 mod cluster;
+#[path = "../../runtime/tests/runtime/control_plane.rs"]
+#[expect(dead_code, reason = "the runtime's own tests use the rest of it")]
+mod control_plane;
 mod jobs;
+mod kubernetes;
 mod legacy;
 mod private_chutes;
 #[path = "../processes/signed.rs"]
