@@ -41,7 +41,7 @@ pub struct BadDirective {
 /// [`BadDirective`], the first one.
 pub fn filter(level: &str) -> Result<Targets, BadDirective> {
     let written = level.split(',').map(str::trim);
-    let mut said = vec![QUIET_LOG_DIRECTIVE];
+    let mut said = vec![QUIET_LOG_DIRECTIVE, runtime::kubernetes::QUIET_LOG_DIRECTIVE];
     // An empty one would be read as `error`, and would win over a level before it.
     for directive in written.filter(|directive| !directive.is_empty()) {
         directive.parse::<Targets>().map_err(|why| BadDirective {
@@ -133,7 +133,8 @@ mod tests {
     #[test]
     fn levels_and_directives_are_read_and_chatter_is_not() {
         for info in ["info", "info,", " info , "] {
-            assert_eq!(filter(info).expect("valid").to_string(), "openraft=error,info");
+            let said = filter(info).expect("valid").to_string();
+            assert_eq!(said, "kube_client=off,openraft=error,info");
         }
         assert!(filter("info,coordinator=debug").is_ok());
         let error = filter("info,loud=shouting").expect_err("no level").to_string();

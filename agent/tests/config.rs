@@ -226,6 +226,11 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             "api = \"http://8.8.8.8\"",
             "only for loopback",
         ),
+        (
+            "kind = \"process\"",
+            "kind = \"kubernetes\"\nnode = \"a-name-that-is-too-long-for-a-label-of-kubernetes-which-has-63-characters\"",
+            "give it a shorter one",
+        ),
         ("seed_on_gpu_host = true", "", "set miner.seed_on_gpu_host = true"),
         (
             "seed_on_gpu_host = true",

@@ -37,6 +37,10 @@ use self::seen::Seen;
 use crate::manifest::Settings;
 use crate::{Error, Observed, Runtime};
 
+/// The client logs whole answers that it cannot read, and at `debug` all refusals: both may hold launch tokens. What
+/// is worth knowing of them is logged here.
+pub const QUIET_LOG_DIRECTIVE: &str = "kube_client=off";
+
 /// How workloads run in a cluster.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -154,7 +158,7 @@ impl Kubernetes {
             changes,
             config,
         });
-        tasks.spawn(remove_half_made(Arc::clone(&cluster)));
+        tasks.spawn(adopt(Arc::clone(&cluster)));
         Self {
             cluster,
             tasks: Mutex::new(tasks),
@@ -180,8 +184,9 @@ impl Kubernetes {
     }
 }
 
-/// Removes what an agent left that died before it had marked a Service as launched: the deployment is begun anew.
-async fn remove_half_made(cluster: Arc<Cluster>) {
+/// Takes over what an earlier agent left: what it launched lives on, so that it is missed when it is removed. What it
+/// had not marked as launched is removed, and begun anew if it is still wanted.
+async fn adopt(cluster: Arc<Cluster>) {
     let mut changes = cluster.changes.subscribe();
     let left = loop {
         match cluster.seen.all() {
@@ -190,17 +195,20 @@ async fn remove_half_made(cluster: Arc<Cluster>) {
             Err(_) => {}
         }
     };
+    let mut adopted = Vec::new();
     for (deployment, objects) in left {
-        if objects.was_launched() {
-            continue;
-        }
         let life = Arc::new(Life::new(deployment, objects.gpus()));
-        life.ask_to_stop();
+        if objects.was_launched() {
+            life.adopt();
+        } else {
+            life.ask_to_stop();
+        }
         // One that is being applied already goes on from there.
         if cluster.begin(&life).is_none() {
-            life::live(Arc::clone(&cluster), life, None).await;
+            adopted.push(life::live(Arc::clone(&cluster), life, None));
         }
     }
+    futures_util::future::join_all(adopted).await;
 }
 
 impl Runtime for Kubernetes {
@@ -245,17 +253,25 @@ impl Cluster {
         let mut observed = Vec::new();
         for (deployment, life) in lives {
             let objects = all.remove(&deployment).unwrap_or_default();
+            if objects.job.is_some() {
+                life.note_seen();
+            }
             let phase = match life.doing() {
                 Doing::Starting => WorkloadPhase::Pending,
-                Doing::Failed(reason) => WorkloadPhase::Ended {
-                    exit_code: None,
-                    reason,
-                },
-                Doing::Started if objects.job.is_none() && !life.was_seen() => WorkloadPhase::Pending,
-                Doing::Started => {
-                    life.note_seen();
-                    objects.phase()
+                // Unless it was started after all, and the answer was lost.
+                Doing::Failed(reason) if objects.job.is_none() && objects.pods.is_empty() => {
+                    WorkloadPhase::Ended {
+                        exit_code: None,
+                        reason,
+                    }
                 }
+                // Made, and not shown by the watches yet.
+                Doing::Started if objects.job.is_none() && !life.was_seen() => WorkloadPhase::Pending,
+                Doing::Started if objects.is_empty() => WorkloadPhase::Ended {
+                    exit_code: None,
+                    reason: "its objects were removed".to_owned(),
+                },
+                Doing::Started | Doing::Failed(_) => objects.phase(),
                 Doing::Stopping => WorkloadPhase::Stopping,
                 Doing::Gone => continue,
             };
@@ -263,7 +279,7 @@ impl Cluster {
             let status = WorkloadStatus { deployment, phase };
             observed.push(Observed { status, gpus });
         }
-        // What an earlier agent started.
+        // What an earlier agent started, until it is adopted.
         for (deployment, objects) in all {
             let (phase, gpus) = (objects.phase(), objects.gpus());
             let status = WorkloadStatus { deployment, phase };

@@ -35,7 +35,7 @@ pub const LAUNCHED_ANNOTATION: &str = "chutes-agent/launched";
 const WRITER_ANNOTATION: &str = "chutes-agent/written-for";
 /// Label that names the workload of a deployment.
 pub const DEPLOYMENT_LABEL: &str = "chutes/deployment-id";
-/// Label with the node whose agent an object belongs to.
+/// Label with the node whose agent an object belongs to: its name, of [`NODE_CHARACTERS_MAX`] characters at most.
 pub const NODE_LABEL: &str = "chutes-agent/node";
 /// Under this name the fields that we write are ours.
 pub const FIELD_MANAGER: &str = "chutes-agent";
@@ -43,8 +43,8 @@ pub const FIELD_MANAGER: &str = "chutes-agent";
 pub const CHUTE_CONTAINER: &str = "chute";
 const CHUTE_LABEL: &str = "chutes/chute-id";
 const VERSION_LABEL: &str = "chutes/version";
-/// The longest value of a label.
-const LABEL_CHARACTERS_MAX: usize = 63;
+/// The longest value of a label, and so of a node's name.
+pub const NODE_CHARACTERS_MAX: usize = 63;
 const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "chutes-agent");
 const SHARED_MEMORY: &str = "16Gi";
 
@@ -70,14 +70,14 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The reference's values for one node.
+    /// The usual values for one node; the runtime class is that of k3s.
     #[must_use]
     pub fn for_node(node_name: &str) -> Self {
         Self {
             namespace: "chutes".to_owned(),
             node_name: node_name.to_owned(),
             registry_port: 30500,
-            runtime_class: "nvidia-container-runtime".to_owned(),
+            runtime_class: "nvidia".to_owned(),
             cache_root: "/var/snap/cache".to_owned(),
             init_image: "busybox:1.37.0".to_owned(),
             stop_grace_seconds: 30,
@@ -139,20 +139,10 @@ pub fn image_name(spec: &WorkloadSpec, settings: &Settings) -> String {
     )
 }
 
-/// The value of [`NODE_LABEL`]: the node's name, or what stands for one that is too long for a label.
-#[must_use]
-pub fn node_label(node_name: &str) -> String {
-    if node_name.len() <= LABEL_CHARACTERS_MAX {
-        node_name.to_owned()
-    } else {
-        uuid5_oid(node_name)
-    }
-}
-
 /// Selects the objects of one node's agent.
 #[must_use]
 pub fn node_selector(settings: &Settings) -> String {
-    format!("{NODE_LABEL}={}", node_label(&settings.node_name))
+    format!("{NODE_LABEL}={}", settings.node_name)
 }
 
 /// Selects the objects of one deployment.
@@ -235,7 +225,7 @@ pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings, launched: bo
 #[must_use]
 pub fn job(spec: &WorkloadSpec, fence: Fence, settings: &Settings, ports: &[PortMapping]) -> Job {
     let mut labels = job_labels(spec);
-    labels.insert(NODE_LABEL.to_owned(), node_label(&settings.node_name));
+    labels.insert(NODE_LABEL.to_owned(), settings.node_name.clone());
     let own_labels = own_labels(labels.clone(), settings);
     let mut own = metadata(job_name(&spec.deployment), own_labels, fence, settings);
     let annotations = own.annotations.get_or_insert_default();
@@ -254,7 +244,12 @@ pub fn job(spec: &WorkloadSpec, fence: Fence, settings: &Settings, ports: &[Port
             template: PodTemplateSpec {
                 metadata: Some(ObjectMeta {
                     labels: Some(labels),
-                    annotations: Some(BTreeMap::from(scrape)),
+                    annotations: Some(
+                        scrape
+                            .into_iter()
+                            .chain([(GPUS_ANNOTATION.to_owned(), gpu_list(spec))])
+                            .collect(),
+                    ),
                     ..ObjectMeta::default()
                 }),
                 spec: Some(pod(spec, settings, ports)),
@@ -305,7 +300,7 @@ fn gpu_list(spec: &WorkloadSpec) -> String {
 
 fn own_labels(mut labels: BTreeMap<String, String>, settings: &Settings) -> BTreeMap<String, String> {
     labels.insert(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned());
-    labels.insert(NODE_LABEL.to_owned(), node_label(&settings.node_name));
+    labels.insert(NODE_LABEL.to_owned(), settings.node_name.clone());
     labels
 }
 
@@ -608,12 +603,6 @@ mod tests {
             job.ports.push(Port { internal, protocol });
         }
         check("job", &job);
-    }
-
-    #[test]
-    fn a_long_node_name_fits_a_label() {
-        assert_eq!(node_label("gpu-1.example"), "gpu-1.example");
-        assert_eq!(node_label(&"n".repeat(64)).len(), 36);
     }
 
     #[test]

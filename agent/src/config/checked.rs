@@ -20,7 +20,7 @@ use crate::gpu::worker::Limits;
 use crate::host_plane::facts::Identity;
 use crate::proof_plane::Backend;
 use crate::{cache, data_plane, egress, host_plane, link, proof_plane, registry, signer, telemetry};
-use ::runtime::manifest::Settings;
+use ::runtime::manifest::{NODE_CHARACTERS_MAX, Settings};
 
 /// The longest path of a Unix socket, less some room for the names that stand for a socket not yet there.
 const SOCKET_PATH_BYTES_MAX: usize = 100;
@@ -411,7 +411,18 @@ fn runtime(
     checker: &mut Checker<'_>,
 ) -> Option<host_plane::RuntimeKind> {
     match written.runtime.kind {
-        RuntimeKind::Kubernetes => Some(host_plane::RuntimeKind::Kubernetes(Box::new(kubernetes(written)))),
+        RuntimeKind::Kubernetes => {
+            let node = kubernetes(written);
+            let name = &node.config.settings.node_name;
+            if name.len() > NODE_CHARACTERS_MAX {
+                let text = format!(
+                    "the node {name} has a name of more than {NODE_CHARACTERS_MAX} characters, which no label holds: \
+                     give it a shorter one"
+                );
+                checker.complain("runtime.node", text);
+            }
+            Some(host_plane::RuntimeKind::Kubernetes(Box::new(node)))
+        }
         RuntimeKind::Process => {
             let processes = processes(written, validators, checker)?;
             Some(host_plane::RuntimeKind::Process(Box::new(processes)))
@@ -439,6 +450,10 @@ fn kubernetes(written: &Written) -> host_plane::Node {
             .coordinator
             .enabled
             .then_some(written.coordinator.api_listen.port()),
+        written
+            .coordinator
+            .enabled
+            .then_some(written.coordinator.hosts_listen.port()),
         Some(written.proof.listen.port()),
     ];
     config.reserved_ports = doors.into_iter().flatten().collect();

@@ -269,7 +269,8 @@ pub struct Runtime {
     pub namespace: String,
     /// Name of the node that this host is; `host.name` if missing (`kubernetes` only).
     pub node: Option<String>,
-    /// Runtime class that gives containers the GPUs of `NVIDIA_VISIBLE_DEVICES` (`kubernetes` only).
+    /// Runtime class that gives containers the GPUs of `NVIDIA_VISIBLE_DEVICES`: `nvidia` on k3s,
+    /// `nvidia-container-runtime` where the GPU operator made it on microk8s (`kubernetes` only).
     pub runtime_class: String,
     /// Image of the container that prepares a chute's cache folder; needs `/bin/sh` (`kubernetes` only).
     pub init_image: String,
@@ -286,7 +287,7 @@ impl Default for Runtime {
             kubeconfig: None,
             namespace: "chutes".to_owned(),
             node: None,
-            runtime_class: "nvidia-container-runtime".to_owned(),
+            runtime_class: "nvidia".to_owned(),
             init_image: "busybox:1.37.0".to_owned(),
             ports: "31000-31999".to_owned(),
             stop_grace: Span::seconds(30),

@@ -20,6 +20,16 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- with .Values.image }}{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}{{ end }}
 {{- end }}
 
+{{/* Arguments before the command. */}}
+{{- define "chutes-miner.arguments" -}}
+- --config
+- /etc/chutes-agent/config/config.toml
+{{- range $key, $value := .Values.settings }}
+- --set
+- {{ printf "%s=%v" $key $value | quote }}
+{{- end }}
+{{- end }}
+
 {{/* What the agent and the step before it have in common. */}}
 {{- define "chutes-miner.container" -}}
 image: {{ include "chutes-miner.image" . | quote }}
@@ -27,7 +37,7 @@ imagePullPolicy: {{ .Values.image.pullPolicy }}
 env:
   - name: CHUTES_AGENT__HOST__NAME
     valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
-  - name: CHUTES_AGENT__HOST__ID
+  - name: CHUTES_AGENT__RUNTIME__NODE
     valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
   - name: CHUTES_AGENT__HOST__ADDRESS
     {{- if .Values.host.address }}
@@ -50,6 +60,8 @@ securityContext:
     drop: [ALL]
     add: [DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID]
 volumeMounts:
+  # With the name it makes the host's identity: nodes of different clusters may have the same name.
+  - {name: machine-id, mountPath: /etc/machine-id, readOnly: true}
   - {name: config, mountPath: /etc/chutes-agent/config, readOnly: true}
   - {name: data, mountPath: /var/lib/chutes-agent}
   - {name: cache, mountPath: {{ .Values.cache.directory }}}

@@ -1,7 +1,7 @@
 //! What is done for one workload, in which order. One task for each workload that is begun or ended by this agent.
 //!
 //! ```text
-//! start: code, Service -> Service says "launched" -> Job -> code once more
+//! start: Service, code -> Service says "launched" -> Job -> code once more
 //! stop:  Job (foreground: its pods first) -> pods that are left -> nothing holds a GPU -> code, Service
 //! ```
 //! Each step may be repeated; an agent that dies in between leaves what the next one goes on from.
@@ -79,6 +79,12 @@ impl Life {
         self.stop.send_replace(true);
     }
 
+    /// Its Job was made by an earlier agent.
+    pub(super) fn adopt(&self) {
+        *lock(&self.doing) = Doing::Started;
+        self.note_seen();
+    }
+
     fn is_to_stop(&self) -> bool {
         *self.stop.borrow()
     }
@@ -109,8 +115,7 @@ pub(super) async fn live(cluster: Arc<Cluster>, life: Arc<Life>, start: Option<(
         && !life.is_to_stop()
     {
         match work.start(*fence, spec).await {
-            Ok(()) => work.set(Doing::Started),
-            Err(Given::Stopped) => {}
+            Ok(()) | Err(Given::Stopped) => {}
             Err(Given::Up(reason)) => {
                 tracing::warn!(deployment = %life.deployment, reason, "it was not started");
                 work.set(Doing::Failed(reason));
@@ -146,19 +151,26 @@ impl Work<'_> {
     async fn start(&self, fence: Fence, spec: &WorkloadSpec) -> Result<(), Given> {
         let cluster = self.cluster;
         let settings = &cluster.config.settings;
+        let ports = self.ports(fence, spec).await?;
         let code = manifest::code(spec, fence, settings, false);
         self.insist("write its code", || apply(&cluster.code, &code))
             .await?;
-        let ports = self.ports(fence, spec).await?;
         let launched = manifest::service(spec, fence, settings, true);
         self.insist("note the launch", || apply(&cluster.services, &launched))
             .await?;
         let job = manifest::job(spec, fence, settings, &ports);
         self.insist("create its Job", || create(&cluster.jobs, &job))
             .await?;
+        self.set(Doing::Started);
         let code = manifest::code(spec, fence, settings, true);
-        self.insist("write its code", || apply(&cluster.code, &code))
+        // It runs already. Without its code, its pod would say so.
+        match self
+            .insist("write its code", || apply(&cluster.code, &code))
             .await
+        {
+            Err(Given::Up(_)) | Ok(()) => Ok(()),
+            stopped => stopped,
+        }
     }
 
     /// Makes the Service, until it is given ports that are not ours.
@@ -268,7 +280,8 @@ impl Work<'_> {
         let (cluster, deployment) = (self.cluster, &self.life.deployment);
         let job = self
             .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
-            .await?;
+            .await?
+            .filter(|job| manifest::fence_of(job).is_some());
         if let Some(job) = &job
             && job.metadata.deletion_timestamp.is_none()
         {

@@ -38,7 +38,8 @@ impl Objects {
     pub(super) fn gpus(&self) -> Vec<GpuId> {
         let job = self.job.as_deref().and_then(gpus_of);
         let service = self.service.as_deref().and_then(gpus_of);
-        job.or(service).unwrap_or_default()
+        let pod = || self.pods.values().find_map(|pod| gpus_of(&**pod));
+        job.or(service).or_else(pod).unwrap_or_default()
     }
 
     /// How far it is. A workload whose pods are all over holds no GPU; one with any other pod does, whatever became
@@ -47,7 +48,12 @@ impl Objects {
         let holding = self.pods.values().find(|pod| !is_over(pod));
         let Some(job) = &self.job else {
             return match holding {
-                Some(_) => WorkloadPhase::Stopping,
+                Some(pod) if pod.metadata.deletion_timestamp.is_some() => WorkloadPhase::Stopping,
+                // Nobody ends it but us: it goes on until it is not wanted.
+                Some(_) => WorkloadPhase::Running {
+                    ports: Vec::new(),
+                    ready: false,
+                },
                 None if self.was_launched() => ended(None, "its Job was removed"),
                 None => WorkloadPhase::Pending,
             };
@@ -338,11 +344,12 @@ mod tests {
     #[test]
     fn a_gpu_is_held_as_long_as_any_pod_is_not_over() {
         let (running, failed) = (json!({ "phase": "Running" }), json!({ "phase": "Failed" }));
-        assert_eq!(
-            objects(None, std::slice::from_ref(&running)).phase(),
-            WorkloadPhase::Stopping,
-            "its Job is gone"
-        );
+        let orphan = objects(None, std::slice::from_ref(&running));
+        let goes_on = WorkloadPhase::Running {
+            ports: Vec::new(),
+            ready: false,
+        };
+        assert_eq!(orphan.phase(), goes_on, "its Job is gone");
         let both = objects(Some(job(json!({}))), &[failed.clone(), running]);
         assert!(matches!(both.phase(), WorkloadPhase::Running { .. }));
         let mut deleted = job(json!({}));

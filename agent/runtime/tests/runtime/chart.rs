@@ -58,6 +58,16 @@ pub(crate) async fn chart(plane: &ControlPlane) {
         "cluster.tokenSecret=invitation",
     ];
     let install: Vec<&str> = install.iter().chain(&set).copied().collect();
+    let found: Vec<&str> = install
+        .iter()
+        .copied()
+        .chain(["--set", "cluster.found=true"])
+        .collect();
+    let refused = plane.helm(&found).await;
+    assert!(
+        refused.is_err_and(|why| why.contains("would found a cluster of its own")),
+        "each node would be the first"
+    );
     plane.helm(&install).await.expect("it installs");
     plane.helm(&install).await.expect("it upgrades");
 

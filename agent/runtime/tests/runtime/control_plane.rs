@@ -116,7 +116,7 @@ impl ControlPlane {
         until_ready(&client, path).await;
         let controllers = start_controllers(&programs, path);
         let class = json!({ "apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "nvidia",
-            "metadata": { "name": "nvidia-container-runtime" } });
+            "metadata": { "name": "nvidia" } });
         let classes: Api<k8s_openapi::api::node::v1::RuntimeClass> = Api::all(client.clone());
         let class = serde_json::from_value(class).expect("a runtime class");
         classes

@@ -7,6 +7,7 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use protocol::id::{ChuteId, DeploymentId, GpuId};
 use protocol::workload::{WorkloadPhase, WorkloadSpec};
 use runtime::Runtime;
+use runtime::diff::diff;
 use runtime::kubernetes::{Config, Kubernetes};
 use runtime::manifest::{self, Settings, job_name, service_name};
 use serde_json::{Value, json};
@@ -83,6 +84,7 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     adoption(&plane.namespace("adoption").await).await;
     says("a Job that somebody removed has ended");
     removed_job(&plane.namespace("removed").await).await;
+    all_removed(&plane.namespace("all-removed").await).await;
     says("pods without their Job hold their GPUs until they are gone");
     orphaned_pods(&plane.namespace("orphans").await).await;
     says("a finalizer that does not end keeps the workload listed");
@@ -222,6 +224,42 @@ async fn removed_job(space: &Space) {
     assert_eq!(space.remains().await, Vec::<String>::new());
 }
 
+/// Whoever removes everything of a deployment ends it; its launch token was used.
+async fn all_removed(space: &Space) {
+    for adopted in [false, true] {
+        let spec = spec("all-removed");
+        let mut runtime = space.open("node-1").await;
+        start(space, &runtime, &spec).await;
+        if adopted {
+            drop(runtime);
+            runtime = space.open("node-1").await;
+        }
+        let name = service_name(&spec.deployment);
+        space
+            .services()
+            .delete(&name, &DeleteParams::default())
+            .await
+            .expect("it is there");
+        let name = job_name(&spec.deployment);
+        space
+            .jobs()
+            .delete(&name, &DeleteParams::foreground())
+            .await
+            .expect("it is there");
+        until(&runtime, &spec.deployment, "ended", is_ended).await;
+        runtime.apply(FENCE, &spec).await.expect("it is known");
+        assert!(is_ended(phase(&runtime, &spec.deployment).await.as_ref()));
+        stop(&runtime, &spec).await;
+        let name = manifest::code_name(&spec.chute, &spec.version);
+        space
+            .code()
+            .delete(&name, &DeleteParams::default())
+            .await
+            .expect("nothing says any more whose it is");
+    }
+    assert_eq!(space.remains().await, Vec::<String>::new());
+}
+
 async fn orphaned_pods(space: &Space) {
     let spec = spec("orphaned");
     let runtime = space.open("node-1").await;
@@ -232,8 +270,9 @@ async fn orphaned_pods(space: &Space) {
         .delete(&job_name(&spec.deployment), &orphan)
         .await
         .expect("it is there");
-    let is_stopping = |phase: Option<&WorkloadPhase>| matches!(phase, Some(WorkloadPhase::Stopping));
-    until(&runtime, &spec.deployment, "stopping", is_stopping).await;
+    let goes_on =
+        |phase: Option<&WorkloadPhase>| matches!(phase, Some(WorkloadPhase::Running { ready: false, .. }));
+    until(&runtime, &spec.deployment, "going on without its Job", goes_on).await;
     assert_eq!(
         space
             .pods()
@@ -247,6 +286,12 @@ async fn orphaned_pods(space: &Space) {
     let observed = runtime.observe().await.expect("known");
     assert!(observed[0].holds_gpus());
     assert_eq!(observed[0].gpus, spec.gpus);
+    let plan = diff(&[], &observed);
+    assert_eq!(
+        plan.stop,
+        std::slice::from_ref(&spec.deployment),
+        "whoever does not want it ends it"
+    );
     stop(&runtime, &spec).await;
     assert_eq!(space.remains().await, Vec::<String>::new());
 }
