@@ -28,7 +28,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 const TOKEN: &str = "operator";
-const START_PATIENCE: Duration = Duration::from_secs(120);
+const START_PATIENCE: Duration = Duration::from_secs(240);
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// Node ports: half of them are reserved, so that one of ours is soon given.
 const NODE_PORTS: &str = "30000-30063";
@@ -109,11 +109,12 @@ impl ControlPlane {
                 "--unsafe-no-fsync".to_owned(),
             ],
         );
-        let server = start_server(&programs, path, etcd_port, port);
+        let serve = || start_server(&programs, path, etcd_port, port);
+        let mut server = serve();
         let client = runtime::kubernetes::client(Some(&kubeconfig))
             .await
             .expect("a good kubeconfig");
-        until_ready(&client, path).await;
+        until_ready(&client, path, &mut server, serve).await;
         let controllers = start_controllers(&programs, path);
         let class = json!({ "apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "nvidia",
             "metadata": { "name": "nvidia" } });
@@ -172,9 +173,11 @@ impl ControlPlane {
     }
 
     pub(crate) async fn start_server(&mut self) {
-        self.server = start_server(&self.programs, self.folder.path(), self.etcd_port, self.port);
-        until_ready(&self.client, self.folder.path()).await;
-        self.controllers = start_controllers(&self.programs, self.folder.path());
+        let path = self.folder.path();
+        self.server = start_server(&self.programs, path, self.etcd_port, self.port);
+        let serve = || start_server(&self.programs, path, self.etcd_port, self.port);
+        until_ready(&self.client, path, &mut self.server, serve).await;
+        self.controllers = start_controllers(&self.programs, path);
     }
 
     /// A new namespace, ready for pods, with a kubelet for all of it.
@@ -271,7 +274,9 @@ fn kubeconfig_text(port: u16) -> String {
     .to_string()
 }
 
-async fn until_ready(client: &Client, folder: &Path) {
+/// Waits until the API server is ready. One that ends by itself is started again, as its supervisor would: it does
+/// when a Service is made at the moment in which it counts the addresses of all.
+async fn until_ready(client: &Client, folder: &Path, server: &mut Child, again: impl Fn() -> Child) {
     let deadline = Instant::now() + START_PATIENCE;
     loop {
         let request = http::Request::get("/readyz").body(Vec::new()).expect("a request");
@@ -282,6 +287,9 @@ async fn until_ready(client: &Client, folder: &Path) {
                 "the API server is not ready ({error}): {}",
                 std::fs::read_to_string(folder.join("kube-apiserver.log")).unwrap_or_default()
             ),
+        }
+        if server.try_wait().expect("it is ours").is_some() {
+            *server = again();
         }
         sleep(ASK_EVERY).await;
     }
