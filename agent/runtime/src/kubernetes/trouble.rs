@@ -29,9 +29,7 @@ impl Trouble {
             _ => Self::Refused(text),
         }
     }
-}
 
-impl Trouble {
     /// The same without a secret that the API server may have repeated.
     pub(super) fn without(self, secret: &str) -> Self {
         let clean = |why: String| why.replace(secret, "(secret)");

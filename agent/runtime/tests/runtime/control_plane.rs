@@ -391,43 +391,19 @@ impl Space {
 
     /// The names of all objects that a runtime may have left here.
     pub(crate) async fn remains(&self) -> Vec<String> {
-        let all = ListParams::default();
-        let mut names = Vec::new();
-        let works = "the API server works";
-        names.extend(
-            self.jobs()
-                .list(&all)
-                .await
-                .expect(works)
-                .iter()
-                .map(|it| it.name_any()),
-        );
-        names.extend(
-            self.pods()
-                .list(&all)
-                .await
-                .expect(works)
-                .iter()
-                .map(|it| it.name_any()),
-        );
-        names.extend(
-            self.services()
-                .list(&all)
-                .await
-                .expect(works)
-                .iter()
-                .map(|it| it.name_any()),
-        );
-        names.extend(
-            self.code()
-                .list(&all)
-                .await
-                .expect(works)
-                .iter()
-                .map(|it| it.name_any()),
-        );
-        names
+        let (jobs, pods) = (names(&self.jobs()).await, names(&self.pods()).await);
+        let (services, code) = (names(&self.services()).await, names(&self.code()).await);
+        [jobs, pods, services, code].concat()
     }
+}
+
+async fn names<K>(api: &Api<K>) -> Vec<String>
+where
+    K: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+{
+    let all = api.list(&ListParams::default()).await;
+    let all = all.expect("the API server works");
+    all.iter().map(|object| object.name_any()).collect()
 }
 
 /// Waits until a runtime can say what exists.
