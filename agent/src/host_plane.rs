@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use protocol::gpu::DeviceInfo;
 use protocol::link::{RegistryHeaders, ToHost};
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::HostFacts;
 use protocol::workload::Fence;
 use runtime::Runtime;
@@ -32,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use self::facts::Identity;
 use self::neighbour::Neighbour;
 use crate::cache::policy::Leases;
-use crate::link::{self, Ends, Link, Quic};
+use crate::link::{self, AnswerQuestion, Ends, Link, Quic};
 use crate::workloads::store::Store;
 use crate::workloads::{self, Channels, Offer};
 use coordinator::clock::{Clock, WallClock};
@@ -147,6 +148,7 @@ async fn serve(
     let (headers, headers_in) = watch::channel(None);
 
     let mut tasks = JoinSet::new();
+    let answers = answers(Arc::clone(&runtime));
     let channels = Channels {
         offers: offers_in,
         delivered: delivered_in,
@@ -170,6 +172,7 @@ async fn serve(
         report: report_in,
         delivered,
         inbound,
+        answers,
     };
     tasks.spawn(link.run(ends, shutdown.clone()));
     let until = |end: CancellationToken, task: futures_util::future::BoxFuture<'static, ()>| async move {
@@ -204,6 +207,26 @@ async fn serve(
         }
     }
     Ok(())
+}
+
+/// What the runtime knows of a workload, for whoever asks.
+fn answers(runtime: Arc<dyn Runtime>) -> Arc<AnswerQuestion> {
+    Arc::new(move |question| {
+        let runtime = Arc::clone(&runtime);
+        Box::pin(async move {
+            let answer = match &question {
+                HostQuestion::Log(query) => runtime.log(query).await.map(|log| log.map(HostAnswer::Log)),
+                HostQuestion::Events(deployment) => {
+                    let events = runtime.events(deployment).await;
+                    events.map(|events| events.map(HostAnswer::Events))
+                }
+            };
+            match answer {
+                Ok(answer) => answer.unwrap_or(HostAnswer::Unknown),
+                Err(error) => HostAnswer::Failed(error.to_string()),
+            }
+        })
+    })
 }
 
 /// Hands on what the coordinator says, each to its place.

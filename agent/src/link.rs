@@ -13,11 +13,13 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use protocol::link::{ALPN, Decoder, FrameError, FromHost, ToHost, encode};
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::workload::Fence;
 use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -41,9 +43,14 @@ const RENEW_EVERY: Duration = Duration::from_secs(60 * 60);
 /// Between two tries to change over to another authority.
 const CHANGE_OVER_AGAIN: Duration = Duration::from_secs(5);
 const CHUNK_BYTES: usize = 64 * 1024;
+/// Questions that are answered at a time; further ones wait.
+const QUESTIONS_MAX: u32 = 4;
+const QUESTION_BYTES_MAX: usize = 64 * 1024;
+
+/// Answers a question about a workload of this host.
+pub type AnswerQuestion = dyn Fn(HostQuestion) -> BoxFuture<'static, HostAnswer> + Send + Sync;
 
 /// What a link carries.
-#[derive(Debug)]
 pub struct Ends {
     /// What the host says of itself; nothing is sent before it is known.
     pub facts: watch::Receiver<Option<HostFacts>>,
@@ -55,6 +62,16 @@ pub struct Ends {
     pub delivered: watch::Sender<Fence>,
     /// What the coordinator says.
     pub inbound: mpsc::Sender<ToHost>,
+    /// Answers what the coordinator asks.
+    pub answers: Arc<AnswerQuestion>,
+}
+
+impl std::fmt::Debug for Ends {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ends")
+            .field("stored", &self.stored)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The way to the coordinator.
@@ -187,8 +204,15 @@ impl Quic {
         tracing::info!(member, "host link is up");
         ends.report.mark_changed();
         let mut decoder = Decoder::default();
+        // They end with the connection.
+        let mut answering = JoinSet::new();
         loop {
             tokio::select! {
+                question = connection.accept_bi() => {
+                    let (send, receive) = question.map_err(lost)?;
+                    while answering.try_join_next().is_some() {}
+                    answering.spawn(answer(Arc::clone(&ends.answers), send, receive));
+                }
                 read = read(&mut incoming, &mut decoder) => {
                     read?;
                     while let Some(message) = decoder.take_next::<ToHost>()? {
@@ -233,8 +257,8 @@ impl Quic {
         let tls = Identity::of_host(&self.config.certificates)?.quic_client(ALPN)?;
         let mut config = ClientConfig::new(Arc::new(tls));
         let mut transport = transport();
-        // The host opens the only stream; the member opens none.
-        transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        // The host opens the stream of messages; the member opens one for each question.
+        transport.max_concurrent_bidi_streams(VarInt::from_u32(QUESTIONS_MAX));
         transport.keep_alive_interval(Some(KEEP_ALIVE));
         config.transport_config(Arc::new(transport));
         let addresses = tokio::net::lookup_host(member)
@@ -280,6 +304,23 @@ async fn write(out: &mut SendStream, message: &impl Serialize) -> Result<(), Err
     match timeout(WRITE_TIMEOUT, out.write_all(&frame)).await {
         Ok(written) => written.map_err(lost),
         Err(_) => Err(lost("the coordinator takes no more")),
+    }
+}
+
+/// Answers one question on the stream that it came on. Whoever asks notices when it fails.
+async fn answer(answers: Arc<AnswerQuestion>, mut send: SendStream, mut receive: RecvStream) {
+    let answered = async {
+        let mut decoder = Decoder::default();
+        let bytes = receive.read_to_end(QUESTION_BYTES_MAX).await.map_err(lost)?;
+        decoder.push(&bytes);
+        let question = decoder
+            .take_next()?
+            .ok_or_else(|| lost("a question is cut off"))?;
+        write(&mut send, &answers(question).await).await?;
+        send.finish().map_err(lost)
+    };
+    if let Err(error) = answered.await {
+        tracing::debug!(%error, "a question was not answered");
     }
 }
 

@@ -59,17 +59,20 @@ mod state;
 mod status;
 mod timeline;
 mod upgrade;
+mod workload;
 
 pub use connection::Connection;
-pub use diff::{HostReports, ValidatorListing};
+pub use diff::{Hosts, ValidatorListing};
 pub use enrolment::SupportedGpus;
-pub use leader::{Alone, ToLeader};
+pub use leader::{Alone, Others};
 pub use raft::{ClusterView, Progress, ReplicatedCluster, Roles};
 
 /// What is under way at a stop may take this long.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long the leader may take with what another member passes on to it.
 const PASS_ON_MAX: Duration = Duration::from_secs(15);
+/// How long a host may take with a question about a workload; and a member to which it may be connected.
+const HOST_ANSWER_MAX: Duration = Duration::from_secs(12);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// A limit on everything.
@@ -115,16 +118,16 @@ pub struct Config {
 pub struct Deps {
     /// GPU types that a validator takes.
     pub supported_gpus: Arc<dyn SupportedGpus>,
-    /// What hosts reported last.
-    pub host_reports: Arc<dyn HostReports>,
+    /// What hosts reported last, and the way to those that are connected here.
+    pub hosts: Arc<dyn Hosts>,
     /// What validators listed last.
     pub validator_listing: Arc<dyn ValidatorListing>,
     /// The members of the replicated log.
     pub cluster: Arc<dyn ClusterView>,
     /// Snapshots that leave the cluster.
     pub backup: Door,
-    /// The way to the leader.
-    pub leader: Arc<dyn ToLeader>,
+    /// The way to the other members.
+    pub others: Arc<dyn Others>,
     /// Opens and seals the authorities' keys.
     pub signer: Arc<dyn Sign>,
 }
@@ -199,7 +202,9 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/v1/explain", get(explain::explain))
         .route("/v1/ca", get(authority::status))
         .route("/v1/bans", get(operate::bans))
-        .route("/v1/upgrade", get(upgrade::show));
+        .route("/v1/upgrade", get(upgrade::show))
+        .route("/v1/deployments/{deployment}/log", get(workload::log))
+        .route("/v1/deployments/{deployment}/events", get(workload::events));
     let writes = Router::new()
         .route("/servers/", post(enrolment::add))
         .route("/servers/{server}", delete(servers::remove))

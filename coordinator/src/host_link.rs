@@ -5,13 +5,17 @@
 //! host <--Desired-------- session <-- the state's desired set of that server, whenever its fence rises
 //! ```
 //! A session is messages in and messages out; `quic.rs` carries them, a simulation carries them by hand.
+//! Questions about a workload ([`AskHost`]) go to the host on streams of their own.
 //! [`Hub`] knows who is connected and what each host reported last, here and, on the leader, at other members:
 //! memory that a leader change may lose.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use protocol::id::ServerId;
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::WorkloadReport;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
@@ -21,7 +25,7 @@ pub mod quic;
 pub mod session;
 
 /// A host that is connected to this member.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Connected {
     /// Names the session; a newer one of the same host replaces it.
     pub session: u64,
@@ -31,6 +35,15 @@ pub struct Connected {
     pub report: Option<(UnixMillis, WorkloadReport)>,
     /// Number of the news that its last report was.
     news: u64,
+    /// The way to ask it.
+    way: Option<Arc<dyn AskHost>>,
+}
+
+/// Asks a connected host about one of its workloads.
+pub trait AskHost: std::fmt::Debug + Send + Sync {
+    /// Asks; gives up after `within`.
+    fn ask(&self, question: HostQuestion, within: Duration)
+    -> BoxFuture<'static, Result<HostAnswer, String>>;
 }
 
 /// A host as the member that it is connected to tells the leader of it.
@@ -77,7 +90,7 @@ impl Hub {
 
     /// A host has said who it is; the number of its session.
     #[must_use]
-    pub fn join(&self, server: ServerId, now: UnixMillis) -> u64 {
+    pub fn join(&self, server: ServerId, now: UnixMillis, way: Option<Arc<dyn AskHost>>) -> u64 {
         let mut inner = self.lock();
         inner.next_session += 1;
         let session = inner.next_session;
@@ -89,6 +102,7 @@ impl Hub {
                 since: now,
                 report: None,
                 news: 0,
+                way,
             },
         );
         session
@@ -175,6 +189,18 @@ impl Hub {
         self.lock().hosts.get(server).cloned()
     }
 
+    /// Asks a host about a workload; none if it is not connected to this member.
+    #[must_use]
+    pub fn ask(
+        &self,
+        server: &ServerId,
+        question: HostQuestion,
+        within: Duration,
+    ) -> Option<BoxFuture<'static, Result<HostAnswer, String>>> {
+        let way = self.lock().hosts.get(server)?.way.clone()?;
+        Some(way.ask(question, within))
+    }
+
     /// What a host reported last, to this member or, as far as this one was told, to another.
     #[must_use]
     pub fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)> {
@@ -214,7 +240,7 @@ mod tests {
     fn the_leader_is_told_who_is_connected_and_of_reports_only_the_news() {
         let (hub, leader) = (Hub::default(), Hub::default());
         let server = ServerId::parse("a").expect("valid");
-        let session = hub.join(server.clone(), UnixMillis(1));
+        let session = hub.join(server.clone(), UnixMillis(1), None);
         hub.hear(&server, UnixMillis(2), Some(report(1)));
         let (heard, known) = hub.heard_since(0);
         assert_eq!(heard[0].report, Some(report(1)));

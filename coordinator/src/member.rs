@@ -193,14 +193,14 @@ pub async fn run(
     let keeper = Keeper::new(snapshots, config.backup.clone());
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
-        host_reports: Arc::new(hub.clone()),
+        hosts: Arc::new(hub.clone()),
         validator_listing: Arc::new(listings.clone()),
         cluster: Arc::new(api::ReplicatedCluster::new(
             admission.cluster.clone(),
             replica.clone(),
         )),
         backup: keeper.door(),
-        leader: Arc::new(asking),
+        others: Arc::new(asking),
         signer: Arc::clone(&signer),
     };
     let limits = api_config.limits;
@@ -214,6 +214,7 @@ pub async fn run(
             headers: header_sets_followed,
             doors: doors_followed,
             in_touch: in_touch_followed,
+            way: None,
         },
         replica: replica.clone(),
         members: member_link::Answering {

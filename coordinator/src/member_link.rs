@@ -4,14 +4,19 @@
 //!   judges who is silent, and none of it goes through the log. The answer also shows the member that it is in touch
 //!   with a leader; a member that is not turns its hosts away, since it could tell them nothing new.
 //! - A request to the management API that only the leader can answer is passed on to it (`Request`).
+//! - A question to a host that is connected to another member is asked through that one (`Host`).
 //!
 //! Frames are postcard with the version in front, as on the host link.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use protocol::id::ServerId;
 use protocol::link::Versioned;
+use protocol::logs::{HostAnswer, HostQuestion};
 use replica::Replica;
 use replica::quic::Peers;
 use serde::{Deserialize, Serialize};
@@ -26,6 +31,8 @@ use crate::host_link::{Heard, Hub};
 const TELL_EVERY: Duration = Duration::from_secs(2);
 /// How long the leader may take to answer that.
 const TELL_MAX: Duration = Duration::from_secs(2);
+/// How long a host may take with a question that another member asks through this one.
+const HOST_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// A member that was not in touch with a leader for so long turns its hosts away.
 const CUT_OFF_AFTER: Duration = Duration::from_secs(10);
 
@@ -57,12 +64,14 @@ pub struct Response {
 enum Question {
     Heard(Vec<Heard>),
     Request(Request),
+    Host(ServerId, HostQuestion),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Answer {
     Heard,
     Response(Response),
+    Host(HostAnswer),
 }
 
 /// Answers a request of the management API on the leader.
@@ -103,10 +112,17 @@ impl Answering {
     /// # Errors
     /// For the asking member, in words.
     pub async fn answer(self, from: u64, question: Vec<u8>) -> Result<Vec<u8>, String> {
+        let question = decode(&question)?;
+        if let Question::Host(server, question) = question {
+            let asked = self.hub.ask(&server, question, HOST_ANSWER_MAX);
+            let asked = asked.ok_or_else(|| "the host is not connected to this member".to_owned())?;
+            return encode(&Answer::Host(asked.await?));
+        }
         if !self.replica.leads_now() {
             return Err("this member does not lead".to_owned());
         }
-        match decode(&question)? {
+        match question {
+            Question::Host(..) => Err("it was answered above".to_owned()),
             Question::Heard(hosts) => {
                 self.hub.hear_of(from, hosts, self.clock.now());
                 encode(&Answer::Heard)
@@ -177,8 +193,46 @@ impl Asking {
     pub async fn pass_on(&self, request: Request, within: Duration) -> Result<Response, String> {
         match self.ask(&Question::Request(request), within).await? {
             Answer::Response(response) => Ok(response),
-            Answer::Heard => Err("the leader answered another question".to_owned()),
+            Answer::Heard | Answer::Host(_) => Err("the leader answered another question".to_owned()),
         }
+    }
+
+    /// Asks a host through whichever other member it is connected to.
+    ///
+    /// # Errors
+    /// No member that can be reached is connected to it, or it did not answer.
+    pub async fn ask_host(
+        &self,
+        server: &ServerId,
+        question: &HostQuestion,
+        within: Duration,
+    ) -> Result<HostAnswer, String> {
+        let question = encode(&Question::Host(server.clone(), question.clone()))?;
+        let membership = self.replica.membership();
+        let members = membership.voters.iter().chain(&membership.learners);
+        let others = members.filter(|(member, _)| **member != self.replica.member());
+        let mut asked: FuturesUnordered<_> = others
+            .map(|(member, address)| {
+                let question = question.clone();
+                async move {
+                    let answer = self.peers.ask(*member, address, question, within).await?;
+                    match decode(&answer)? {
+                        Answer::Host(answer) => Ok(answer),
+                        Answer::Heard | Answer::Response(_) => {
+                            Err("a member answered another question".to_owned())
+                        }
+                    }
+                }
+            })
+            .collect();
+        let mut why = Vec::new();
+        while let Some(answer) = asked.next().await {
+            match answer {
+                Ok(answer) => return Ok(answer),
+                Err(error) => why.push(error),
+            }
+        }
+        Err(why.join("; "))
     }
 
     /// Tells the leader what `hub` hears, until cancelled, and keeps `in_touch` right.

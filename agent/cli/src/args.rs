@@ -204,6 +204,43 @@ pub(crate) enum Command {
         #[arg(long)]
         gone: bool,
     },
+    /// Prints what a deployment wrote; of one that is gone, the end of it, for seven days
+    Logs {
+        #[command(flatten)]
+        miner: Miner,
+        /// Id of the deployment
+        deployment: String,
+        /// Go on until the deployment is gone
+        #[arg(long, short, conflicts_with = "previous")]
+        follow: bool,
+        /// Of the run before the present one
+        #[arg(long, short)]
+        previous: bool,
+    },
+    /// Shows what happened to a deployment on its host; of one that is gone, for seven days
+    Events {
+        #[command(flatten)]
+        miner: Miner,
+        /// Id of the deployment
+        deployment: String,
+    },
+    /// Prints what the validator has of an instance's output before it became active
+    InstanceLogs {
+        /// Base URL of the validator's API
+        #[arg(
+            long,
+            env = "VALIDATOR_API",
+            value_name = "URL",
+            default_value = "https://api.chutes.ai"
+        )]
+        validator_api: String,
+        /// The launch token of the instance
+        #[arg(long, short, env = "CHUTES_LAUNCH_JWT", hide_env_values = true)]
+        jwt: String,
+        /// Only what came after this time: YYYY-MM-DDTHH:MM:SS
+        #[arg(long, short)]
+        cursor: Option<String>,
+    },
     /// Compares the record with the hosts and the validators, a reason for each difference
     Diff {
         #[command(flatten)]

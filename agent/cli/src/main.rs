@@ -13,6 +13,7 @@ mod cluster;
 mod deployments;
 mod hosts;
 mod inventory;
+mod logs;
 mod miner;
 mod nodes;
 mod output;
@@ -76,6 +77,18 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
             yes,
         } => deployments::purge_node(printer, &miner, &name, include_jobs, yes).await,
         Command::Deployments { miner, gone } => deployments::timeline(printer, &miner, gone).await,
+        Command::Logs {
+            miner,
+            deployment,
+            follow,
+            previous,
+        } => logs::log(printer, &miner, &deployment, follow, previous).await,
+        Command::Events { miner, deployment } => logs::events(printer, &miner, &deployment).await,
+        Command::InstanceLogs {
+            validator_api,
+            jwt,
+            cursor,
+        } => logs::of_validator(printer, &validator_api, &jwt, cursor.as_deref()).await,
         Command::LocalInventory {
             miner,
             raw_json,

@@ -25,13 +25,23 @@ impl Frames {
         }
     }
 
-    /// The next frame; none at the end of the stream. Lines that are no data are passed over.
+    /// The next frame that is JSON; none at the end of the stream.
     pub(crate) async fn next(&mut self) -> Result<Option<Value>> {
+        while let Some(data) = self.next_data().await? {
+            if let Ok(frame) = serde_json::from_str(&data) {
+                return Ok(Some(frame));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next data as they are; none at the end of the stream. Other lines are passed over.
+    pub(crate) async fn next_data(&mut self) -> Result<Option<String>> {
         loop {
             while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                if let Some(frame) = parse(&line) {
-                    return Ok(Some(frame));
+                if let Some(data) = data_of(&line) {
+                    return Ok(Some(data));
                 }
             }
             if self.buffer.len() > LINE_BYTES_MAX {
@@ -42,31 +52,31 @@ impl Frames {
                     let piece = piece.map_err(reqwest::Error::without_url);
                     self.buffer.extend(piece.context("the stream was cut off")?);
                 }
-                None => return Ok(parse(&std::mem::take(&mut self.buffer))),
+                None => return Ok(data_of(&std::mem::take(&mut self.buffer))),
             }
         }
     }
 }
 
-fn parse(line: &[u8]) -> Option<Value> {
+fn data_of(line: &[u8]) -> Option<String> {
     let data = line.trim_ascii().strip_prefix(b"data:")?;
-    serde_json::from_slice(data.trim_ascii()).ok()
+    Some(String::from_utf8_lossy(data.trim_ascii()).into_owned())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::data_of;
 
     #[test]
-    fn only_data_lines_are_frames() {
-        for (line, is_frame) in [
-            ("data: {\"a\":1}\n", true),
-            ("data:{\"a\":1}\r\n", true),
-            ("data: {\"a\":\n", false),
-            (": keep-alive\n", false),
-            ("\n", false),
+    fn only_data_lines_count() {
+        for (line, data) in [
+            ("data: {\"a\":1}\n", Some("{\"a\":1}")),
+            ("data:{\"a\":1}\r\n", Some("{\"a\":1}")),
+            ("data: .\n", Some(".")),
+            (": keep-alive\n", None),
+            ("\n", None),
         ] {
-            assert_eq!(parse(line.as_bytes()).is_some(), is_frame, "{line:?}");
+            assert_eq!(data_of(line.as_bytes()).as_deref(), data, "{line:?}");
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`crate::manifest`] (the objects; pure), [`phase`] (what objects say of a workload; pure),
 //! [`seen`] (the objects that exist, kept by watches), [`life`] (what is done for one workload, in which order),
-//! [`trouble`] (which refusals pass).
+//! [`output`] (what its pods write), [`trouble`] (which refusals pass).
 //!
 //! Only objects with the label of this node and our names are looked at. Whatever else is in the namespace is
 //! nobody's business here: it is neither listed nor touched.
@@ -11,22 +11,24 @@
 //! whether the Job was ever made: a workload whose Job somebody removed has ended, it is not started again.
 
 mod life;
+mod output;
 mod phase;
 mod seen;
 mod trouble;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Pod, Service};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 use protocol::id::{DeploymentId, GpuId};
+use protocol::logs::{Log, LogQuery, WorkloadEvent};
 use protocol::report::WorkloadStatus;
 use protocol::workload::{Fence, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
@@ -34,6 +36,7 @@ use tokio::task::JoinSet;
 
 use self::life::{Doing, Life};
 use self::seen::Seen;
+use crate::logs::Kept;
 use crate::manifest::Settings;
 use crate::{Error, Observed, Runtime};
 
@@ -46,6 +49,8 @@ pub const QUIET_LOG_DIRECTIVE: &str = "kube_client=off";
 pub struct Config {
     /// What the objects have in common.
     pub settings: Settings,
+    /// Folder for what is left of workloads that are gone.
+    pub logs: PathBuf,
     /// Node ports that are ours: no chute may be given one.
     pub reserved_ports: Vec<u16>,
     /// How long a refusal that may pass (quota, webhook, missing namespace) is put up with.
@@ -57,9 +62,10 @@ pub struct Config {
 impl Config {
     /// The usual values.
     #[must_use]
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: Settings, logs: PathBuf) -> Self {
         Self {
             settings,
+            logs,
             reserved_ports: vec![30500, 32000],
             patience: Duration::from_secs(60),
             call_timeout: Duration::from_secs(10),
@@ -103,6 +109,8 @@ struct Cluster {
     pods: Api<Pod>,
     services: Api<Service>,
     code: Api<ConfigMap>,
+    happened: Api<Event>,
+    kept: Kept,
     seen: Seen,
     lives: Mutex<BTreeMap<DeploymentId, Arc<Life>>>,
     changes: watch::Sender<u64>,
@@ -152,7 +160,9 @@ impl Kubernetes {
             jobs,
             pods,
             services,
-            code: Api::namespaced(client, namespace),
+            code: Api::namespaced(client.clone(), namespace),
+            happened: Api::namespaced(client, namespace),
+            kept: Kept::new(config.logs.clone()),
             seen,
             lives: Mutex::default(),
             changes,
@@ -238,6 +248,17 @@ impl Runtime for Kubernetes {
 
     fn observe(&self) -> BoxFuture<'_, Result<Vec<Observed>, Error>> {
         std::future::ready(self.cluster.observe()).boxed()
+    }
+
+    fn log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<Option<Log>, Error>> {
+        self.cluster.log(query).boxed()
+    }
+
+    fn events<'a>(
+        &'a self,
+        deployment: &'a DeploymentId,
+    ) -> BoxFuture<'a, Result<Option<Vec<WorkloadEvent>>, Error>> {
+        self.cluster.events(deployment).boxed()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -1,7 +1,7 @@
 //! One workload controller: makes the workloads of a server true, by whatever runs them there.
 //!
 //! Reading order: this page ([`Runtime`]), [`diff`] (what to start and stop), [`environment`] and
-//! [`manifest`] (what a chute sees; pure), [`kubernetes`] (Jobs of a cluster), [`process`] (child processes, for
+//! [`manifest`] (what a chute sees; pure), `logs` (what it writes), [`kubernetes`] (Jobs of a cluster), [`process`] (child processes, for
 //! development), [`memory`] (nothing at all, for tests and simulation).
 //!
 //! A runtime accepts work at once and goes on by itself; how far it is shows in [`Runtime::observe`]. It
@@ -10,6 +10,7 @@
 pub mod diff;
 pub mod environment;
 pub mod kubernetes;
+mod logs;
 pub mod manifest;
 pub mod memory;
 pub mod process;
@@ -18,6 +19,7 @@ use std::fmt;
 
 use futures_util::future::BoxFuture;
 use protocol::id::{DeploymentId, GpuId};
+use protocol::logs::{Log, LogQuery, WorkloadEvent};
 use protocol::report::WorkloadStatus;
 use protocol::workload::{Fence, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
@@ -40,6 +42,15 @@ pub enum Error {
     /// What runs could not be found out. Unknown is not empty.
     #[error("what runs here is not known: {0}")]
     Unknown(String),
+}
+
+impl Error {
+    fn kept(source: std::io::Error) -> Self {
+        Self::Io {
+            what: "read what was kept".to_owned(),
+            source,
+        }
+    }
 }
 
 /// A workload that exists on the server.
@@ -79,6 +90,22 @@ pub trait Runtime: fmt::Debug + Send + Sync {
     /// # Errors
     /// When that is not known at the moment: unknown is not empty.
     fn observe(&self) -> BoxFuture<'_, Result<Vec<Observed>, Error>>;
+
+    /// Part of what a workload wrote. Its last output is there for seven days after it is gone. None: nothing is known
+    /// of it here, or not any more.
+    ///
+    /// # Errors
+    /// When it cannot be read at the moment; [`Error::Refused`] when what is asked for does not exist.
+    fn log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<Option<Log>, Error>>;
+
+    /// What happened to a workload, as whatever runs it says, the first first; kept as its output is.
+    ///
+    /// # Errors
+    /// When it cannot be read at the moment.
+    fn events<'a>(
+        &'a self,
+        deployment: &'a DeploymentId,
+    ) -> BoxFuture<'a, Result<Option<Vec<WorkloadEvent>>, Error>>;
 
     /// Counts changes: a new number means that [`Self::observe`] has news.
     fn changes(&self) -> watch::Receiver<u64>;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use protocol::id::{DeploymentId, GpuId};
+use protocol::logs::{Log, LogQuery, WorkloadEvent};
 use protocol::report::WorkloadStatus;
 use protocol::workload::{Fence, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
@@ -18,6 +19,8 @@ struct State {
     workloads: BTreeMap<DeploymentId, (Vec<GpuId>, WorkloadPhase)>,
     started: Vec<DeploymentId>,
     unreachable: bool,
+    /// What each wrote, by lines; places are counts of them.
+    written: BTreeMap<DeploymentId, Vec<String>>,
 }
 
 /// The runtime. Clones share their workloads, as an agent that restarts finds them again.
@@ -65,6 +68,33 @@ impl Memory {
     /// Makes every call fail, as a broken runtime does, or work again.
     pub fn set_unreachable(&self, unreachable: bool) {
         self.change(|state| state.unreachable = unreachable);
+    }
+
+    /// Lets a workload write a line.
+    pub fn write(&self, deployment: &DeploymentId, line: &str) {
+        let mut state = self.state();
+        let lines = state.written.entry(deployment.clone()).or_default();
+        lines.push(format!("{line}\n"));
+    }
+
+    fn read(&self, query: &LogQuery) -> Result<Option<Log>, Error> {
+        self.reachable()?;
+        if query.previous {
+            return Err(Error::Refused("nothing is started twice here".to_owned()));
+        }
+        let state = self.state();
+        let is_there = state.workloads.contains_key(&query.deployment);
+        let written = state.written.get(&query.deployment);
+        if !is_there && written.is_none() {
+            return Ok(None);
+        }
+        let lines = written.map_or(&[][..], Vec::as_slice);
+        let after = query.after.as_ref().and_then(|after| after.parse().ok());
+        Ok(Some(Log {
+            text: lines.iter().skip(after.unwrap_or(0)).cloned().collect(),
+            next: Some(lines.len().to_string()),
+            gone: !is_there,
+        }))
     }
 
     /// Every start so far, in order.
@@ -132,6 +162,18 @@ impl Runtime for Memory {
 
     fn observe(&self) -> BoxFuture<'_, Result<Vec<Observed>, Error>> {
         std::future::ready(self.list()).boxed()
+    }
+
+    fn log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<Option<Log>, Error>> {
+        std::future::ready(self.read(query)).boxed()
+    }
+
+    fn events<'a>(
+        &'a self,
+        deployment: &'a DeploymentId,
+    ) -> BoxFuture<'a, Result<Option<Vec<WorkloadEvent>>, Error>> {
+        let known = self.state().workloads.contains_key(deployment);
+        std::future::ready(self.reachable().map(|()| known.then(Vec::new))).boxed()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -4,7 +4,7 @@
 //!
 //! Reading order: [`image`], [`pull`] and [`unpack`] (from a reference to a folder), [`ports`], [`start`]
 //! (a process behind a gate), [`record`] (what is on disk, in which order), [`table`] (who is who), [`life`]
-//! (all of it for one workload), [`logs`], [`fault`].
+//! (all of it for one workload), [`output`], [`fault`].
 //!
 //! Processes outlive the agent. The next one finds them by process id, time of start and boot, and goes on
 //! watching them. No deployment ever has two processes, and one whose chute was let loose once is never
@@ -13,7 +13,7 @@
 pub mod fault;
 mod image;
 mod life;
-mod logs;
+mod output;
 mod ports;
 mod pull;
 mod record;
@@ -33,6 +33,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use protocol::id::DeploymentId;
+use protocol::logs::{Log, LogQuery, WorkloadEvent};
 use protocol::report::WorkloadStatus;
 use protocol::workload::{Fence, PortMapping, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
@@ -43,12 +44,14 @@ use self::fault::Faults;
 use self::life::{Origin, Workload, live};
 use self::pull::Images;
 use self::record::{Record, State, make_folder};
+use crate::logs::Kept;
 use crate::{Error, Observed, Runtime};
 
 const LOCK: &str = ".lock";
 const LOCK_ATTEMPTS: u32 = 20;
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
 const REMOVING: &str = ".removing-";
+const LOGS: &str = "workload-logs";
 
 /// How workloads run on this machine.
 #[derive(Debug, Clone)]
@@ -112,7 +115,8 @@ pub struct Process {
 struct Host {
     config: Config,
     workloads_folder: PathBuf,
-    logs_folder: PathBuf,
+    /// What is left of workloads that are gone.
+    kept: Kept,
     images: Images,
     client: reqwest::Client,
     boot_id: String,
@@ -202,7 +206,7 @@ impl Process {
         let process = Self {
             host: Arc::new(Host {
                 workloads_folder,
-                logs_folder: data.join("workload-logs"),
+                kept: Kept::new(data.join(LOGS)),
                 images,
                 client: client.map_err(|e| at("make an HTTP client")(io::Error::other(e)))?,
                 boot_id: table::boot_id().map_err(at("read the boot id"))?,
@@ -292,6 +296,33 @@ impl Process {
         Ok(())
     }
 
+    fn read(&self, query: &LogQuery) -> Result<Option<Log>, Error> {
+        if query.previous {
+            let why =
+                "a workload that ended is not started again here: there is no run before the present one";
+            return Err(Error::Refused(why.to_owned()));
+        }
+        let deployment = &query.deployment;
+        let after = query.after.as_ref().and_then(|after| after.parse::<u64>().ok());
+        let phase = lock(&self.host.workloads).get(deployment).map(|it| it.phase());
+        if let Some(phase) = phase {
+            let folder = self.host.workloads_folder.join(deployment.as_str());
+            let ended = matches!(phase, WorkloadPhase::Ended { .. });
+            let (text, next) = output::read(&folder, after, ended).map_err(at("read its output"))?;
+            return Ok(Some(Log {
+                text,
+                next: Some(next.to_string()),
+                gone: false,
+            }));
+        }
+        let kept = self.host.kept.get(deployment).map_err(Error::kept)?;
+        Ok(kept.map(|remains| Log {
+            text: output::kept_after(&remains, after).to_owned(),
+            next: remains.end.clone(),
+            gone: true,
+        }))
+    }
+
     fn begin(
         &self,
         deployment: DeploymentId,
@@ -349,6 +380,25 @@ impl Runtime for Process {
             gpus: workload.gpus.clone(),
         };
         std::future::ready(Ok(workloads.values().map(observed).collect())).boxed()
+    }
+
+    fn log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<Option<Log>, Error>> {
+        std::future::ready(self.read(query)).boxed()
+    }
+
+    /// Nothing happens to a process that its phases do not say.
+    fn events<'a>(
+        &'a self,
+        deployment: &'a DeploymentId,
+    ) -> BoxFuture<'a, Result<Option<Vec<WorkloadEvent>>, Error>> {
+        let runs = lock(&self.host.workloads).contains_key(deployment);
+        let events = if runs {
+            Ok(Some(Vec::new()))
+        } else {
+            let kept = self.host.kept.get(deployment).map_err(Error::kept);
+            kept.map(|remains| remains.map(|remains| remains.events))
+        };
+        std::future::ready(events).boxed()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -442,7 +442,7 @@ fn kubernetes(written: &Written) -> host_plane::Node {
     if let Some(cache) = &written.cache.directory {
         node.cache_root = cache.display().to_string();
     }
-    let mut config = ::runtime::kubernetes::Config::new(node);
+    let mut config = ::runtime::kubernetes::Config::new(node, written.data.join("runtime/workload-logs"));
     let doors = [
         Some(written.registry.listen.port()),
         Some(written.egress.listen.port()),

@@ -258,6 +258,7 @@ impl Member {
             headers,
             doors,
             in_touch,
+            way: None,
         };
         parts.network.join(self.0.number, self.door(replica, hub.clone()));
         let asking = Asking {

@@ -82,10 +82,7 @@ pub(super) async fn stop_one(
     Extension(caller): Extension<Caller>,
     Path(text): Path<String>,
 ) -> Result<Json<Value>> {
-    let unknown = || {
-        let detail = format!("No deploymentwith id {text} found!");
-        ApiError::new(StatusCode::NOT_FOUND, detail)
-    };
+    let unknown = || no_deployment(&text);
     let id = DeploymentId::parse(&text).map_err(|_| unknown())?;
     let object = api
         .find(|record| {
@@ -119,4 +116,10 @@ async fn stop(
         Reply::Stopping(stopping) => stopping,
         Reply::Done | Reply::Unchanged | Reply::Joined { .. } => Vec::new(),
     })
+}
+
+/// 404 of a deployment, in the words of the reference.
+pub(super) fn no_deployment(text: &str) -> ApiError {
+    let detail = format!("No deploymentwith id {text} found!");
+    ApiError::new(StatusCode::NOT_FOUND, detail)
 }

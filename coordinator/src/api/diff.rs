@@ -14,8 +14,10 @@ use coordinator_core::state_machine::command::{ListedInstance, Listing, Observat
 use coordinator_core::state_machine::deployment::{Deployment, Phase};
 use coordinator_core::state_machine::effect::Subject;
 use coordinator_core::state_machine::outbox::Outbox;
+use futures_util::future::BoxFuture;
 use protocol::hotkey::Hotkey;
 use protocol::id::{DeploymentId, GpuId, InstanceId, ServerId};
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::WorkloadReport;
 use protocol::time::UnixMillis;
 use protocol::workload::WorkloadPhase;
@@ -30,14 +32,29 @@ use crate::leader::Listings;
 use crate::validator::intake;
 
 /// What hosts reported last.
-pub trait HostReports: fmt::Debug + Send + Sync {
+pub trait Hosts: fmt::Debug + Send + Sync {
     /// The last report of a host and when it came; none if it is connected nowhere.
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)>;
+
+    /// Asks a host; none if it is not connected to this member.
+    fn ask(
+        &self,
+        server: &ServerId,
+        question: HostQuestion,
+    ) -> Option<BoxFuture<'static, Result<HostAnswer, String>>>;
 }
 
-impl HostReports for Hub {
+impl Hosts for Hub {
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)> {
         Self::last_report(self, server)
+    }
+
+    fn ask(
+        &self,
+        server: &ServerId,
+        question: HostQuestion,
+    ) -> Option<BoxFuture<'static, Result<HostAnswer, String>>> {
+        Self::ask(self, server, question, super::HOST_ANSWER_MAX)
     }
 }
 
@@ -70,7 +87,7 @@ pub(super) async fn diff(State(api): State<Arc<Api>>, Query(query): Query<DiffQu
         hosts: servers
             .into_iter()
             .map(|server| {
-                let report = api.deps.host_reports.last_report(&server);
+                let report = api.deps.hosts.last_report(&server);
                 (server, report)
             })
             .collect(),

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Api;
+use super::deployments::no_deployment;
 use super::error::{ApiError, Result};
 use super::objects::chute_name;
 use super::status::phase_word;
@@ -189,10 +190,7 @@ fn of_deployment(record: &Record, text: &str) -> Result<Value> {
                 brief["gone_at"] = json!(audit.gone_at.iso8601());
                 Ok(brief)
             }
-            None => {
-                let detail = format!("No deploymentwith id {text} found!");
-                Err(ApiError::new(StatusCode::NOT_FOUND, detail))
-            }
+            None => Err(no_deployment(text)),
         },
     }
 }

@@ -83,7 +83,7 @@ pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<Value>> {
             .collect()
     });
     let row = |(host, role): &(HostRecord, &str)| {
-        let report = || api.deps.host_reports.last_report(&host.host.server);
+        let report = || api.deps.hosts.last_report(&host.host.server);
         row(host, role, &roles, leads.then(|| report().is_some()))
     };
     Json(hosts.iter().map(row).collect())

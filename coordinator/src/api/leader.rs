@@ -12,6 +12,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http_body_util::BodyExt as _;
+use protocol::id::ServerId;
+use protocol::logs::{HostAnswer, HostQuestion};
 use tower_service::Service as _;
 
 use super::auth::Caller;
@@ -19,29 +21,44 @@ use super::{Api, diff, hosts, raft, read_body};
 use crate::member_link;
 use crate::store::BoxFuture;
 
-/// The way to the leader.
-pub trait ToLeader: fmt::Debug + Send + Sync {
-    /// Passes a request on; none when this member leads, or nobody does.
+/// The way to the other members.
+pub trait Others: fmt::Debug + Send + Sync {
+    /// Passes a request on to the leader; none when this member leads, or nobody does.
     fn pass_on(
         &self,
         request: member_link::Request,
     ) -> Option<BoxFuture<'_, Result<member_link::Response, String>>>;
+
+    /// Asks a host through the member that it is connected to.
+    fn ask_host<'a>(
+        &'a self,
+        server: &'a ServerId,
+        question: &'a HostQuestion,
+    ) -> BoxFuture<'a, Result<HostAnswer, String>>;
 }
 
 /// Of a member without others.
 #[derive(Debug, Clone, Copy)]
 pub struct Alone;
 
-impl ToLeader for Alone {
+impl Others for Alone {
     fn pass_on(
         &self,
         _: member_link::Request,
     ) -> Option<BoxFuture<'_, Result<member_link::Response, String>>> {
         None
     }
+
+    fn ask_host<'a>(
+        &'a self,
+        _: &'a ServerId,
+        _: &'a HostQuestion,
+    ) -> BoxFuture<'a, Result<HostAnswer, String>> {
+        Box::pin(std::future::ready(Err("there is no other member".to_owned())))
+    }
 }
 
-impl ToLeader for member_link::Asking {
+impl Others for member_link::Asking {
     fn pass_on(
         &self,
         request: member_link::Request,
@@ -52,6 +69,15 @@ impl ToLeader for member_link::Asking {
             request,
             super::PASS_ON_MAX,
         )))
+    }
+
+    fn ask_host<'a>(
+        &'a self,
+        server: &'a ServerId,
+        question: &'a HostQuestion,
+    ) -> BoxFuture<'a, Result<HostAnswer, String>> {
+        let asked = member_link::Asking::ask_host(self, server, question, super::HOST_ANSWER_MAX);
+        Box::pin(asked)
     }
 }
 
@@ -87,7 +113,7 @@ pub(super) async fn or_pass_on(State(api): State<Arc<Api>>, request: Request, ne
         guard: caller.and_then(|caller| caller.guard),
         is_bound: caller.is_some_and(|caller| caller.is_bound),
     };
-    if let Some(passed) = api.deps.leader.pass_on(passed) {
+    if let Some(passed) = api.deps.others.pass_on(passed) {
         match passed.await {
             Ok(answer) => {
                 let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::BAD_GATEWAY);

@@ -1,13 +1,18 @@
 //! The host link over QUIC with mutual TLS: one connection, one bidirectional stream, frames of
 //! `protocol::link`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use protocol::id::ServerId;
-use protocol::link::{Decoder, FromHost, ToHost, encode};
+use protocol::link::{Decoder, FromHost, MESSAGE_BYTES_MAX, ToHost, encode};
+use protocol::logs::{HostAnswer, HostQuestion};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
+use super::AskHost;
 use super::session::{self, Context};
 
 /// Messages that may wait in either direction.
@@ -38,6 +43,8 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 /// # Errors
 /// Why it ended: there is no other way out.
 pub async fn serve(connection: &Connection, server: ServerId, context: Context) -> Result<(), Failure> {
+    let way = Some(Arc::new(Way(connection.clone())) as _);
+    let context = Context { way, ..context };
     let (send, receive) = connection.accept_bi().await?;
     let (from_host, incoming) = mpsc::channel(QUEUE);
     let (outgoing, to_host) = mpsc::channel(QUEUE);
@@ -54,6 +61,39 @@ pub async fn serve(connection: &Connection, server: ServerId, context: Context) 
     };
     connection.close(0_u8.into(), reason.as_bytes());
     end
+}
+
+/// The connection of a host as the way to ask it: each question has a stream of its own.
+#[derive(Debug, Clone)]
+struct Way(Connection);
+
+impl AskHost for Way {
+    fn ask(
+        &self,
+        question: HostQuestion,
+        within: Duration,
+    ) -> BoxFuture<'static, Result<HostAnswer, String>> {
+        let connection = self.0.clone();
+        let ask = async move {
+            let (mut send, mut receive) = connection.open_bi().await?;
+            send.write_all(&encode(&question)?).await?;
+            send.finish()?;
+            let mut decoder = Decoder::default();
+            decoder.push(&receive.read_to_end(MESSAGE_BYTES_MAX).await?);
+            decoder
+                .take_next()?
+                .ok_or_else(|| Failure::from("its answer is cut off"))
+        };
+        Box::pin(async move {
+            match timeout(within, ask).await {
+                Ok(answer) => answer.map_err(|error| format!("the host did not answer: {error}")),
+                Err(_) => Err(
+                    "the host did not answer in time: its agent may be too old to know the question"
+                        .to_owned(),
+                ),
+            }
+        })
+    }
 }
 
 async fn read(mut stream: RecvStream, messages: mpsc::Sender<FromHost>) -> Result<(), Failure> {

@@ -13,7 +13,7 @@ use protocol::workload::{Fence, Secret, WorkloadPhase};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use super::Hub;
+use super::{AskHost, Hub};
 use crate::signer::{SealedKind, Sign};
 use crate::store::{self, Store};
 
@@ -62,6 +62,8 @@ pub struct Context {
     pub doors: watch::Receiver<Vec<String>>,
     /// False while this member is in touch with no leader.
     pub in_touch: watch::Receiver<bool>,
+    /// The way to ask the host of this session.
+    pub way: Option<Arc<dyn AskHost>>,
 }
 
 /// Serves one host until either side ends. `is_identity` says whether the other end may claim to be a
@@ -86,7 +88,7 @@ pub async fn serve(
         return Err(End::WrongIdentity(server));
     }
     let now = context.store.clock().now();
-    let session = context.hub.join(server.clone(), now);
+    let session = context.hub.join(server.clone(), now, context.way.clone());
     let _presence = Presence {
         hub: context.hub.clone(),
         server: server.clone(),
@@ -381,6 +383,7 @@ mod tests {
             headers: headers.1.clone(),
             doors: doors.1.clone(),
             in_touch: in_touch.1.clone(),
+            way: None,
         }
     }
 

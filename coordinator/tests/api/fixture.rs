@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
-    Alone, ClusterView, Config, Connection, Deps, HostReports, Limits, Peer, Progress, Roles, SupportedGpus,
+    Alone, ClusterView, Config, Connection, Deps, Hosts, Limits, Peer, Progress, Roles, SupportedGpus,
     ValidatorListing, router,
 };
 use coordinator::backup::Door;
@@ -62,11 +62,24 @@ impl SupportedGpus for Types {
 
 /// Reports as a table.
 #[derive(Debug, Default)]
-pub(crate) struct Reports(pub(crate) Mutex<BTreeMap<ServerId, (UnixMillis, WorkloadReport)>>);
+pub(crate) struct Reports(
+    pub(crate) Mutex<BTreeMap<ServerId, (UnixMillis, WorkloadReport)>>,
+    /// What each host answers to whatever it is asked.
+    pub(crate) Mutex<BTreeMap<ServerId, Result<HostAnswer, String>>>,
+);
 
-impl HostReports for Reports {
+impl Hosts for Reports {
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)> {
         self.0.lock().unwrap().get(server).cloned()
+    }
+
+    fn ask(
+        &self,
+        server: &ServerId,
+        _: HostQuestion,
+    ) -> Option<BoxFuture<'static, Result<HostAnswer, String>>> {
+        let answer = self.1.lock().unwrap().get(server).cloned()?;
+        Some(Box::pin(std::future::ready(answer)))
     }
 }
 
@@ -174,11 +187,11 @@ impl Fixture {
         let types = BTreeSet::from(["h100_sxm".to_owned(), "4090".to_owned()]);
         let deps = Deps {
             supported_gpus: Arc::new(Types(BTreeMap::from([(validator.clone(), types)]))),
-            host_reports: Arc::clone(&reports) as Arc<dyn HostReports>,
+            hosts: Arc::clone(&reports) as Arc<dyn Hosts>,
             validator_listing: Arc::new(listings.clone()),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
             backup: Door::default(),
-            leader: Arc::new(Alone),
+            others: Arc::new(Alone),
             signer: signer(),
         };
         let config = Config {

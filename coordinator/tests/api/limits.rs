@@ -43,10 +43,10 @@ async fn served(
     };
     let deps = Deps {
         supported_gpus: Arc::new(Types::default()),
-        host_reports: Arc::new(Reports::default()),
+        hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(Members::default()),
-        leader: Arc::new(Alone),
+        others: Arc::new(Alone),
         backup: Door::default(),
         signer: signer(),
     };

@@ -71,7 +71,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
     };
     let deps = Deps {
         supported_gpus: Arc::new(Types::default()),
-        host_reports: Arc::new(Reports::default()),
+        hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
         cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone())),
         backup: Door::new(
@@ -83,7 +83,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
             None,
             backup::Reports::default(),
         ),
-        leader: Arc::new(Alone),
+        others: Arc::new(Alone),
         signer: signer(),
     };
     fixture.routes = router(config, fixture.store.clone(), deps);

@@ -129,11 +129,11 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
     };
     let deps = Deps {
         supported_gpus: Arc::new(Validators::new()),
-        host_reports: Arc::new(Hub::default()),
+        hosts: Arc::new(Hub::default()),
         validator_listing: Arc::new(Listings::default()),
         cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone())),
         backup: keeper.door(),
-        leader: Arc::new(Alone),
+        others: Arc::new(Alone),
         signer: Arc::new(LocalSigner::new(seed(), Arc::clone(member.store.clock()))),
     };
     Api(router(config, member.store.clone(), deps), 0)

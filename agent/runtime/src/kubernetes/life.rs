@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! start: Service, code -> Service says "launched" -> Job -> code once more
-//! stop:  Job (foreground: its pods first) -> pods that are left -> nothing holds a GPU -> code, Service
+//! stop:  output and events kept -> Job (foreground: its pods first) -> pods that are left -> nothing holds a GPU -> code, Service
 //! ```
 //! Each step may be repeated; an agent that dies in between leaves what the next one goes on from.
 //! The code is shared by the deployments of a version. It is written before the Job, which needs it, and after it:
@@ -246,6 +246,7 @@ impl Work<'_> {
 
     /// Removes all objects, however long it takes.
     async fn remove(&self) {
+        self.cluster.keep(&self.life.deployment).await;
         let (mut pauses, mut changes) = (Pauses::new(), self.cluster.changes.subscribe());
         let mut complained = Instant::now();
         loop {

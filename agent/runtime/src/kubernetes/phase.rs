@@ -147,6 +147,19 @@ pub(super) fn why_it_waits(pod: &Pod) -> Option<(&str, String)> {
     ))
 }
 
+/// The container whose output says most of a pod: the chute's once it has started, before that the one that keeps it
+/// from starting. None while nothing has started.
+pub(super) fn speaks(pod: &Pod) -> Option<&str> {
+    let has_started = |container: &&ContainerStatus| {
+        let state = container.state.as_ref();
+        let has_state = state.is_some_and(|state| state.running.is_some() || state.terminated.is_some());
+        has_state || container.restart_count > 0
+    };
+    let started: Vec<&ContainerStatus> = containers(pod).filter(has_started).collect();
+    let chute = started.iter().find(|container| container.name == CHUTE_CONTAINER);
+    chute.or(started.last()).map(|container| container.name.as_str())
+}
+
 /// How a pod that is over has ended: the kubelet's verdict on the pod, else what its containers say.
 fn end_of(pod: &Pod) -> WorkloadPhase {
     if let Some((reason, message)) = status(pod).and_then(|status| {

@@ -18,7 +18,7 @@ use super::fault::Step;
 use super::record::{Record, State, make_folder};
 use super::start::{self, Place};
 use super::table::{self, Identity};
-use super::{Host, logs, ports};
+use super::{Host, output, ports};
 use crate::environment::health_port;
 
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -139,8 +139,9 @@ impl Life {
             let _ = child.wait().await;
         }
         self.host.config.faults.reach(Step::ProcessesEnded).await;
-        let kept = &self.host.logs_folder;
-        if let Err(error) = logs::keep(&self.folder, kept, self.workload.deployment.as_str()) {
+        let deployment = &self.workload.deployment;
+        let kept = output::remains(&self.folder);
+        if let Err(error) = kept.and_then(|remains| self.host.kept.put(deployment, &remains)) {
             tracing::warn!(deployment = %self.workload.deployment, %error, "its logs were not kept");
         }
         self.remove().await;
@@ -246,7 +247,7 @@ impl Life {
                 ready = alive;
                 self.set_phase(running(ready));
             }
-            if let Err(error) = logs::bound(&self.folder) {
+            if let Err(error) = output::bound(&self.folder) {
                 tracing::warn!(deployment = %self.workload.deployment, %error, "its logs were not cut");
             }
             let period = self.host.config.health_period;

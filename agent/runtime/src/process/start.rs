@@ -15,6 +15,7 @@ use protocol::workload::WorkloadSpec;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::{Child, ChildStdin, Command};
 
+use super::output::OUTPUT;
 use super::pull::Image;
 use super::table::{self, Identity, MARKER};
 use super::unpack::resolve;
@@ -102,8 +103,8 @@ pub(crate) fn start(spec: &WorkloadSpec, image: &Image, place: &Place<'_>) -> io
         .env(MARKER, spec.deployment.as_str())
         .process_group(0)
         .stdin(Stdio::piped())
-        .stdout(log(place.folder, "stdout.log")?)
-        .stderr(log(place.folder, "stderr.log")?);
+        .stdout(output(place.folder)?)
+        .stderr(output(place.folder)?);
     let mut child = process.spawn()?;
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
     let identity = pid.map(table::identify).transpose()?.flatten();
@@ -127,12 +128,12 @@ impl Gated {
 }
 
 /// Appended to, so that it can be cut while the process writes.
-fn log(folder: &Path, name: &str) -> io::Result<File> {
+fn output(folder: &Path) -> io::Result<File> {
     File::options()
         .append(true)
         .create(true)
         .mode(0o600)
-        .open(folder.join(name))
+        .open(folder.join(OUTPUT))
 }
 
 /// A command in the image's search path, as a path on this machine.

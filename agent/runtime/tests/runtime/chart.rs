@@ -257,6 +257,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usi
     let pods: Api<Pod> = Api::namespaced(client.clone(), here);
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), here);
     let secrets: Api<Secret> = Api::namespaced(client.clone(), here);
+    let miner_pods: Api<Pod> = Api::namespaced(client.clone(), MINER);
     let miner_secrets: Api<Secret> = Api::namespaced(client.clone(), MINER);
     let miner_jobs: Api<Job> = Api::namespaced(client.clone(), MINER);
     let miner_maps: Api<ConfigMap> = Api::namespaced(client.clone(), MINER);
@@ -329,8 +330,8 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usi
         ),
         ("create a pod", drop_value(pods.create(&post, &plain_pod).await)),
         (
-            "read a pod's log",
-            drop_value(pods.logs(&foreign_pod, &Default::default()).await),
+            "read the log of the miner's pods",
+            drop_value(miner_pods.logs("agent-node-1", &Default::default()).await),
         ),
         (
             "evict a pod",

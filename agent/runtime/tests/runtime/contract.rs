@@ -6,7 +6,7 @@ use runtime::Runtime;
 use runtime::memory::Memory;
 use runtime::process::Process;
 
-use crate::support::{self, FENCE, World, is_ended, is_running, phase, until};
+use crate::support::{self, FENCE, World, is_ended, is_running, log, phase, until};
 
 /// How the suite lets things happen that a runtime does by itself.
 pub(crate) trait Subject {
@@ -31,6 +31,8 @@ pub(crate) async fn contract(subject: &impl Subject) {
 
     let spec = subject.lasting();
     let id = &spec.deployment;
+    assert_eq!(log(runtime, id, None).await, None, "it was never here");
+    assert_eq!(runtime.events(id).await.expect("it works"), None);
     let changes = runtime.changes();
     runtime.apply(FENCE, &spec).await.expect("it is accepted");
     assert!(
@@ -43,6 +45,7 @@ pub(crate) async fn contract(subject: &impl Subject) {
     let ports = Vec::new();
     subject.get_on(id, WorkloadPhase::Running { ports, ready: true });
     until(runtime, id, "running", is_running).await;
+    assert!(runtime.events(id).await.expect("it works").is_some());
 
     runtime.stop(id).await.expect("it can be stopped");
     runtime.stop(id).await.expect("repeating is fine");

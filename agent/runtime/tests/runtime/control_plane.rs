@@ -303,6 +303,8 @@ pub(crate) struct Space {
     pub(crate) name: String,
     wishes: watch::Sender<Wishes>,
     kubelet: JoinHandle<()>,
+    /// Of the runtimes here.
+    logs: TempDir,
 }
 
 impl Drop for Space {
@@ -321,6 +323,7 @@ impl Space {
             name: name.to_owned(),
             wishes,
             kubelet,
+            logs: tempfile::tempdir().expect("temporary folders can be made"),
         }
     }
 
@@ -333,7 +336,7 @@ impl Space {
     pub(crate) fn config(&self, node: &str) -> Config {
         let mut settings = Settings::for_node(node);
         settings.namespace.clone_from(&self.name);
-        let mut config = Config::new(settings);
+        let mut config = Config::new(settings, self.logs.path().join(node));
         config.reserved_ports = RESERVED.collect();
         config.patience = Duration::from_secs(1);
         config

@@ -1,10 +1,12 @@
 //! The Kubernetes runtime against a real API server. One control plane serves all; each case has a namespace.
 
 use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Event;
 use kube::Api;
 use kube::ResourceExt as _;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use protocol::id::{ChuteId, DeploymentId, GpuId};
+use protocol::logs::WorkloadEvent;
 use protocol::workload::{WorkloadPhase, WorkloadSpec};
 use runtime::Runtime;
 use runtime::diff::diff;
@@ -14,7 +16,8 @@ use serde_json::{Value, json};
 
 use crate::contract::{Subject, contract};
 use crate::control_plane::{ControlPlane, RESERVED, Space, programs};
-use crate::support::{self, FENCE, is_ended, is_running, phase, until, write_line};
+use crate::kubelet::Kubelet;
+use crate::support::{self, FENCE, is_ended, is_running, log, phase, until, write_line};
 
 /// A spec that can stand in labels and on a node of its own.
 pub(crate) fn spec(name: &str) -> WorkloadSpec {
@@ -93,6 +96,8 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     refusals(&plane.namespace("refusals").await).await;
     says("foreign objects are neither listed nor touched");
     foreign(&plane.namespace("foreign").await).await;
+    says("output and events can be read, and are kept");
+    output(&plane.namespace("output").await, &plane.client).await;
     says("code goes with the last deployment of its version");
     shared_code(&plane.namespace("code").await).await;
     says("no chute is given a port of ours");
@@ -111,7 +116,9 @@ async fn without_an_answer_of_the_api_server_nothing_is_known() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let nowhere = kube::Config::new("http://127.0.0.1:1".parse().expect("a URL"));
     let client = kube::Client::try_from(nowhere).expect("a client");
-    let runtime = Kubernetes::start(client, Config::new(Settings::for_node("node-1")));
+    let logs = tempfile::tempdir().expect("temporary folders can be made");
+    let config = Config::new(Settings::for_node("node-1"), logs.path().to_owned());
+    let runtime = Kubernetes::start(client, config);
     let spec = spec("unknown");
     assert!(runtime.observe().await.is_err());
     assert!(runtime.apply(FENCE, &spec).await.is_err());
@@ -411,7 +418,8 @@ async fn missing_namespace(plane: &ControlPlane) {
     let client = runtime::kubernetes::client(Some(&plane.kubeconfig()))
         .await
         .expect("a good kubeconfig");
-    let mut config = Config::new(Settings::for_node("node-1"));
+    let logs = std::env::temp_dir().join("of-a-missing-namespace");
+    let mut config = Config::new(Settings::for_node("node-1"), logs);
     config.settings.namespace = "nowhere".to_owned();
     config.patience = std::time::Duration::from_millis(500);
     let runtime = Kubernetes::start(client, config);
@@ -487,4 +495,57 @@ async fn outages(plane: &mut ControlPlane) {
     stop(&runtime, &before).await;
     stop(&runtime, &lasting).await;
     assert_eq!(space.remains().await, Vec::<String>::new());
+}
+
+async fn output(space: &Space, client: &kube::Client) {
+    let kubelet = Kubelet::start(client, "node-7").await;
+    let runtime = space.open("node-7").await;
+    let spec = spec("talks");
+    let id = &spec.deployment;
+    assert_eq!(log(&runtime, id, None).await, None, "it was never here");
+    assert_eq!(runtime.events(id).await.expect("known"), None);
+    start(space, &runtime, &spec).await;
+    let pods = space.pods().list(&ListParams::default()).await.expect("it works");
+    let pod = pods.items[0].name_any();
+    let first = "2026-01-01T00:00:00.5Z token eyJhbGciOi.eyJzdWIi.c2ln\n2026-01-01T00:00:01Z two\n";
+    kubelet.write(&pod, "chute", first);
+    let said = log(&runtime, id, None).await.expect("there");
+    assert_eq!((said.text.as_str(), said.gone), ("token [token]\ntwo\n", false));
+    let all = format!("{first}2026-01-01T00:00:02Z three\n");
+    kubelet.write(&pod, "chute", &all);
+    let more = log(&runtime, id, said.next).await.expect("there");
+    assert_eq!(more.text, "three\n");
+    let event = json!({ "metadata": { "name": "e" }, "type": "Warning", "reason": "BackOff", "message": "again",
+        "count": 2, "lastTimestamp": "2026-01-01T00:00:03Z",
+        "involvedObject": { "kind": "Pod", "name": pod, "namespace": space.name } });
+    let happened: Api<Event> = Api::namespaced(client.clone(), &space.name);
+    let event = serde_json::from_value(event).expect("an event");
+    happened
+        .create(&PostParams::default(), &event)
+        .await
+        .expect("it works");
+    let is_told = |events: &[WorkloadEvent]| {
+        let told = events
+            .iter()
+            .find(|event| event.reason == "BackOff" && event.count == 2);
+        told.is_some_and(|event| event.object == format!("Pod {pod}"))
+    };
+    let events = runtime.events(id).await.expect("readable").expect("there");
+    assert!(is_told(&events), "{events:?}");
+    // The Job controller has its say too.
+    assert!(
+        events.iter().any(|event| event.reason == "SuccessfulCreate"),
+        "{events:?}"
+    );
+
+    stop(&runtime, &spec).await;
+    let kept = log(&runtime, id, None).await.expect("kept");
+    assert_eq!(
+        (kept.text.as_str(), kept.gone),
+        ("token [token]\ntwo\nthree\n", true)
+    );
+    let rest = log(&runtime, id, more.next).await.expect("kept");
+    assert_eq!((rest.text.as_str(), rest.gone), ("", true));
+    let events = runtime.events(id).await.expect("readable").expect("kept");
+    assert!(is_told(&events), "{events:?}");
 }

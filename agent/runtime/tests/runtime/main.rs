@@ -4,6 +4,7 @@ mod chart;
 mod contract;
 mod control_plane;
 mod crash;
+mod kubelet;
 mod kubernetes;
 mod process;
 mod support;

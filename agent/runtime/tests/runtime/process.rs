@@ -8,7 +8,7 @@ use protocol::workload::{PortMapping, WorkloadPhase, WorkloadSpec};
 use runtime::Runtime;
 use runtime::process::{Config, Process};
 
-use crate::support::{FENCE, World, is_ended, is_running, layer, processes, said, sha256, spec, until};
+use crate::support::{FENCE, World, is_ended, is_running, layer, log, processes, said, sha256, spec, until};
 
 fn ports(phase: Option<WorkloadPhase>) -> Vec<PortMapping> {
     match phase {
@@ -81,12 +81,14 @@ async fn a_chute_finds_its_surroundings_and_becomes_ready() {
     until(&runtime, id, "gone", |phase| phase.is_none()).await;
     assert_eq!(processes(id), Vec::<u32>::new());
     assert!(!world.folder.path().join("workloads").join(id.as_str()).exists());
-    let kept = world.folder.path().join(format!("workload-logs/{id}.stdout.log"));
+    let kept = log(&runtime, id, None).await.expect("it is kept");
     assert!(
-        std::fs::read_to_string(kept)
-            .expect("logs are kept")
-            .contains("IMAGE=yes")
+        kept.gone && kept.text.lines().any(|line| line == "IMAGE=yes"),
+        "{kept:?}"
     );
+    let rest = log(&runtime, id, kept.next).await.expect("it is kept");
+    assert_eq!(rest.text, "");
+    assert_eq!(runtime.events(id).await.expect("readable"), Some(Vec::new()));
 }
 
 #[tokio::test]

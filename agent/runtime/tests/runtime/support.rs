@@ -14,6 +14,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId};
+use protocol::logs::{Log, LogQuery};
 use protocol::workload::{Fence, Port, PortProtocol, Secret, WorkloadPhase, WorkloadSpec};
 use runtime::process::{Config, Process};
 use runtime::{Observed, Runtime};
@@ -254,6 +255,20 @@ pub(crate) fn processes(deployment: &DeploymentId) -> Vec<u32> {
     pids.filter(carries).collect()
 }
 
+/// What a deployment wrote after a place; none if nothing is known of it.
+pub(crate) async fn log(
+    runtime: &dyn Runtime,
+    deployment: &DeploymentId,
+    after: Option<String>,
+) -> Option<Log> {
+    let query = LogQuery {
+        deployment: deployment.clone(),
+        previous: false,
+        after,
+    };
+    runtime.log(&query).await.expect("readable")
+}
+
 /// Waits until the chute has written a line to its output.
 pub(crate) async fn said(world: &World, deployment: &DeploymentId, line: &str) {
     let path = world
@@ -261,7 +276,7 @@ pub(crate) async fn said(world: &World, deployment: &DeploymentId, line: &str) {
         .path()
         .join("workloads")
         .join(deployment.as_str())
-        .join("stdout.log");
+        .join("output.log");
     let seen = tokio::time::timeout(LONG, async {
         while !std::fs::read_to_string(&path)
             .unwrap_or_default()
