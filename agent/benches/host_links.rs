@@ -25,6 +25,7 @@ use coordinator::join::{Token, admission, client};
 use protocol::hotkey::Signer;
 use protocol::id::ServerId;
 use protocol::link::ToHost;
+use protocol::logs::HostAnswer;
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::signing::BoundRequest;
 use protocol::workload::Fence;
@@ -203,6 +204,7 @@ impl Host {
             report: report_in,
             delivered,
             inbound: to_host,
+            answers: Arc::new(|_| Box::pin(std::future::ready(HostAnswer::Unknown))),
         };
         let config = Config {
             first: None,

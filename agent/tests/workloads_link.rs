@@ -15,6 +15,7 @@ use coordinator::join::Admission;
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, ServerId};
 use protocol::link::{ALPN, Decoder, FromHost, RegistryHeaders, ToHost, encode};
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::time::UnixMillis;
 use protocol::workload::{Fence, Port, PortProtocol, WorkloadPhase, WorkloadSpec};
@@ -121,6 +122,10 @@ fn host(folder: &Path, listener: &Endpoint) -> Host {
         report: report_in,
         delivered,
         inbound,
+        answers: Arc::new(|question| {
+            let told = format!("{question:?}");
+            Box::pin(std::future::ready(HostAnswer::Failed(told)))
+        }),
     };
     let shutdown = CancellationToken::new();
     let link = Box::new(Quic::new(config, Arc::new(ManualClock::at(UnixMillis(12_345)))));
@@ -391,4 +396,31 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
         .expect("in time")
         .expect("no panic")
         .expect("a clean end");
+}
+
+#[tokio::test]
+async fn questions_are_answered_each_on_its_own_stream() {
+    let folder = tempfile::tempdir().expect("temporary folders can be made");
+    let authority = Authority::new();
+    authority.write_host(folder.path(), &authority);
+    let listener = authority.listen();
+    let _host = host(folder.path(), &listener);
+    let mut session = Session::accept(&listener).await;
+    assert_eq!(session.receive().await, hello());
+    let question = HostQuestion::Events(DeploymentId::parse("d1").expect("valid"));
+    // One that is nonsense ends its own stream and nothing else.
+    for (bytes, is_answered) in [
+        (vec![0, 0, 0, 1, 9], false),
+        (encode(&question).expect("short"), true),
+    ] {
+        let (mut send, mut receive) = session.connection.open_bi().await.expect("the host lets us");
+        send.write_all(&bytes).await.expect("it is up");
+        send.finish().expect("it is open");
+        let answer = receive.read_to_end(1 << 20).await;
+        let mut decoder = Decoder::default();
+        decoder.push(&answer.unwrap_or_default());
+        let answer = decoder.take_next::<HostAnswer>().expect("good frames");
+        let expected = HostAnswer::Failed(format!("{question:?}"));
+        assert_eq!(answer, is_answered.then_some(expected));
+    }
 }

@@ -561,3 +561,70 @@ async fn errors_name_the_thing_and_the_way_out() {
     run.ends(1, "", "others can read");
     assert!(!run.stderr.contains("0202"), "the seed is not printed: {run:?}");
 }
+
+#[tokio::test]
+async fn the_output_of_a_deployment_is_printed_and_followed_to_its_end() {
+    let log = |text: &str, next: &str, gone: bool| json!({ "deployment_id": "d1", "server_name": "gpu-a", "text": text, "next": next, "gone": gone });
+    let answers = [
+        ("GET /v1/deployments/d1/log", 200, log("one\n", "2", false)),
+        ("GET /v1/deployments/d1/log?after=2", 200, log("two\n", "4", true)),
+        ("GET /v1/deployments/d1/log?after=4", 200, log("", "4", true)),
+        (
+            "GET /v1/deployments/d1/log?previous=true",
+            502,
+            json!({ "detail": "host gpu-a: none" }),
+        ),
+    ];
+    let world = World::new("logs", &answers).await;
+    let run = world.run(&["logs", "d1"]).await;
+    run.ends(0, "one\n", "");
+    assert_eq!(run.stdout, "one\n");
+    let run = world.run(&["logs", "d1", "--follow"]).await;
+    run.ends(0, "one\ntwo\n", "");
+    let run = world.run(&["--output", "json", "logs", "d1"]).await;
+    run.ends(0, "\"next\": \"2\"", "");
+    let run = world.run(&["logs", "d1", "--previous"]).await;
+    run.ends(1, "", "host gpu-a: none");
+    world
+        .run(&["logs", "d1", "--previous", "--follow"])
+        .await
+        .ends(2, "", "cannot be used with");
+}
+
+#[tokio::test]
+async fn events_are_a_table() {
+    let event = json!({ "at": "2025-01-01T10:20:30.000000+00:00", "object": "Pod p", "reason": "BackOff",
+        "message": "again", "count": 2 });
+    let answer = json!({ "server_name": "gpu-a", "events": [event] });
+    let world = World::new("events", &[("GET /v1/deployments/d1/events", 200, answer)]).await;
+    let run = world.run(&["events", "d1"]).await;
+    run.ends(0, "2025-01-01T10:20:30 │ 2     │ Pod p  │ BackOff │ again", "");
+}
+
+#[tokio::test]
+async fn the_validators_copy_of_the_output_is_printed_with_a_way_to_go_on() {
+    let stream =
+        "data: .\n\ndata: {\"log\": \"one\\n\", \"cursor\": \"2025-01-01T10:20:30.5\"}\n\ndata: plain\n\n";
+    let answers = [
+        ("GET /miner/instance_logs", 200, json!(stream)),
+        (
+            "GET /miner/instance_logs?cursor=2025-01-01T10%3A20%3A30",
+            500,
+            json!({ "detail": "no" }),
+        ),
+    ];
+    let world = World::new("instance-logs", &answers).await;
+    let run = world.run(&["instance-logs", "--jwt", "jwt"]).await;
+    run.ends(0, "one\nplain\n", "");
+    let again = ["instance-logs", "--jwt", "jwt", "--cursor", "2025-01-01T10:20:30"];
+    let run = world.run(&again).await;
+    run.ends(1, "", "To go on from here: --cursor 2025-01-01T10:20:30");
+    let run = world
+        .run(&["instance-logs", "--jwt", "jwt", "--cursor", "yesterday"])
+        .await;
+    run.ends(1, "", "YYYY-MM-DDTHH:MM:SS");
+    world
+        .run(&["instance-logs", "--jwt", "wrong"])
+        .await
+        .ends(1, "", "401");
+}

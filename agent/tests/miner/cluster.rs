@@ -28,10 +28,11 @@ use super::{PATIENCE, until};
 /// Lines of each host's log that a failed test shows.
 const LOG_LINES_SHOWN: usize = 40;
 
-/// A host: for which validator it works, and with how many software GPUs.
+/// A host: for which validator it works, with how many software GPUs, and whether it is a member. The first always is.
 pub(crate) struct Plan<'a> {
     pub(crate) works_for: &'a StandIn,
     pub(crate) gpus: usize,
+    pub(crate) has_seed: bool,
 }
 
 struct Host {
@@ -42,7 +43,8 @@ struct Host {
 /// A running miner.
 pub(crate) struct Miner {
     hosts: Vec<Host>,
-    api: SocketAddr,
+    /// Of the members, the first host's first.
+    apis: Vec<SocketAddr>,
     key: Signer,
     http: reqwest::Client,
     folder: TempDir,
@@ -67,16 +69,18 @@ impl Miner {
         write_private(&seed_file, DEVELOPMENT_MINER_SEED);
         let key = Signer::from_seed_hex(DEVELOPMENT_MINER_SEED).expect("a seed");
         let mut member = None;
-        let mut hosts = Vec::new();
+        let (mut hosts, mut apis) = (Vec::new(), Vec::new());
         for (index, plan) in plans.iter().enumerate() {
             let name = format!("host-{}", index + 1);
             let home = folder.path().join(&name);
             std::fs::create_dir_all(home.join("host")).expect("our own folder");
             let ports = Ports::free();
             let member = member.get_or_insert(ports);
-            let mut config = configuration(&name, &home, ports, *member, plan.gpus, runtime);
+            let is_member = index == 0 || plan.has_seed;
+            let mut config = configuration(&name, &home, (ports, is_member), *member, plan.gpus, runtime);
             write!(config, "[miner]\nhotkey = \"{}\"\n", key.hotkey()).expect("a text");
-            if index == 0 {
+            if is_member {
+                apis.push(ports.api);
                 let seed_file = seed_file.display();
                 write!(config, "seed_file = \"{seed_file}\"\nseed_on_gpu_host = true\n").expect("a text");
             }
@@ -102,13 +106,13 @@ impl Miner {
         let agent = spawn(&first);
         let mut miner = Self {
             hosts: vec![Host { folder: first, agent }],
-            api: member.expect("one host at least").api,
+            apis,
             key,
             http: reqwest::Client::builder().no_proxy().build().expect("a client"),
             folder,
         };
-        for home in homes {
-            miner.join(home).await;
+        for (home, plan) in homes.zip(&plans[1..]) {
+            miner.join(home, plan.has_seed).await;
         }
         for (index, plan) in plans.iter().enumerate() {
             miner
@@ -118,10 +122,16 @@ impl Miner {
         miner
     }
 
-    /// Lets a host in without a vote, and starts it.
-    async fn join(&mut self, home: PathBuf) {
+    /// Lets a host in, and starts it.
+    async fn join(&mut self, home: PathBuf, eligible: bool) {
         let invited = until("a member invites", async || {
-            let (status, invited) = self.send(Method::POST, "/hosts/invites", None).await?;
+            let (status, invited) = self
+                .send(
+                    Method::POST,
+                    "/hosts/invites",
+                    Some(&json!({ "eligible": eligible })),
+                )
+                .await?;
             status.is_success().then_some(invited)
         })
         .await;
@@ -144,8 +154,28 @@ impl Miner {
 
     /// A signed request; its status and its body, which is JSON or text.
     async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Option<(StatusCode, Value)> {
+        self.send_to(self.apis[0], method, path, body).await
+    }
+
+    /// A read that each member must answer.
+    pub(crate) async fn ask_all(&self, path: &str) -> Vec<(StatusCode, Value)> {
+        let mut answers = Vec::new();
+        for api in &self.apis {
+            let answer = self.send_to(*api, Method::GET, path, None).await;
+            answers.push(answer.unwrap_or_else(|| panic!("no answer of {api} to {path}")));
+        }
+        answers
+    }
+
+    async fn send_to(
+        &self,
+        api: SocketAddr,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Option<(StatusCode, Value)> {
         let body = body.unwrap_or(&Value::Null);
-        let request = signed(&self.http, &self.key, self.api, method, path, body);
+        let request = signed(&self.http, &self.key, api, method, path, body);
         let answer = timeout(PATIENCE, async {
             let response = request.send().await.ok()?;
             Some((response.status(), response.text().await.ok()?))
@@ -299,7 +329,14 @@ impl Ports {
     }
 }
 
-fn configuration(name: &str, home: &Path, own: Ports, member: Ports, gpus: usize, runtime: &str) -> String {
+fn configuration(
+    name: &str,
+    home: &Path,
+    (own, is_member): (Ports, bool),
+    member: Ports,
+    gpus: usize,
+    runtime: &str,
+) -> String {
     format!(
         r#"
 data = "{home}"
@@ -329,7 +366,6 @@ listen = "{egress}"
         home = home.display(),
         address = own.api.ip(),
         coordinator = member.hosts,
-        is_member = own.api == member.api,
         hosts = own.hosts,
         api = own.api,
         proof = own.proof,

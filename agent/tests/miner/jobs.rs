@@ -52,6 +52,7 @@ async fn a_job_whose_workload_dies_is_given_back() {
     let plans = [Plan {
         works_for: &validator,
         gpus: 1,
+        has_seed: false,
     }];
     let miner = Miner::start(&[&validator], &plans).await;
 

@@ -39,6 +39,7 @@ async fn chutes_run_as_jobs_on_the_nodes_of_a_cluster() {
     let plan = || Plan {
         works_for: &validator,
         gpus: 1,
+        has_seed: false,
     };
     let kubeconfig = plane.kubeconfig();
     let runtime = format!("kind = \"kubernetes\"\nkubeconfig = \"{}\"", kubeconfig.display());

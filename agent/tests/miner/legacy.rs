@@ -29,6 +29,7 @@ async fn a_legacy_chute_lives_and_is_deleted_by_its_operator() {
     let plans = [Plan {
         works_for: &validator,
         gpus: 1,
+        has_seed: false,
     }];
     let miner = Miner::start(&[&validator], &plans).await;
 

@@ -13,6 +13,7 @@ mod control_plane;
 mod jobs;
 mod kubernetes;
 mod legacy;
+mod logs;
 mod private_chutes;
 #[path = "../processes/signed.rs"]
 mod signed;

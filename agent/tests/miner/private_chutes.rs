@@ -20,6 +20,7 @@ async fn a_private_chute_needs_a_bounty_and_is_stopped_for_nobody() {
     let plans = [Plan {
         works_for: &validator,
         gpus: 2,
+        has_seed: false,
     }];
     let miner = Miner::start(&[&validator], &plans).await;
     let id = until("the private chute is known", async || {

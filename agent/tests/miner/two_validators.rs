@@ -74,10 +74,12 @@ async fn two_validators_are_kept_apart() {
         Plan {
             works_for: &a,
             gpus: 3,
+            has_seed: false,
         },
         Plan {
             works_for: &b,
             gpus: 3,
+            has_seed: false,
         },
     ];
     let miner = Miner::start(&[&a, &b], &plans).await;

@@ -13,6 +13,7 @@ mod launch;
 mod settings;
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
@@ -29,7 +30,8 @@ pub(crate) struct Log(Mutex<Vec<String>>);
 
 impl Log {
     pub(crate) fn say(&self, line: String) {
-        tracing::info!(target: "chute", "{line}");
+        // Whoever reads it may have gone.
+        let _ = writeln!(std::io::stderr(), "{line}");
         let mut lines = self.0.lock().expect("no holder of the lock panics");
         if lines.len() < LOG_LINES_MAX {
             lines.push(line);

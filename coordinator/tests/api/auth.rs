@@ -236,6 +236,8 @@ async fn every_route_asks_for_a_signature() {
         ("GET", "/v1/status"),
         ("GET", "/v1/deployments"),
         ("GET", "/v1/audits"),
+        ("GET", "/v1/deployments/dep-1/log"),
+        ("GET", "/v1/deployments/dep-1/events"),
         ("GET", "/v1/diff"),
         ("GET", "/v1/explain?server=gpu-a"),
         ("POST", "/v1/stop"),

@@ -24,6 +24,7 @@ use hyper_util::service::TowerToHyperService;
 use protocol::gpu::DeviceInfo;
 use protocol::hotkey::{Hotkey, Signer};
 use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
+use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::{HostFacts, WorkloadReport, WorkloadStatus};
 use protocol::signing::{BoundRequest, Headers, Purpose, Tail, headers_to_miner};
 use protocol::time::UnixMillis;

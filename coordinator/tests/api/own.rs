@@ -1,9 +1,11 @@
 //! Our own routes under `/v1`, and the metrics.
 
 use axum::http::StatusCode;
+use protocol::logs::{HostAnswer, Log, WorkloadEvent};
+use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 
-use super::fixture::{Fixture, LOOPBACK};
+use super::fixture::{Fixture, LOOPBACK, server_id};
 
 #[tokio::test]
 async fn the_status_counts_what_there_is() {
@@ -222,4 +224,73 @@ async fn metrics_are_open_to_this_machine() {
     }
     let signed = fixture.ask("GET", "/metrics", "").await;
     assert_eq!(signed.status, StatusCode::OK, "from elsewhere with a signature");
+}
+
+#[tokio::test]
+async fn what_a_chute_wrote_is_asked_of_its_host() {
+    let fixture = Fixture::busy().await;
+    let path = "/v1/deployments/dep-1/log?after=3";
+    let nobody = fixture.ask("GET", path, "").await;
+    assert_eq!(nobody.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(
+        nobody.detail(),
+        "host gpu-a was not asked: there is no other member"
+    );
+    let answer_is = |answer| {
+        let mut answers = fixture.reports.1.lock().unwrap();
+        answers.insert(server_id("gpu-a"), answer);
+    };
+    answer_is(Ok(HostAnswer::Log(Log {
+        text: "a line\n".to_owned(),
+        next: Some("10".to_owned()),
+        gone: false,
+    })));
+    let expected = json!({
+        "deployment_id": "dep-1", "server_id": "gpu-a-uid", "server_name": "gpu-a",
+        "text": "a line\n", "next": "10", "gone": false,
+    });
+    assert_eq!(fixture.ask("GET", path, "").await.json(), expected);
+    let other = fixture.ask("GET", "/v1/deployments/dep-1/events", "").await;
+    assert_eq!(other.status, StatusCode::BAD_GATEWAY, "it was no answer to that");
+    answer_is(Ok(HostAnswer::Events(vec![WorkloadEvent {
+        at: UnixMillis(1_735_689_600_000),
+        object: "Pod p".to_owned(),
+        reason: "BackOff".to_owned(),
+        message: "again".to_owned(),
+        count: 2,
+    }])));
+    let events = fixture
+        .ask("GET", "/v1/deployments/dep-1/events", "")
+        .await
+        .json();
+    let at = "2025-01-01T00:00:00.000000+00:00";
+    let expected =
+        json!([{ "at": at, "object": "Pod p", "reason": "BackOff", "message": "again", "count": 2 }]);
+    assert_eq!(events["events"], expected);
+    for (answer, status, detail) in [
+        (
+            Ok(HostAnswer::Unknown),
+            StatusCode::NOT_FOUND,
+            "has nothing of deployment dep-1",
+        ),
+        (
+            Ok(HostAnswer::Failed("no".to_owned())),
+            StatusCode::BAD_GATEWAY,
+            "host gpu-a: no",
+        ),
+        (
+            Err("late".to_owned()),
+            StatusCode::SERVICE_UNAVAILABLE,
+            "was not asked: late",
+        ),
+    ] {
+        answer_is(answer);
+        let answer = fixture.ask("GET", path, "").await;
+        assert_eq!(answer.status, status);
+        assert!(answer.detail().contains(detail), "{}", answer.detail());
+    }
+    let unknown = fixture.ask("GET", "/v1/deployments/nobody/log", "").await;
+    assert_eq!(unknown.status, StatusCode::NOT_FOUND);
+    let misspelt = fixture.ask("GET", "/v1/deployments/dep-1/log?afer=3", "").await;
+    assert_eq!(misspelt.status, StatusCode::BAD_REQUEST);
 }
