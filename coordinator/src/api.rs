@@ -71,6 +71,8 @@ pub use raft::{ClusterView, Progress, ReplicatedCluster, Roles};
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long the leader may take with what another member passes on to it.
 const PASS_ON_MAX: Duration = Duration::from_secs(15);
+/// A member that has caught up shows it within this time.
+const READY_MAX: Duration = Duration::from_secs(2);
 /// How long a host may take with a question about a workload; and a member to which it may be connected.
 const HOST_ANSWER_MAX: Duration = Duration::from_secs(12);
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -229,6 +231,7 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/v1/bans", post(operate::ban).delete(operate::unban));
     let open = Router::new()
         .route("/ping", get(ping))
+        .route("/ready", get(ready))
         .route("/metrics", get(metrics::metrics))
         .route("/servers", axum::routing::any(with_slash));
     let answers = {
@@ -375,6 +378,18 @@ async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
 
 async fn ping() -> impl IntoResponse {
     axum::Json(serde_json::json!({ "message": "pong" }))
+}
+
+/// Whether this member is in touch with a leader and has caught up with it: it sees every acknowledged write.
+async fn ready(State(api): State<Arc<Api>>) -> Result<impl IntoResponse, ApiError> {
+    match tokio::time::timeout(READY_MAX, api.store.linearizable()).await {
+        Ok(seen) => seen?,
+        Err(_) => {
+            let why = "this member has not caught up with the leader yet";
+            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, why));
+        }
+    }
+    Ok(axum::Json(serde_json::json!({ "ready": true })))
 }
 
 /// Clients of the original expect the slash to be added for them, method and body kept.

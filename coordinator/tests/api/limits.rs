@@ -183,6 +183,8 @@ async fn without_a_quorum_nothing_is_claimed() {
         assert_eq!(answer.status.as_u16(), 503, "{method} {path}");
         assert!(answer.detail().contains("no quorum"), "{}", answer.text());
     }
-    let answer = fixture.send("GET", "/ping", &[], "", LOOPBACK).await;
-    assert_eq!(answer.status.as_u16(), 200);
+    for (path, status) in [("/ping", 200), ("/ready", 503)] {
+        let answer = fixture.send("GET", path, &[], "", LOOPBACK).await;
+        assert_eq!(answer.status.as_u16(), status, "{path}");
+    }
 }

@@ -10,6 +10,8 @@ async fn ping_and_what_is_not_there() {
     let fixture = Fixture::new().await;
     let answer = fixture.send("GET", "/ping", &[], "", LOOPBACK).await;
     assert_eq!(answer.text(), r#"{"message":"pong"}"#);
+    let answer = fixture.send("GET", "/ready", &[], "", LOOPBACK).await;
+    assert_eq!(answer.text(), r#"{"ready":true}"#);
     let answer = fixture.send("GET", "/registry/auth", &[], "", LOOPBACK).await;
     assert_eq!(
         (answer.status, answer.detail().as_str()),

@@ -149,8 +149,16 @@ impl Host {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
         let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
         let stop = CancellationToken::new();
-        let running = member::run(self.config(), Arc::new(signer), clock, stop.clone());
-        let task = tokio::spawn(Box::pin(running));
+        let running = Box::pin(member::run(self.config(), Arc::new(signer), clock, stop.clone()));
+        let name = self.name();
+        let task = tokio::spawn(async move {
+            let ended = running.await;
+            if let Err(error) = &ended {
+                // Whoever waits for it will only say that it waited.
+                eprintln!("{name} has ended: {error}");
+            }
+            ended
+        });
         self.running = Some(Running { task, stop });
     }
 
