@@ -14,17 +14,19 @@ use super::validator::Validator;
 
 /// What still differs, in words; none if all is at rest.
 pub(super) fn unrest(members: &Members, hosts: &[Host], validator: &Validator) -> Vec<String> {
-    let Some(store) = members.leader().and_then(Member::store) else {
-        return vec!["nobody leads".to_owned()];
-    };
     let mut found = differences(members);
-    found.extend(unrest_in(&store, hosts, validator));
+    if let Some(store) = members.leader().and_then(Member::store) {
+        found.extend(unrest_in(&store, hosts, validator));
+    }
     found
 }
 
-/// Members that are away, behind, or no voters although they should be.
-fn differences(members: &Members) -> Vec<String> {
+/// Members that are away, behind, or no voters although they should be; or that nobody leads.
+pub(super) fn differences(members: &Members) -> Vec<String> {
     let mut found = Vec::new();
+    if members.leader().and_then(Member::store).is_none() {
+        found.push("nobody leads".to_owned());
+    }
     let mut first: Option<(u64, State)> = None;
     for member in members.all() {
         let me = member.number();

@@ -15,7 +15,7 @@ use super::fault::Director;
 use super::founding::found;
 use super::host::Host;
 use super::ledger::Ledger;
-use super::liveness::unrest;
+use super::liveness::{differences, unrest};
 use super::member::{Member, Members, Parts};
 use super::network::Network;
 use super::operator::Operator;
@@ -58,7 +58,8 @@ pub(super) async fn run(options: Options) -> Report {
         for member in world.members.all() {
             member.kill();
         }
-        world.rest(BACK_SECONDS).await;
+        world.agree(BACK_SECONDS).await;
+        world.rest(HEALING_SECONDS).await;
         for (machine, _) in world.members.all().iter().filter_map(Member::inside) {
             world.oracle.check(&machine, recorder);
         }
@@ -186,21 +187,33 @@ impl World {
         }
     }
 
-    /// Waits until all is at rest; that it is not in time is a violation.
+    /// Waits until all members are there and the same. What runs may change meanwhile: a job that ends makes room.
+    async fn agree(&self, seconds: u64) {
+        self.wait("of one mind", seconds, 1, || differences(&self.members))
+            .await;
+    }
+
+    /// Waits until all is at rest.
     async fn rest(&self, seconds: u64) {
+        let unrest = || unrest(&self.members, &self.hosts, &self.validator);
+        self.wait("at rest", seconds, 2, unrest).await;
+    }
+
+    /// Waits until so many looks in a row find nothing; that they do not in time is a violation.
+    async fn wait(&self, what: &str, seconds: u64, looks: u32, look: impl Fn() -> Vec<String>) {
         let recorder = &self.recorder;
         let end_ms = recorder.now_ms() + seconds * 1000;
         let mut calm = 0;
         while !recorder.is_violated() {
             sleep(LOOK_EVERY).await;
-            let found = unrest(&self.members, &self.hosts, &self.validator);
+            let found = look();
             calm = if found.is_empty() { calm + 1 } else { 0 };
-            if calm >= 2 {
-                recorder.note("at rest");
+            if calm >= looks {
+                recorder.note(what);
                 return;
             }
             if recorder.now_ms() >= end_ms {
-                recorder.violation(format_args!("10: not at rest after {seconds} s: {found:?}"));
+                recorder.violation(format_args!("10: not {what} after {seconds} s: {found:?}"));
             }
         }
     }
