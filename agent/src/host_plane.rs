@@ -42,6 +42,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// Facts are looked at again, and neighbours that may have started anew are told again, so often.
 const REFRESH: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(1);
+/// A question about a workload is answered within this time; members wait a little longer.
+const ANSWER_MAX: Duration = Duration::from_secs(8);
 const QUEUE: usize = 8;
 
 /// Settings of the process.
@@ -214,15 +216,21 @@ fn answers(runtime: Arc<dyn Runtime>) -> Arc<AnswerQuestion> {
     Arc::new(move |question| {
         let runtime = Arc::clone(&runtime);
         Box::pin(async move {
-            let answer = match &question {
-                HostQuestion::Log(query) => runtime.log(query).await.map(|log| log.map(HostAnswer::Log)),
-                HostQuestion::Events(deployment) => {
-                    let events = runtime.events(deployment).await;
-                    events.map(|events| events.map(HostAnswer::Events))
+            let answer = async {
+                match &question {
+                    HostQuestion::Log(query) => runtime.log(query).await.map(|log| log.map(HostAnswer::Log)),
+                    HostQuestion::Events(deployment) => {
+                        let events = runtime.events(deployment).await;
+                        events.map(|events| events.map(HostAnswer::Events))
+                    }
                 }
+            };
+            let Ok(answer) = timeout(ANSWER_MAX, answer).await else {
+                return HostAnswer::Failed(format!("no answer of what runs it within {ANSWER_MAX:?}"));
             };
             match answer {
                 Ok(answer) => answer.unwrap_or(HostAnswer::Unknown),
+                Err(runtime::Error::Refused(why)) => HostAnswer::Refused(why),
                 Err(error) => HostAnswer::Failed(error.to_string()),
             }
         })

@@ -17,6 +17,11 @@ use crate::stream::Frames;
 
 /// Between two looks for more.
 const FOLLOW_EVERY: Duration = Duration::from_secs(1);
+/// An answer of so many bytes may have been cut.
+const AT_ONCE_BYTES: usize = 512 * 1024;
+/// How often, and after which pause, it is tried again while nobody answers.
+const AWAY_TRIES: u32 = 15;
+const AWAY_PAUSE: Duration = Duration::from_secs(2);
 /// A stream of output may go on for so long.
 const STREAM_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -35,24 +40,53 @@ pub(crate) async fn log(
         path.clone()
     };
     let mut answer = miner.get(&first).await?;
-    if !printer.wants_tables() {
-        return printer.value(&answer);
+    show(printer, &answer)?;
+    if !follow {
+        return Ok(());
     }
     loop {
-        let text = answer["text"].as_str().unwrap_or_default();
-        let mut out = std::io::stdout().lock();
-        out.write_all(text.as_bytes())?;
-        out.flush()?;
-        drop(out);
-        if !follow || (answer["gone"] == true && text.is_empty()) {
-            return Ok(());
-        }
-        if text.is_empty() {
+        let before = answer["next"].as_str().map(str::to_owned);
+        // There may be more at once where the last answer was a long one.
+        if answer["text"]
+            .as_str()
+            .is_none_or(|text| text.len() < AT_ONCE_BYTES)
+        {
             tokio::time::sleep(FOLLOW_EVERY).await;
         }
-        let after = answer["next"].as_str();
-        let next = after.map_or_else(|| path.clone(), |after| format!("{path}?after={}", escape(after)));
-        answer = miner.get(&next).await?;
+        let after = before
+            .as_ref()
+            .map(|before| format!("{path}?after={}", escape(before)));
+        answer = patiently(&miner, after.as_ref().unwrap_or(&path)).await?;
+        let is_new = answer["next"].as_str() != before.as_deref();
+        if is_new {
+            show(printer, &answer)?;
+        } else if answer["gone"] == true {
+            return Ok(());
+        }
+    }
+}
+
+/// Text for people, whole answers for scripts.
+fn show(printer: &Printer, answer: &Value) -> Result<()> {
+    if !printer.wants_tables() {
+        return printer.value(answer);
+    }
+    let mut out = std::io::stdout().lock();
+    out.write_all(answer["text"].as_str().unwrap_or_default().as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// Asks for more, also while a member or the host is away for a moment.
+async fn patiently(miner: &Miner, path: &str) -> Result<Value> {
+    let mut tries = 0;
+    loop {
+        match miner.get(path).await {
+            Err(error) if tries < AWAY_TRIES && request::may_pass(&error) => {
+                tries += 1;
+                tokio::time::sleep(AWAY_PAUSE).await;
+            }
+            answer => return answer,
+        }
     }
 }
 

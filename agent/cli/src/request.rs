@@ -88,6 +88,15 @@ pub(crate) fn is_unconnected(error: &anyhow::Error) -> bool {
     sent.is_some_and(reqwest::Error::is_connect)
 }
 
+/// True if a reading request may be answered when it is repeated: nobody was there, or could say.
+pub(crate) fn may_pass(error: &anyhow::Error) -> bool {
+    let refused = error.downcast_ref::<Refused>();
+    match refused {
+        Some(refused) => refused.status.is_server_error(),
+        None => error.downcast_ref::<reqwest::Error>().is_some(),
+    }
+}
+
 /// The whole body of an answer.
 pub(crate) async fn body(response: Response) -> Result<Vec<u8>> {
     let mut stream = response.bytes_stream();

@@ -567,7 +567,11 @@ async fn the_output_of_a_deployment_is_printed_and_followed_to_its_end() {
     let log = |text: &str, next: &str, gone: bool| json!({ "deployment_id": "d1", "server_name": "gpu-a", "text": text, "next": next, "gone": gone });
     let answers = [
         ("GET /v1/deployments/d1/log", 200, log("one\n", "2", false)),
-        ("GET /v1/deployments/d1/log?after=2", 200, log("two\n", "4", true)),
+        (
+            "GET /v1/deployments/d1/log?after=2",
+            200,
+            log("two\n", "4", false),
+        ),
         ("GET /v1/deployments/d1/log?after=4", 200, log("", "4", true)),
         (
             "GET /v1/deployments/d1/log?previous=true",

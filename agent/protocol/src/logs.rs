@@ -31,6 +31,22 @@ pub struct LogQuery {
     pub after: Option<String>,
 }
 
+impl LogQuery {
+    /// The place after which output is wanted, if any.
+    ///
+    /// # Errors
+    /// For whoever asks, in words: it is no place.
+    pub fn place<T: std::str::FromStr>(&self) -> Result<Option<T>, String> {
+        let Some(after) = &self.after else {
+            return Ok(None);
+        };
+        let place = after.parse().map_err(|_| {
+            format!("after = {after:?} is no place in the output: leave it out, or use `next` of an earlier answer")
+        })?;
+        Ok(Some(place))
+    }
+}
+
 /// Whole lines of output, at most [`LOG_BYTES_MAX`] bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Log {
@@ -68,4 +84,6 @@ pub enum HostAnswer {
     Unknown,
     /// Why there is no answer.
     Failed(String),
+    /// Why there is no answer to such a question.
+    Refused(String),
 }

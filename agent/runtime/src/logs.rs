@@ -67,7 +67,13 @@ impl Kept {
 
     /// What was kept of a workload, if anything.
     pub(crate) fn get(&self, deployment: &DeploymentId) -> io::Result<Option<Remains>> {
-        match fs::read(self.path(deployment)) {
+        let path = self.path(deployment);
+        let is_old = |written: SystemTime| written.elapsed().is_ok_and(|age| age > KEPT_FOR);
+        let read = || match fs::metadata(&path)?.modified()? {
+            written if is_old(written) => Err(io::ErrorKind::NotFound.into()),
+            _ => fs::read(&path),
+        };
+        match read() {
             Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -80,7 +86,12 @@ fn sweep(folder: &Path) -> io::Result<()> {
     let mut files: Vec<(SystemTime, PathBuf)> = Vec::new();
     for item in fs::read_dir(folder)? {
         let item = item?;
-        files.push((item.metadata()?.modified()?, item.path()));
+        // Another workload's may be just becoming something else.
+        match item.metadata().and_then(|found| found.modified()) {
+            Ok(written) => files.push((written, item.path())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
     }
     files.sort();
     let Some((newest, _)) = files.last() else {
@@ -90,7 +101,10 @@ fn sweep(folder: &Path) -> io::Result<()> {
     let too_many = files.len().saturating_sub(KEPT_MAX);
     for (number, (time, path)) in files.iter().enumerate() {
         if number < too_many || *time < oldest_kept {
-            fs::remove_file(path)?;
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
     }
     Ok(())
@@ -147,11 +161,11 @@ mod tests {
         let old = File::options().write(true).open(kept.path(&id("old")));
         let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000);
         old.and_then(|file| file.set_modified(long_ago)).expect("ours");
-        assert_eq!(kept.get(&id("old")).expect("readable"), Some(remains("o")));
+        assert_eq!(kept.get(&id("old")).expect("readable"), None, "it is too old");
+        assert!(kept.path(&id("old")).exists());
         kept.put(&id("d1"), &remains("a")).expect("writable");
         kept.put(&id("d1"), &remains("b")).expect("writable");
         assert_eq!(kept.get(&id("d1")).expect("readable"), Some(remains("b")));
-        assert_eq!(kept.get(&id("old")).expect("readable"), None);
         let names = fs::read_dir(&kept.folder).expect("there");
         assert_eq!(names.count(), 1, "no half-written files");
     }

@@ -89,7 +89,7 @@ impl Memory {
             return Ok(None);
         }
         let lines = written.map_or(&[][..], Vec::as_slice);
-        let after = query.after.as_ref().and_then(|after| after.parse().ok());
+        let after = query.place::<usize>().map_err(Error::Refused)?;
         Ok(Some(Log {
             text: lines.iter().skip(after.unwrap_or(0)).cloned().collect(),
             next: Some(lines.len().to_string()),

@@ -303,7 +303,7 @@ impl Process {
             return Err(Error::Refused(why.to_owned()));
         }
         let deployment = &query.deployment;
-        let after = query.after.as_ref().and_then(|after| after.parse::<u64>().ok());
+        let after = query.place::<u64>().map_err(Error::Refused)?;
         let phase = lock(&self.host.workloads).get(deployment).map(|it| it.phase());
         if let Some(phase) = phase {
             let folder = self.host.workloads_folder.join(deployment.as_str());

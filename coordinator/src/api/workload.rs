@@ -108,7 +108,7 @@ impl Place {
             None => api.deps.others.ask_host(&self.server, &question).await,
         };
         answer.map_err(|why| {
-            let detail = format!("host {} was not asked: {why}", self.name);
+            let detail = format!("host {} did not answer: {why}", self.name);
             ApiError::new(StatusCode::SERVICE_UNAVAILABLE, detail)
         })
     }
@@ -118,6 +118,7 @@ impl Place {
         let name = &self.name;
         match answer {
             HostAnswer::Failed(why) => ApiError::new(StatusCode::BAD_GATEWAY, format!("host {name}: {why}")),
+            HostAnswer::Refused(why) => ApiError::new(StatusCode::BAD_REQUEST, format!("host {name}: {why}")),
             HostAnswer::Unknown => ApiError::new(
                 StatusCode::NOT_FOUND,
                 format!(

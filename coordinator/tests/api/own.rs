@@ -234,7 +234,7 @@ async fn what_a_chute_wrote_is_asked_of_its_host() {
     assert_eq!(nobody.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(
         nobody.detail(),
-        "host gpu-a was not asked: there is no other member"
+        "host gpu-a did not answer: there is no other member"
     );
     let answer_is = |answer| {
         let mut answers = fixture.reports.1.lock().unwrap();
@@ -274,6 +274,11 @@ async fn what_a_chute_wrote_is_asked_of_its_host() {
             "has nothing of deployment dep-1",
         ),
         (
+            Ok(HostAnswer::Refused("so".to_owned())),
+            StatusCode::BAD_REQUEST,
+            "host gpu-a: so",
+        ),
+        (
             Ok(HostAnswer::Failed("no".to_owned())),
             StatusCode::BAD_GATEWAY,
             "host gpu-a: no",
@@ -281,7 +286,7 @@ async fn what_a_chute_wrote_is_asked_of_its_host() {
         (
             Err("late".to_owned()),
             StatusCode::SERVICE_UNAVAILABLE,
-            "was not asked: late",
+            "did not answer: late",
         ),
     ] {
         answer_is(answer);

@@ -18,11 +18,11 @@ use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Api, Resource, ResourceExt as _};
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
-use protocol::workload::{Fence, PortMapping, Secret, WorkloadSpec};
+use protocol::workload::{Fence, PortMapping, Secret, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::phase::is_over;
+use super::phase::{Objects, is_over};
 use super::trouble::{Pauses, Trouble, is_conflict, is_missing};
 use super::{Cluster, lock};
 use crate::manifest::{self, FIELD_MANAGER};
@@ -122,7 +122,10 @@ pub(super) async fn live(cluster: Arc<Cluster>, life: Arc<Life>, start: Option<(
             }
         }
     }
-    life.stop_asked().await;
+    tokio::select! {
+        () = life.stop_asked() => {}
+        () = work.keep_at_its_end() => life.stop_asked().await,
+    }
     work.set(Doing::Stopping);
     work.remove().await;
     lock(&cluster.lives).remove(&life.deployment);
@@ -146,6 +149,25 @@ impl Work<'_> {
     fn set(&self, doing: Doing) {
         *lock(&self.life.doing) = doing;
         self.cluster.changed();
+    }
+
+    /// Keeps what a workload left that has ended by itself: Kubernetes removes its pod after a while.
+    async fn keep_at_its_end(&self) {
+        let (cluster, deployment) = (self.cluster, &self.life.deployment);
+        let mut changes = cluster.changes.subscribe();
+        loop {
+            let objects = cluster.seen.objects(deployment);
+            let has_ended = |objects: &Objects| {
+                !objects.pods.is_empty() && matches!(objects.phase(), WorkloadPhase::Ended { .. })
+            };
+            if objects.is_ok_and(|objects| has_ended(&objects)) {
+                return cluster.keep(deployment).await;
+            }
+            // Its sender lives as long as the cluster.
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     async fn start(&self, fence: Fence, spec: &WorkloadSpec) -> Result<(), Given> {

@@ -14,7 +14,7 @@ use protocol::logs::{LOG_BYTES_MAX, Log, LogQuery, WorkloadEvent};
 use protocol::time::UnixMillis;
 use tokio::time::timeout;
 
-use super::phase::{Objects, speaks};
+use super::phase::{Objects, is_over, speaks};
 use super::trouble::Trouble;
 use super::{Cluster, lock};
 use crate::Error;
@@ -22,7 +22,7 @@ use crate::logs::{Remains, last_lines, redacted};
 use crate::manifest::{job_name, service_name};
 
 /// Lines that are asked for when the end of an output is wanted.
-const LINES_MAX: i64 = 5000;
+const LINES_MAX: i64 = 10_000;
 /// What is to be kept must be read within this time: GPUs wait for the removal.
 const KEEP_MAX: Duration = Duration::from_secs(5);
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -37,10 +37,14 @@ impl Cluster {
     pub(super) async fn log(&self, query: &LogQuery) -> Result<Option<Log>, Error> {
         let deployment = &query.deployment;
         let objects = self.seen.objects(deployment)?;
-        let after = query.after.as_ref().and_then(|after| after.parse().ok());
+        let after = query.place::<Timestamp>().map_err(Error::Refused)?;
         if let Some(pod) = newest(&objects) {
             let lines = self.lines(pod, query.previous, after).await?;
             return Ok(Some(log_of(&lines, after, false)));
+        }
+        if query.previous {
+            let why = "it has no pod any more, and what was kept is of its last run";
+            return Err(Error::Refused(why.to_owned()));
         }
         let is_there = lock(&self.lives).contains_key(deployment) || !objects.is_empty();
         match self.kept.get(deployment).map_err(Error::kept)? {
@@ -62,7 +66,7 @@ impl Cluster {
         Ok(kept.map(|remains| remains.events))
     }
 
-    /// Reads what a pod's chute wrote, or whatever keeps it from starting; lines with their times.
+    /// Reads what a pod's chute wrote, or whatever keeps it from starting; whole lines with their times.
     async fn lines(&self, pod: &Pod, previous: bool, after: Option<Timestamp>) -> Result<String, Error> {
         let Some(container) = speaks(pod) else {
             return Ok(String::new());
@@ -70,7 +74,8 @@ impl Cluster {
         let parameters = LogParams {
             container: Some(container.to_owned()),
             previous,
-            since_time: after,
+            // Whole seconds only, and rounded to the nearest if they are not.
+            since_time: after.and_then(|after| Timestamp::from_second(after.as_second()).ok()),
             tail_lines: after.is_none().then_some(LINES_MAX),
             timestamps: true,
             ..LogParams::default()
@@ -82,19 +87,16 @@ impl Cluster {
                 Trouble::Refused(why) | Trouble::Unreachable(why) => Error::Unknown(why),
             })?;
             let mut stream = std::pin::pin!(stream);
-            let (mut bytes, mut chunk) = (Vec::new(), vec![0; CHUNK_BYTES]);
+            let mut lines = Lines::after(after);
+            let mut chunk = vec![0; CHUNK_BYTES];
             loop {
                 let read = stream.read(&mut chunk).await;
                 let read = read.map_err(|error| Error::Unknown(error.to_string()))?;
-                if read == 0 || (after.is_some() && bytes.len() > LOG_BYTES_MAX) {
+                if read == 0 || lines.push(&chunk[..read]) {
                     break;
                 }
-                bytes.extend_from_slice(&chunk[..read]);
-                if bytes.len() > 2 * LOG_BYTES_MAX {
-                    bytes.drain(..bytes.len() - LOG_BYTES_MAX - 1);
-                }
             }
-            Ok(redacted(last_lines(&String::from_utf8_lossy(&bytes))))
+            Ok(lines.end(previous || is_over(pod)))
         };
         match timeout(self.config.call_timeout, read).await {
             Ok(lines) => lines,
@@ -152,14 +154,75 @@ impl Cluster {
     }
 }
 
+/// Whole lines as they come in, as many as are answered at once: the first ones after a time, else the last ones.
+struct Lines {
+    after: Option<Timestamp>,
+    whole: String,
+    /// A line whose end has not come yet.
+    begun: Vec<u8>,
+}
+
+impl Lines {
+    fn after(after: Option<Timestamp>) -> Self {
+        Self {
+            after,
+            whole: String::new(),
+            begun: Vec::new(),
+        }
+    }
+
+    /// Takes the next bytes; true when no more are needed.
+    fn push(&mut self, bytes: &[u8]) -> bool {
+        for piece in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.begun.extend_from_slice(piece);
+            // A line that is too long is cut.
+            if (piece.ends_with(b"\n") || self.begun.len() >= LOG_BYTES_MAX) && self.take_line() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn take_line(&mut self) -> bool {
+        let line = String::from_utf8_lossy(&std::mem::take(&mut self.begun)).into_owned();
+        match self.after {
+            None => {
+                self.whole.push_str(&line);
+                if self.whole.len() > 2 * LOG_BYTES_MAX {
+                    self.whole = last_lines(&self.whole).to_owned();
+                }
+                false
+            }
+            Some(after) => {
+                let is_full = !self.whole.is_empty() && self.whole.len() + line.len() > LOG_BYTES_MAX;
+                if !is_full && timed(&line).is_some_and(|(at, _)| at > after) {
+                    self.whole.push_str(&line);
+                }
+                is_full
+            }
+        }
+    }
+
+    /// All of it, without tokens. The end of a line that is still being written is to come with its beginning.
+    fn end(mut self, is_over: bool) -> String {
+        if is_over && !self.begun.is_empty() {
+            self.take_line();
+        }
+        redacted(last_lines(&self.whole))
+    }
+}
+
+/// A line's time and the rest of it.
+fn timed(line: &str) -> Option<(Timestamp, &str)> {
+    let (time, line) = line.split_once(' ')?;
+    Some((time.parse().ok()?, line))
+}
+
 /// Lines with their times as an answer: those after a time, without it. What has no time is not the workload's.
 fn log_of(lines: &str, after: Option<Timestamp>, gone: bool) -> Log {
     let (mut text, mut last) = (String::new(), after);
     for line in lines.split_inclusive('\n') {
-        let timed = line
-            .split_once(' ')
-            .and_then(|(time, line)| Some((time.parse::<Timestamp>().ok()?, line)));
-        match timed {
+        match timed(line) {
             Some((at, _)) if after.is_some_and(|after| at <= after) => {}
             Some((at, line)) => {
                 text.push_str(line);
@@ -215,6 +278,35 @@ mod tests {
         let none = log_of(lines, Some(end), true);
         assert_eq!((none.text.as_str(), none.gone), ("", true));
         assert_eq!(none.next, Some(end.to_string()), "the place stays");
+    }
+
+    fn read(text: &str, after: Option<&str>, is_over: bool) -> String {
+        let mut lines = Lines::after(after.map(|after| after.parse().expect("a time")));
+        // In pieces that end anywhere.
+        for piece in text.as_bytes().chunks(7) {
+            if lines.push(piece) {
+                break;
+            }
+        }
+        lines.end(is_over)
+    }
+
+    #[test]
+    fn whole_lines_after_a_time_are_read_and_none_is_passed_over() {
+        let text = "2026-01-01T00:00:00.6Z ü\n2026-01-01T00:00:00.9Z b\n2026-01-01T00:00:01Z c";
+        let second = "2026-01-01T00:00:00.9Z b\n";
+        assert_eq!(read(text, Some("2026-01-01T00:00:00.6Z"), false), second);
+        assert_eq!(read(text, Some("2026-01-01T00:00:00.9Z"), false), "");
+        let last = "2026-01-01T00:00:01Z c";
+        assert_eq!(read(text, Some("2026-01-01T00:00:00.9Z"), true), last);
+        assert_eq!(read(text, None, true), text);
+        // More than is answered at once: the first of it, up to a whole line.
+        let long = "x".repeat(LOG_BYTES_MAX / 2);
+        let line = |second: u32| format!("2026-01-01T00:00:0{second}Z {long}\n");
+        let all: String = (1..5).map(line).collect();
+        assert_eq!(read(&all, Some("2026-01-01T00:00:01Z"), false), line(2));
+        assert_eq!(read(&all, Some("2026-01-01T00:00:02Z"), false), line(3));
+        assert_eq!(read(&all, None, false), line(4), "the end of it");
     }
 
     #[test]

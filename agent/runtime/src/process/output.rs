@@ -28,7 +28,9 @@ pub(crate) fn bound(folder: &Path) -> io::Result<()> {
 pub(crate) fn read(folder: &Path, after: Option<u64>, ended: bool) -> io::Result<(String, u64)> {
     let mut file = match File::open(folder.join(OUTPUT)) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((String::new(), 0)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok((String::new(), after.unwrap_or(0)));
+        }
         Err(error) => return Err(error),
     };
     let (length, most) = (file.metadata()?.len(), LOG_BYTES_MAX as u64);

@@ -342,6 +342,11 @@ impl Space {
         config
     }
 
+    /// Where runtimes keep what is left, each in a folder of its node's name.
+    pub(crate) fn logs(&self) -> &Path {
+        self.logs.path()
+    }
+
     /// The runtime of a node, once it knows what exists.
     pub(crate) async fn open(&self, node: &str) -> Kubernetes {
         let runtime = Kubernetes::start(self.client.clone(), self.config(node));

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use rustls::pki_types::PrivateKeyDer;
@@ -98,7 +99,23 @@ async fn answer(acceptor: TlsAcceptor, stream: TcpStream, written: Written) {
     let name = format!("{}/{}", name[1], name[0]);
     let text = written.lock().expect("no panics").get(&name).cloned();
     let status = if text.is_some() { "200 OK" } else { "404 Not Found" };
+    let value = |key: &str| query.split('&').find_map(|part| part.strip_prefix(key));
     let text = text.unwrap_or_default();
+    let mut lines: Vec<&str> = text.split_inclusive('\n').collect();
+    // Whole seconds, the one that is named included.
+    if let Some(since) = value("sinceTime=") {
+        let since: Timestamp = since.replace("%3A", ":").parse().expect("a time");
+        let is_later = |line: &&str| {
+            let time = line.split(' ').next().expect("a time");
+            time.parse::<Timestamp>().expect("a time") >= since
+        };
+        lines.retain(is_later);
+    }
+    if let Some(tail) = value("tailLines=") {
+        let tail: usize = tail.parse().expect("a number");
+        lines.drain(..lines.len().saturating_sub(tail));
+    }
+    let text = lines.concat();
     let answer = format!(
         "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
         text.len()

@@ -507,11 +507,12 @@ async fn output(space: &Space, client: &kube::Client) {
     start(space, &runtime, &spec).await;
     let pods = space.pods().list(&ListParams::default()).await.expect("it works");
     let pod = pods.items[0].name_any();
-    let first = "2026-01-01T00:00:00.5Z token eyJhbGciOi.eyJzdWIi.c2ln\n2026-01-01T00:00:01Z two\n";
+    let first = "2026-01-01T00:00:00.5Z token eyJhbGciOi.eyJzdWIi.c2ln\n2026-01-01T00:00:01.6Z two\n";
     kubelet.write(&pod, "chute", first);
     let said = log(&runtime, id, None).await.expect("there");
     assert_eq!((said.text.as_str(), said.gone), ("token [token]\ntwo\n", false));
-    let all = format!("{first}2026-01-01T00:00:02Z three\n");
+    // In the second in which the last one was written.
+    let all = format!("{first}2026-01-01T00:00:01.9Z three\n");
     kubelet.write(&pod, "chute", &all);
     let more = log(&runtime, id, said.next).await.expect("there");
     assert_eq!(more.text, "three\n");
@@ -548,4 +549,38 @@ async fn output(space: &Space, client: &kube::Client) {
     assert_eq!((rest.text.as_str(), rest.gone), ("", true));
     let events = runtime.events(id).await.expect("readable").expect("kept");
     assert!(is_told(&events), "{events:?}");
+    drop(runtime);
+    output_of_one_that_ended(space, &kubelet).await;
+}
+
+/// A pod that has ended is removed by Kubernetes after a while, whether anybody asks or not.
+async fn output_of_one_that_ended(space: &Space, kubelet: &Kubelet) {
+    let runtime = space.open("node-7").await;
+    let spec = spec("ends");
+    let id = &spec.deployment;
+    start(space, &runtime, &spec).await;
+    let pods = space.pods().list(&ListParams::default()).await.expect("it works");
+    let pod = pods.items[0].name_any();
+    kubelet.write(&pod, "chute", "2026-01-01T00:00:01Z last words\n");
+    space.say(id, failed(3));
+    until(&runtime, id, "ended", is_ended).await;
+    // It is read once more from the pod, until it is kept.
+    let is_kept = async {
+        let logs = space.logs().join("node-7");
+        while !logs.join(format!("{id}.json")).exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let soon = std::time::Duration::from_secs(30);
+    tokio::time::timeout(soon, is_kept).await.expect("it is kept");
+    let job = job_name(id);
+    space
+        .jobs()
+        .delete(&job, &DeleteParams::background())
+        .await
+        .expect("it works");
+    space.until_pods(id, 0).await;
+    stop(&runtime, &spec).await;
+    let kept = log(&runtime, id, None).await.expect("kept");
+    assert_eq!((kept.text.as_str(), kept.gone), ("last words\n", true));
 }
