@@ -11,7 +11,6 @@ use coordinator::clock::{Clock as _, WallClock};
 use coordinator::join::{Admission, admission};
 use protocol::id::ServerId;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
-use serde_json::json;
 use tokio::process::{Child, Command};
 use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
 
@@ -80,7 +79,7 @@ impl Hosts {
     /// Lets the hosts join that have not, as an operator would, and starts their agents.
     pub(super) async fn join(&mut self, miner: &Miner, account: &mut Account) -> anyhow::Result<()> {
         for host in self.hosts.iter_mut().filter(|host| host.child.is_none()) {
-            let invited = miner.post("/hosts/invites", &json!({ "eligible": true })).await?;
+            let invited = miner.invite().await?;
             let token = invited["token"]
                 .as_str()
                 .context("an invitation without a token")?;

@@ -19,6 +19,8 @@ use super::hosts::Hosts;
 
 /// Between two tries while something starts.
 const RETRY_EVERY: Duration = Duration::from_millis(200);
+/// How often an invitation is asked for before that is given up: for a minute, on a machine that has much else to do.
+const INVITE_TRIES: u32 = 300;
 /// What the operator says that a software GPU costs, in dollars per hour.
 const HOURLY_COST_USD: f64 = 0.01;
 
@@ -113,6 +115,21 @@ impl Miner {
         self.ask(&Method::POST, path, Some(&body)).await
     }
 
+    /// An invitation for a host that is to be a member. The first member may have just begun to lead, and not have
+    /// founded its cluster yet.
+    pub(super) async fn invite(&self) -> anyhow::Result<Value> {
+        let mut tries = 0;
+        loop {
+            match self.post("/hosts/invites", &json!({ "eligible": true })).await {
+                Err(error) if tries < INVITE_TRIES && may_pass(&error) => {
+                    tries += 1;
+                    sleep(RETRY_EVERY).await;
+                }
+                invited => return invited.context("ask for an invitation"),
+            }
+        }
+    }
+
     /// Waits until the API answers; an agent that ends meanwhile is an error that names its log.
     pub(super) async fn until_it_serves(&self, hosts: &Hosts) -> anyhow::Result<()> {
         loop {
@@ -174,4 +191,10 @@ impl Miner {
         );
         Ok(())
     }
+}
+
+/// A member that is not there or cannot say yet may be soon; one that says no will not change its mind.
+fn may_pass(error: &anyhow::Error) -> bool {
+    let asked = error.downcast_ref::<reqwest::Error>();
+    asked.is_some_and(|error| !error.status().is_some_and(|status| status.is_client_error()))
 }
