@@ -64,7 +64,7 @@ mod workload;
 pub use connection::Connection;
 pub use diff::{Hosts, ValidatorListing};
 pub use enrolment::SupportedGpus;
-pub use leader::{Alone, Others};
+pub use leader::{Alone, OtherMembers};
 pub use raft::{ClusterView, Progress, ReplicatedCluster, Roles};
 
 /// What is under way at a stop may take this long.
@@ -129,7 +129,7 @@ pub struct Deps {
     /// Snapshots that leave the cluster.
     pub backup: Door,
     /// The way to the other members.
-    pub others: Arc<dyn Others>,
+    pub others: Arc<dyn OtherMembers>,
     /// Opens and seals the authorities' keys.
     pub signer: Arc<dyn Sign>,
 }

@@ -112,17 +112,15 @@ impl Answering {
     /// # Errors
     /// For the asking member, in words.
     pub async fn answer(self, from: u64, question: Vec<u8>) -> Result<Vec<u8>, String> {
-        let question = decode(&question)?;
-        if let Question::Host(server, question) = question {
-            let asked = self.hub.ask(&server, question, HOST_ANSWER_MAX);
-            let asked = asked.ok_or_else(|| "the host is not connected to this member".to_owned())?;
-            return encode(&Answer::Host(asked.await?));
-        }
-        if !self.replica.leads_now() {
-            return Err("this member does not lead".to_owned());
-        }
-        match question {
-            Question::Host(..) => Err("it was answered above".to_owned()),
+        match decode(&question)? {
+            Question::Host(server, question) => {
+                let asked = self.hub.ask(&server, question, HOST_ANSWER_MAX);
+                let asked = asked.ok_or_else(|| "the host is not connected to this member".to_owned())?;
+                encode(&Answer::Host(asked.await?))
+            }
+            Question::Heard(_) | Question::Request(_) if !self.replica.leads_now() => {
+                Err("this member does not lead".to_owned())
+            }
             Question::Heard(hosts) => {
                 self.hub.hear_of(from, hosts, self.clock.now());
                 encode(&Answer::Heard)

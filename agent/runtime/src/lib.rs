@@ -1,8 +1,8 @@
 //! One workload controller: makes the workloads of a server true, by whatever runs them there.
 //!
 //! Reading order: this page ([`Runtime`]), [`diff`] (what to start and stop), [`environment`] and
-//! [`manifest`] (what a chute sees; pure), `logs` (what it writes), [`kubernetes`] (Jobs of a cluster), [`process`] (child processes, for
-//! development), [`memory`] (nothing at all, for tests and simulation).
+//! [`manifest`] (what a chute sees; pure), `logs` (what it writes), [`kubernetes`] (Jobs of a cluster), [`process`]
+//! (child processes, for development), [`memory`] (nothing at all, for tests and simulation).
 //!
 //! A runtime accepts work at once and goes on by itself; how far it is shows in [`Runtime::observe`]. It
 //! never decides what should run, and it never starts one deployment twice.

@@ -19,8 +19,6 @@ struct State {
     workloads: BTreeMap<DeploymentId, (Vec<GpuId>, WorkloadPhase)>,
     started: Vec<DeploymentId>,
     unreachable: bool,
-    /// What each wrote, by lines; places are counts of them.
-    written: BTreeMap<DeploymentId, Vec<String>>,
 }
 
 /// The runtime. Clones share their workloads, as an agent that restarts finds them again.
@@ -70,31 +68,10 @@ impl Memory {
         self.change(|state| state.unreachable = unreachable);
     }
 
-    /// Lets a workload write a line.
-    pub fn write(&self, deployment: &DeploymentId, line: &str) {
-        let mut state = self.state();
-        let lines = state.written.entry(deployment.clone()).or_default();
-        lines.push(format!("{line}\n"));
-    }
-
-    fn read(&self, query: &LogQuery) -> Result<Option<Log>, Error> {
+    /// What is known of a workload: nothing writes, and nothing is kept.
+    fn known<T>(&self, deployment: &DeploymentId, known: T) -> Result<Option<T>, Error> {
         self.reachable()?;
-        if query.previous {
-            return Err(Error::Refused("nothing is started twice here".to_owned()));
-        }
-        let state = self.state();
-        let is_there = state.workloads.contains_key(&query.deployment);
-        let written = state.written.get(&query.deployment);
-        if !is_there && written.is_none() {
-            return Ok(None);
-        }
-        let lines = written.map_or(&[][..], Vec::as_slice);
-        let after = query.place::<usize>().map_err(Error::Refused)?;
-        Ok(Some(Log {
-            text: lines.iter().skip(after.unwrap_or(0)).cloned().collect(),
-            next: Some(lines.len().to_string()),
-            gone: !is_there,
-        }))
+        Ok(self.state().workloads.contains_key(deployment).then_some(known))
     }
 
     /// Every start so far, in order.
@@ -165,15 +142,19 @@ impl Runtime for Memory {
     }
 
     fn log<'a>(&'a self, query: &'a LogQuery) -> BoxFuture<'a, Result<Option<Log>, Error>> {
-        std::future::ready(self.read(query)).boxed()
+        let nothing = Log {
+            text: String::new(),
+            next: None,
+            gone: false,
+        };
+        std::future::ready(self.known(&query.deployment, nothing)).boxed()
     }
 
     fn events<'a>(
         &'a self,
         deployment: &'a DeploymentId,
     ) -> BoxFuture<'a, Result<Option<Vec<WorkloadEvent>>, Error>> {
-        let known = self.state().workloads.contains_key(deployment);
-        std::future::ready(self.reachable().map(|()| known.then(Vec::new))).boxed()
+        std::future::ready(self.known(deployment, Vec::new())).boxed()
     }
 
     fn changes(&self) -> watch::Receiver<u64> {

@@ -31,7 +31,7 @@ use crate::host_link::Hub;
 use crate::leader::Listings;
 use crate::validator::intake;
 
-/// What hosts reported last.
+/// What hosts reported last, and the way to ask those that are connected to this member.
 pub trait Hosts: fmt::Debug + Send + Sync {
     /// The last report of a host and when it came; none if it is connected nowhere.
     fn last_report(&self, server: &ServerId) -> Option<(UnixMillis, WorkloadReport)>;

@@ -1,5 +1,6 @@
 //! Requests that only the leader can answer, since they are about what it remembers besides the state: another
 //! member checks the signature, passes the rest on, and gives back what the leader said.
+//! The way to the other members is also the one to hosts that are connected to them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use crate::member_link;
 use crate::store::BoxFuture;
 
 /// The way to the other members.
-pub trait Others: fmt::Debug + Send + Sync {
+pub trait OtherMembers: fmt::Debug + Send + Sync {
     /// Passes a request on to the leader; none when this member leads, or nobody does.
     fn pass_on(
         &self,
@@ -41,7 +42,7 @@ pub trait Others: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct Alone;
 
-impl Others for Alone {
+impl OtherMembers for Alone {
     fn pass_on(
         &self,
         _: member_link::Request,
@@ -58,7 +59,7 @@ impl Others for Alone {
     }
 }
 
-impl Others for member_link::Asking {
+impl OtherMembers for member_link::Asking {
     fn pass_on(
         &self,
         request: member_link::Request,

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! start: Service, code -> Service says "launched" -> Job -> code once more
-//! stop:  output and events kept -> Job (foreground: its pods first) -> pods that are left -> nothing holds a GPU -> code, Service
+//! stop:  output and events are kept -> Job (foreground: its pods first) -> pods that are left
+//!        -> nothing holds a GPU -> code, Service
 //! ```
 //! Each step may be repeated; an agent that dies in between leaves what the next one goes on from.
 //! The code is shared by the deployments of a version. It is written before the Job, which needs it, and after it:
@@ -268,6 +269,7 @@ impl Work<'_> {
 
     /// Removes all objects, however long it takes.
     async fn remove(&self) {
+        // Also when it was kept at its end: the node may not have answered then.
         self.cluster.keep(&self.life.deployment).await;
         let (mut pauses, mut changes) = (Pauses::new(), self.cluster.changes.subscribe());
         let mut complained = Instant::now();

@@ -113,7 +113,7 @@ impl Cluster {
         let mut all = Vec::new();
         for name in names.iter().chain(objects.pods.keys()) {
             let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
-            let listed = timeout(self.config.call_timeout, self.happened.list(&about)).await;
+            let listed = timeout(self.config.call_timeout, self.events.list(&about)).await;
             let listed = listed.map_err(|_| Error::Unknown("the API server did not answer".to_owned()))?;
             let listed = listed.map_err(|error| Error::Unknown(error.to_string()))?;
             all.extend(listed.items.iter().map(event_of));

@@ -33,7 +33,7 @@ async fn a_lost_cluster_begins_again_with_a_snapshot_file() {
     assert_eq!(anew.commands(1), commands[..50]);
     assert_eq!(first.membership().voters.into_keys().collect::<Vec<_>>(), [1]);
     propose_surely(&anew.up[&1], b"on").await;
-    // Others join it by the same snapshot.
+    // OtherMembers join it by the same snapshot.
     anew.start(2, Start::Join).await;
     let first = anew.up[&1].clone();
     first.add_learner(2, "memory:2".to_owned()).await.unwrap();
