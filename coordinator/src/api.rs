@@ -6,7 +6,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `snapshots.rs`, `upgrade.rs`, and
+//! `operate.rs`, `import.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
@@ -48,6 +48,7 @@ mod enrolment;
 mod error;
 mod explain;
 mod hosts;
+mod import;
 mod leader;
 mod metrics;
 mod objects;
@@ -228,6 +229,8 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/v1/ca/finish", post(authority::finish))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
+        .route("/v1/observing", put(operate::set_observing))
+        .route("/v1/import", post(import::import))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));
     let open = Router::new()
         .route("/ping", get(ping))

@@ -42,6 +42,8 @@ pub struct Config {
     pub tick_every: Duration,
     /// Between two listings of a validator when nothing asks for one earlier.
     pub observe_every: Duration,
+    /// A cluster that this member founds observes until an operator says otherwise.
+    pub found_observing: bool,
     /// Accept state-changing requests signed in the original scheme from anywhere; for old clients behind a
     /// network that the operator trusts.
     pub allow_plain_legacy_writes: bool,

@@ -5,12 +5,14 @@
 //! - `follow.rs`: what one validator says, by socket and by listing;
 //! - `schedule.rs`: when a strategy is asked, and what becomes of its decisions;
 //! - here: deadlines and silent hosts.
+//!
+//! While the cluster observes, the leader watches hosts and does nothing else: another miner acts with this hotkey.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use coordinator_core::state_machine::Command;
+use coordinator_core::state_machine::{Command, State};
 use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use tokio::sync::{Notify, mpsc};
@@ -114,8 +116,29 @@ impl Leader {
         let _stop = stop.clone().drop_guard();
         let mut random = fastrand::Rng::with_seed(self.seed);
         let mut tasks = JoinSet::new();
-        let (triggers, triggered) = Triggers::channel();
+        let observes = self.store.read(State::is_observing);
+        if observes {
+            tracing::warn!("the cluster observes: nothing is done at validators, nothing is placed");
+        } else {
+            self.act(&mut tasks, &mut random, &stop);
+        }
+        tasks.spawn(pass_time(self.store.clone(), stop.clone()));
+        tasks.spawn(watch_hosts(self.store.clone(), self.hub.clone(), stop.clone()));
 
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = until_observing(&self.store, !observes) => {}
+            // No task ends by itself: one that does has panicked, and leading without it would be worse.
+            ended = tasks.join_next() => tracing::error!(?ended, "a leader's task ended; leading starts again"),
+        }
+        stop.cancel();
+        while tasks.join_next().await.is_some() {}
+    }
+
+    /// Starts all that changes something outside.
+    fn act(&self, tasks: &mut JoinSet<()>, random: &mut fastrand::Rng, stop: &CancellationToken) {
+        let (triggers, triggered) = Triggers::channel();
         let executor = Executor::new(
             self.store.clone(),
             Arc::clone(&self.signer),
@@ -150,17 +173,14 @@ impl Leader {
             random: random.fork(),
         };
         tasks.spawn(scheduler.run(triggered, stop.clone()));
-        tasks.spawn(pass_time(self.store.clone(), stop.clone()));
-        tasks.spawn(watch_hosts(self.store.clone(), self.hub.clone(), stop.clone()));
+    }
+}
 
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => {}
-            // No task ends by itself: one that does has panicked, and leading without it would be worse.
-            ended = tasks.join_next() => tracing::error!(?ended, "a leader's task ended; leading starts again"),
-        }
-        stop.cancel();
-        while tasks.join_next().await.is_some() {}
+/// Returns when the cluster observes, or acts.
+async fn until_observing(store: &Store, observing: bool) {
+    let mut changes = store.changes();
+    while store.read(State::is_observing) != observing {
+        changes.changed().await;
     }
 }
 

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use coordinator_core::state_machine::codec::Row;
 use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults};
+use futures_util::FutureExt as _;
 
 mod certificate;
 
@@ -28,7 +29,7 @@ use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership;
 use crate::signer::{SealedKind, Sign};
-use crate::store::{BoxFuture, Log, Machine, Store};
+use crate::store::{self, BoxFuture, Log, Machine, Store};
 use crate::validator::http::Limits;
 use crate::validator::socket::TcpDial;
 use crate::validator::{self, Client, ValidatorApi};
@@ -260,8 +261,11 @@ pub async fn run(
     if founding.is_some() {
         services.spawn(forget_authority(store, config.identity.clone(), stop.clone()));
     }
-    let first = founding.into_iter().chain([configure]).collect();
-    services.spawn(lead(leader, first, replica.clone(), stop.clone()));
+    let observing = config
+        .found_observing
+        .then_some(Command::SetObserving { observing: true });
+    let founding = founding.map_or_else(Vec::new, |found| observing.into_iter().chain([found]).collect());
+    services.spawn(lead(leader, founding, configure, replica.clone(), stop.clone()));
     services.spawn(keeper.run(stop.clone()));
     services.close();
 
@@ -377,9 +381,15 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
     }
 }
 
-/// Leads whenever this member is the leader, until `stop`. `first` is written into the state before anything else:
-/// what the configuration says.
-pub async fn lead(mut leader: Leader, first: Vec<Command>, replica: Replica, stop: CancellationToken) {
+/// Leads whenever this member is the leader, until `stop`. Before anything else the cluster is founded, unless it was,
+/// and what the configuration says is written down.
+pub async fn lead(
+    mut leader: Leader,
+    founding: Vec<Command>,
+    configure: Command,
+    replica: Replica,
+    stop: CancellationToken,
+) {
     let mut leadership = replica.leadership();
     loop {
         let waited = stop
@@ -392,9 +402,13 @@ pub async fn lead(mut leader: Leader, first: Vec<Command>, replica: Replica, sto
         let ended = stop.child_token();
         let this_time = leader.next_time();
         let leading = async {
-            if write_first(&this_time, &first, &ended).await {
+            if write_first(&this_time.store, &founding, &configure, &ended).await {
                 let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
-                tokio::join!(this_time.run(ended.clone()), members);
+                // Neither goes on without the other: leading begins anew when one of them ends.
+                let end_with = ended.clone().drop_guard();
+                let run = this_time.run(ended.clone()).map(|()| drop(end_with));
+                let end_with = ended.clone().drop_guard();
+                tokio::join!(run, members.map(|()| drop(end_with)));
             }
         };
         let mut lost = leadership.clone();
@@ -413,18 +427,37 @@ pub async fn lead(mut leader: Leader, first: Vec<Command>, replica: Replica, sto
     }
 }
 
-/// Writes commands into the state; false if that was cancelled.
-async fn write_first(leader: &Leader, first: &[Command], cancel: &CancellationToken) -> bool {
-    for command in first {
-        while let Err(error) = leader.store.propose(command.clone()).await {
-            tracing::warn!(%error, "the configuration is not recorded yet");
-            let pause = tokio::time::sleep(Duration::from_millis(200));
-            if cancel.run_until_cancelled(pause).await.is_none() {
-                return false;
-            }
+/// Writes what comes first into the state; false if that was cancelled.
+async fn write_first(
+    store: &Store,
+    founding: &[Command],
+    configure: &Command,
+    cancel: &CancellationToken,
+) -> bool {
+    while let Err(error) = try_write_first(store, founding, configure).await {
+        tracing::warn!(%error, "the configuration is not recorded yet");
+        let pause = tokio::time::sleep(Duration::from_millis(200));
+        if cancel.run_until_cancelled(pause).await.is_none() {
+            return false;
         }
     }
     true
+}
+
+async fn try_write_first(
+    store: &Store,
+    founding: &[Command],
+    configure: &Command,
+) -> Result<(), store::Error> {
+    if !founding.is_empty() {
+        store.linearizable().await?;
+    }
+    let founded = store.read(|state| state.cluster().is_some());
+    let founding = if founded { &[] } else { founding };
+    for command in founding.iter().chain([configure]) {
+        store.propose(command.clone()).await?;
+    }
+    Ok(())
 }
 
 impl StateMachine for Machine {

@@ -142,6 +142,15 @@ pub struct WorkloadSpec {
     pub disk_gb: u32,
 }
 
+impl WorkloadSpec {
+    /// False if it was started before: what starts it is good once and was used, so a server has it already, or it
+    /// has ended.
+    #[must_use]
+    pub fn can_be_started(&self) -> bool {
+        self.launch_token.is_some() || self.legacy_seed.is_some()
+    }
+}
+
 /// How far a workload is, as its server sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

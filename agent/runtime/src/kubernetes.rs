@@ -7,6 +7,9 @@
 //! Only objects with the label of this node and our names are looked at. Whatever else is in the namespace is
 //! nobody's business here: it is neither listed nor touched.
 //!
+//! What another miner started becomes ours when an operator marks it so (`chutes-miner import`), first with our labels
+//! and last with a fence. Between the two it is shown, and it is not stopped: whether it is wanted is not known yet.
+//!
 //! Nothing is remembered outside of the cluster. A deployment's Service is made first and removed last, and says
 //! whether the Job was ever made: a workload whose Job somebody removed has ended, it is not started again.
 
@@ -237,6 +240,9 @@ impl Runtime for Kubernetes {
     fn stop<'a>(&'a self, deployment: &'a DeploymentId) -> BoxFuture<'a, Result<(), Error>> {
         async move {
             let objects = self.cluster.seen.objects(deployment)?;
+            if objects.is_being_taken_over() {
+                return Ok(());
+            }
             let lives = lock(&self.cluster.lives).contains_key(deployment);
             if lives || !objects.is_empty() {
                 self.live(deployment, objects.gpus(), None);

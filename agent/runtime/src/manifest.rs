@@ -41,6 +41,7 @@ pub const NODE_LABEL: &str = "chutes-agent/node";
 pub const FIELD_MANAGER: &str = "chutes-agent";
 /// The container with the chute itself.
 pub const CHUTE_CONTAINER: &str = "chute";
+const CODE_LABEL: (&str, &str) = ("chutes/code", "true");
 const CHUTE_LABEL: &str = "chutes/chute-id";
 const VERSION_LABEL: &str = "chutes/version";
 /// The longest value of a label, and so of a node's name.
@@ -145,6 +146,18 @@ pub fn node_selector(settings: &Settings) -> String {
     format!("{NODE_LABEL}={}", settings.node_name)
 }
 
+/// True if an object belongs to the agent of this node.
+#[must_use]
+pub fn is_of_node(object: &impl ResourceExt, settings: &Settings) -> bool {
+    object.labels().get(NODE_LABEL) == Some(&settings.node_name)
+}
+
+/// True for code of chutes that we may remove.
+#[must_use]
+pub fn is_code(code: &ConfigMap) -> bool {
+    code.labels().get(CODE_LABEL.0).map(String::as_str) == Some(CODE_LABEL.1)
+}
+
 /// Selects the objects of one deployment.
 #[must_use]
 pub fn deployment_selector(deployment: &DeploymentId) -> String {
@@ -203,7 +216,7 @@ pub fn code(spec: &WorkloadSpec, fence: Fence, settings: &Settings, launched: bo
     let labels = BTreeMap::from([
         (CHUTE_LABEL.to_owned(), spec.chute.to_string()),
         (VERSION_LABEL.to_owned(), spec.version.to_string()),
-        ("chutes/code".to_owned(), "true".to_owned()),
+        (CODE_LABEL.0.to_owned(), CODE_LABEL.1.to_owned()),
         (MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned()),
     ]);
     let mut own = metadata(code_name(&spec.chute, &spec.version), labels, fence, settings);

@@ -256,6 +256,7 @@ fn member(
             strategy: settings.strategy.clone(),
             tick_every: settings.tick.0,
             observe_every: settings.observe.0,
+            found_observing: settings.found_observing,
             allow_plain_legacy_writes: settings.allow_plain_legacy_writes,
             backup: backup?,
         },

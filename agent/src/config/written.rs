@@ -136,6 +136,9 @@ pub struct Coordinator {
     pub tick: Span,
     /// Between two listings of what a validator knows, when nothing asks for one earlier.
     pub observe: Span,
+    /// A cluster that this member founds only observes: it opens no validator's socket, tells validators nothing and
+    /// places nothing until `chutes-miner observe stop`. For taking over what another miner runs.
+    pub found_observing: bool,
     /// Accept changes signed in the original scheme, which binds neither method nor path, from anywhere and
     /// without TLS; for old clients in a network that you trust.
     pub allow_plain_legacy_writes: bool,
@@ -153,6 +156,7 @@ impl Default for Coordinator {
             strategy: strategy::NAMES[0].to_owned(),
             tick: Span::seconds(15),
             observe: Span::seconds(60),
+            found_observing: false,
             allow_plain_legacy_writes: false,
         }
     }

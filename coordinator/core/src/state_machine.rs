@@ -9,6 +9,7 @@
 //! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
 //! how commands and rows become bytes, [`format`](mod@format) from when on in which form. A noun's file knows nothing of `State`.
 
+pub mod adoption;
 pub mod apply;
 pub mod chute;
 pub mod codec;

@@ -5,17 +5,21 @@
 
 use std::collections::BTreeSet;
 
+use coordinator_core::state_machine::adoption::{AdoptedDeployment, Adoption};
+use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use coordinator_core::state_machine::codec::{
     decode_answer, decode_proposal, encode_answer, encode_proposal,
 };
 use coordinator_core::state_machine::command::{Answer, RequestId};
+use coordinator_core::state_machine::deployment::Facts;
 use coordinator_core::state_machine::effect::EffectOutcome;
 use coordinator_core::state_machine::host::{Invite, InviteId, NewHost, Pin, Rotation};
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
-use protocol::id::{ConfigId, InstanceId, ServerId};
+use protocol::hotkey::Signer;
+use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::time::UnixMillis;
-use protocol::workload::Fence;
+use protocol::workload::{Fence, PortMapping, PortProtocol};
 use sha2::{Digest, Sha256};
 
 fn proposal(command: Command) -> Proposal {
@@ -52,6 +56,70 @@ fn new_host() -> NewHost {
         site: "here".to_owned(),
         address: "203.0.113.1:4433".to_owned(),
         key_hash: [9; 32],
+    }
+}
+
+fn adoption() -> Adoption {
+    let validator = Signer::from_seed(&[2; 32]).hotkey().clone();
+    let gpu = GpuId::parse("0123456789abcdef0123456789abcdef").unwrap();
+    let at = Some(UnixMillis(3000));
+    let version = ChuteVersion::parse("v1").unwrap();
+    let chute = ChuteDefinition {
+        key: ChuteKey {
+            validator: validator.clone(),
+            chute: ChuteId::parse("chute-1").unwrap(),
+        },
+        version: version.clone(),
+        name: "n".to_owned(),
+        image: "i:1".to_owned(),
+        chutes_version: None,
+        gpu_count: 1,
+        supported_gpus: BTreeSet::from(["a6000".to_owned()]),
+        preemptible: true,
+        tee: false,
+        serves_requests: true,
+        job_ports: vec![],
+        effective_multiplier_milli: None,
+    };
+    let deployment = AdoptedDeployment {
+        id: DeploymentId::parse("d-1").unwrap(),
+        chute,
+        code: ChuteCode {
+            filename: "f".to_owned(),
+            code: "c".to_owned(),
+            ref_str: "r".to_owned(),
+        },
+        version,
+        image: "i:1".to_owned(),
+        chutes_version: Some("0.3.1".to_owned()),
+        gpus: vec![gpu.clone()],
+        job: Some(JobId::parse("j-1").unwrap()),
+        config: Some(ConfigId::parse("c-1").unwrap()),
+        instance: Some(InstanceId::parse("i-1").unwrap()),
+        preemptible: true,
+        facts: Facts {
+            running_at: at,
+            ready_at: None,
+            claimed_at: at,
+            verified_at: at,
+            active_at: None,
+        },
+        ports: vec![PortMapping {
+            internal: 8000,
+            external: 31000,
+            protocol: PortProtocol::Tcp,
+        }],
+        created_at: at,
+    };
+    Adoption {
+        server: server(),
+        validator,
+        gpu_short_ref: "a6000".to_owned(),
+        hourly_cost_usd_micros: 300_000,
+        seed: Some(5),
+        locked: true,
+        gpus: vec![(gpu, true)],
+        deployments: vec![deployment],
     }
 }
 
@@ -116,6 +184,8 @@ fn proposals_of_form_1_are_read() {
             proposal(Command::FinishRotation { new: [2; 32] }),
             FINISH_ROTATION,
         ),
+        (proposal(Command::SetObserving { observing: true }), SET_OBSERVING),
+        (proposal(Command::AdoptServer(adoption())), ADOPT_SERVER),
         (
             proposal(Command::PinHost {
                 server: server(),
@@ -271,6 +341,8 @@ const ROTATE_AUTHORITY: &str = "000780a0f1c2b13400220101010101010101010101010101
 const RECORD_AUTHORITIES: &str = "000780a0f1c2b1340023087365727665722d310201010101010101010101010101010101010101010101010101010101010101010202020202020202020202020202020202020202020202020202020202020202";
 const FINISH_ROTATION: &str =
     "000780a0f1c2b13400240202020202020202020202020202020202020202020202020202020202020202";
+const SET_OBSERVING: &str = "000780a0f1c2b134002501";
+const ADOPT_SERVER: &str = "";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

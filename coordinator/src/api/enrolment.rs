@@ -67,6 +67,18 @@ struct AddServer {
     hourly_cost_usd_micros: u64,
 }
 
+/// Dollars per GPU and hour in millionths; none if that is no cost.
+pub(super) fn micros(dollars: f64) -> Option<u64> {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "between 0 and a thousand million"
+    )]
+    (0.0..=HOURLY_COST_MAX)
+        .contains(&dollars)
+        .then(|| (dollars * 1e6).round() as u64)
+}
+
 impl AddServer {
     /// Reads the body; unknown members (`agent_api` of newer clients) are left alone.
     fn parse(body: &[u8]) -> Result<Self> {
@@ -114,14 +126,7 @@ impl AddServer {
                     other => other.as_f64(),
                 };
                 match number {
-                    #[expect(
-                        clippy::cast_possible_truncation,
-                        clippy::cast_sign_loss,
-                        reason = "between 0 and a thousand million"
-                    )]
-                    Some(dollars) if (0.0..=HOURLY_COST_MAX).contains(&dollars) => {
-                        (dollars * 1e6).round() as u64
-                    }
+                    Some(dollars) if micros(dollars).is_some() => micros(dollars).unwrap_or_default(),
                     Some(_) => {
                         let msg = "Input should be dollars per GPU and hour, from 0 to 1000";
                         problem("hourly_cost", "out_of_range", msg, given);

@@ -72,6 +72,8 @@ impl From<Rejection> for ApiError {
             | Rejection::HostBehind { .. }
             | Rejection::FormatIsNewer { .. }
             | Rejection::NotFinalized { .. }
+            | Rejection::NotObserving
+            | Rejection::Adoption(_)
             | Rejection::WrongPhase { .. } => StatusCode::CONFLICT,
         };
         Self::new(status, rejection.to_string())

@@ -1,4 +1,4 @@
-//! `/v1/stop` and `/v1/bans`: what an operator decides. Signed by the newer scheme only.
+//! `/v1/stop`, `/v1/bans` and `/v1/observing`: what an operator decides. Signed by the newer scheme only.
 
 use std::sync::Arc;
 
@@ -105,6 +105,25 @@ pub(super) async fn stop(
         named.into_iter().filter(|id| live(id)).collect()
     });
     Ok(Json(json!({ "stopping": stopping, "left_by_the_budget": left })))
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ObservingBody {
+    observing: bool,
+}
+
+/// Lets the cluster only watch, or act.
+pub(super) async fn set_observing(
+    State(api): State<Arc<Api>>,
+    Extension(caller): Extension<Caller>,
+    body: Bytes,
+) -> Result<Json<Value>> {
+    let ObservingBody { observing } = parse(&body)?;
+    let reply = api.propose(&caller, Command::SetObserving { observing }).await?;
+    Ok(Json(
+        json!({ "observing": observing, "changed": reply == Reply::Done }),
+    ))
 }
 
 #[derive(Debug, Clone, Deserialize)]

@@ -25,6 +25,7 @@ fn state_json(state: &State) -> Value {
         "now": state.settings().now,
         "incarnation": state.settings().incarnation,
         "miner": state.settings().miner,
+        "observing_since": state.observing_since(),
         "servers": state.servers().values().map(|server| json!({
             "server_id": server.id(),
             "name": server.facts.name,

@@ -112,6 +112,7 @@ fn of_state(record: &Record, now: UnixMillis) -> Value {
             },
             "incarnation": settings.incarnation,
             "format": record.format(),
+            "observing_since": record.observing_since().map(UnixMillis::iso8601),
         },
         "time": now.iso8601(),
         "servers": servers,

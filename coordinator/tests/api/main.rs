@@ -8,6 +8,7 @@ mod diff;
 mod enrolment;
 mod fixture;
 mod hosts;
+mod import;
 mod kept;
 mod limits;
 mod original;

@@ -27,8 +27,7 @@ use tokio_util::sync::CancellationToken;
 use super::{PATIENCE, until};
 
 pub(crate) const SEED: [u8; 32] = [1; 32];
-/// Nobody listens there.
-const NO_VALIDATOR: &str = "127.0.0.1:9";
+const NO_VALIDATOR: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 
 /// A host on which a member may run.
 pub(crate) struct Host {
@@ -36,6 +35,9 @@ pub(crate) struct Host {
     pub(crate) folder: TempDir,
     pub(crate) door: SocketAddr,
     api: SocketAddr,
+    /// Nobody listens there unless the test does.
+    pub(crate) validator: SocketAddr,
+    pub(crate) found_observing: bool,
     running: Option<Running>,
 }
 
@@ -59,6 +61,8 @@ impl Host {
             folder: tempfile::tempdir().expect("a temporary folder"),
             door: door.local_addr().expect("bound"),
             api: api.local_addr().expect("bound"),
+            validator: NO_VALIDATOR,
+            found_observing: false,
             running: None,
         }
     }
@@ -111,9 +115,9 @@ impl Host {
     fn config(&self) -> Config {
         let validator = ValidatorSettings {
             hotkey: Signer::from_seed(&[2; 32]).hotkey().to_string(),
-            api: format!("http://{NO_VALIDATOR}"),
-            socket: format!("ws://{NO_VALIDATOR}"),
-            registry: NO_VALIDATOR.to_owned(),
+            api: format!("http://{}", self.validator),
+            socket: format!("ws://{}", self.validator),
+            registry: self.validator.to_string(),
         };
         Config {
             data: self.folder.path().join("coordinator"),
@@ -129,6 +133,7 @@ impl Host {
             pay_profile: PayProfile::Of2026,
             strategy: "value_per_cost".to_owned(),
             tick_every: Duration::from_secs(5),
+            found_observing: self.found_observing,
             observe_every: Duration::from_secs(5),
             allow_plain_legacy_writes: false,
             backup: None,

@@ -5,6 +5,7 @@
 mod cluster;
 mod door;
 mod joining;
+mod observing;
 mod recovery;
 mod rotation;
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! start: Service, code -> Service says "launched" -> Job -> code once more
+//! find:  the Job of one that was launched before
 //! stop:  output and events are kept -> Job (foreground: its pods first) -> pods that are left
 //!        -> nothing holds a GPU -> code, Service
 //! ```
@@ -173,6 +174,9 @@ impl Work<'_> {
 
     async fn start(&self, fence: Fence, spec: &WorkloadSpec) -> Result<(), Given> {
         let cluster = self.cluster;
+        if !spec.can_be_started() {
+            return self.find(spec).await;
+        }
         let settings = &cluster.config.settings;
         let ports = self.ports(fence, spec).await?;
         let code = manifest::code(spec, fence, settings, false);
@@ -193,6 +197,24 @@ impl Work<'_> {
         {
             Err(Given::Up(_)) | Ok(()) => Ok(()),
             stopped => stopped,
+        }
+    }
+
+    /// What was launched before is here, although the watches do not show it yet, or it has ended.
+    async fn find(&self, spec: &WorkloadSpec) -> Result<(), Given> {
+        let cluster = self.cluster;
+        let name = manifest::job_name(&spec.deployment);
+        let job = self
+            .insist_on("look for its Job", || cluster.jobs.get_opt(&name))
+            .await?;
+        match job {
+            Some(job) if manifest::is_of_node(&job, &cluster.config.settings) => {
+                self.set(Doing::Started);
+                Ok(())
+            }
+            _ => Err(Given::Up(
+                "it was launched before, and its Job is not there any more".to_owned(),
+            )),
         }
     }
 
@@ -340,13 +362,15 @@ impl Work<'_> {
         Ok(None)
     }
 
-    /// Removes a version's code once no Job needs it.
+    /// Removes a version's code once no Job needs it. What another miner wrote under this name has no label of ours.
     async fn remove_code(&self, chute: &ChuteId, version: &ChuteVersion) -> Result<(), Trouble> {
         let cluster = self.cluster;
         let code: Option<ConfigMap> = self
             .call(cluster.code.get_opt(&manifest::code_name(chute, version)))
             .await?;
-        let Some(code) = code else { return Ok(()) };
+        let Some(code) = code.filter(manifest::is_code) else {
+            return Ok(());
+        };
         let users = ListParams::default().labels(&manifest::version_selector(chute, version));
         if self.call(cluster.jobs.list(&users)).await?.items.is_empty() {
             let unchanged = Preconditions {

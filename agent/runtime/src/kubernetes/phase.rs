@@ -9,7 +9,7 @@ use kube::ResourceExt as _;
 use protocol::id::GpuId;
 use protocol::workload::WorkloadPhase;
 
-use crate::manifest::{CHUTE_CONTAINER, LAUNCHED_ANNOTATION, gpus_of, ports_of};
+use crate::manifest::{CHUTE_CONTAINER, LAUNCHED_ANNOTATION, fence_of, gpus_of, ports_of};
 
 /// Reasons for which a container waits that no waiting ends.
 const HOPELESS: [&str; 2] = ["InvalidImageName", "ErrImageNeverPull"];
@@ -32,6 +32,11 @@ impl Objects {
         let service = self.service.as_ref();
         let noted = service.is_some_and(|service| service.annotations().contains_key(LAUNCHED_ANNOTATION));
         noted || self.job.is_some() || !self.pods.is_empty()
+    }
+
+    /// Another miner made its Job, and an operator has begun to hand it to us.
+    pub(super) fn is_being_taken_over(&self) -> bool {
+        self.job.as_deref().is_some_and(|job| fence_of(job).is_none())
     }
 
     /// The GPUs that it was given, as far as its objects say.

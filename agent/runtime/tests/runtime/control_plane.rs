@@ -31,7 +31,7 @@ const TOKEN: &str = "operator";
 const START_PATIENCE: Duration = Duration::from_secs(240);
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// Node ports: half of them are reserved, so that one of ours is soon given.
-const NODE_PORTS: &str = "30000-30063";
+const FEW_NODE_PORTS: &str = "30000-30063";
 pub(crate) const RESERVED: std::ops::Range<u16> = 30000..30032;
 
 /// The folder of the programs, or nothing with a word about it.
@@ -55,6 +55,7 @@ pub(crate) struct ControlPlane {
     controllers: Child,
     etcd_port: u16,
     port: u16,
+    node_ports: &'static str,
     pub(crate) client: Client,
 }
 
@@ -80,6 +81,10 @@ fn start(program: &Path, folder: &Path, arguments: &[String]) -> Child {
 
 impl ControlPlane {
     pub(crate) async fn start(programs: PathBuf) -> Self {
+        Self::start_with(programs, FEW_NODE_PORTS).await
+    }
+
+    pub(crate) async fn start_with(programs: PathBuf, node_ports: &'static str) -> Self {
         // Any is fine: the other end is a test's own API server.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let folder = tempfile::tempdir().expect("temporary folders can be made");
@@ -109,7 +114,7 @@ impl ControlPlane {
                 "--unsafe-no-fsync".to_owned(),
             ],
         );
-        let serve = || start_server(&programs, path, etcd_port, port);
+        let serve = || start_server(&programs, path, (etcd_port, port), node_ports);
         let mut server = serve();
         let client = runtime::kubernetes::client(Some(&kubeconfig))
             .await
@@ -132,6 +137,7 @@ impl ControlPlane {
             controllers,
             etcd_port,
             port,
+            node_ports,
             client,
         }
     }
@@ -174,8 +180,8 @@ impl ControlPlane {
 
     pub(crate) async fn start_server(&mut self) {
         let path = self.folder.path();
-        self.server = start_server(&self.programs, path, self.etcd_port, self.port);
-        let serve = || start_server(&self.programs, path, self.etcd_port, self.port);
+        let serve = || start_server(&self.programs, path, (self.etcd_port, self.port), self.node_ports);
+        self.server = serve();
         until_ready(&self.client, path, &mut self.server, serve).await;
         self.controllers = start_controllers(&self.programs, path);
     }
@@ -219,7 +225,7 @@ impl ControlPlane {
     }
 }
 
-fn start_server(programs: &Path, path: &Path, etcd_port: u16, port: u16) -> Child {
+fn start_server(programs: &Path, path: &Path, (etcd_port, port): (u16, u16), node_ports: &str) -> Child {
     let key = path.join("accounts.key");
     start(
         &programs.join("kube-apiserver"),
@@ -239,7 +245,7 @@ fn start_server(programs: &Path, path: &Path, etcd_port: u16, port: u16) -> Chil
             format!("--service-account-signing-key-file={}", key.display()),
             "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
             "--service-cluster-ip-range=10.0.0.0/16".to_owned(),
-            format!("--service-node-port-range={NODE_PORTS}"),
+            format!("--service-node-port-range={node_ports}"),
             "--endpoint-reconciler-type=none".to_owned(),
         ],
     )

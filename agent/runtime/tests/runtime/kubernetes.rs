@@ -32,7 +32,7 @@ fn container(state: &Value, ready: bool) -> Value {
     json!([{ "name": "chute", "image": "i", "imageID": "i", "ready": ready, "restartCount": 0, "state": state }])
 }
 
-fn running() -> Value {
+pub(crate) fn running() -> Value {
     let state = json!({ "running": { "startedAt": "2026-01-01T00:00:00Z" } });
     json!({ "phase": "Running", "containerStatuses": container(&state, true) })
 }
@@ -85,6 +85,8 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
 
     says("another agent finds what runs, and does not start it again");
     adoption(&plane.namespace("adoption").await).await;
+    says("what another miner started is taken over");
+    crate::taken_over::taken_over(&plane.namespace("taken-over").await).await;
     says("a Job that somebody removed has ended");
     removed_job(&plane.namespace("removed").await).await;
     all_removed(&plane.namespace("all-removed").await).await;

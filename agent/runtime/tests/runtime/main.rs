@@ -8,3 +8,4 @@ mod kubelet;
 mod kubernetes;
 mod process;
 mod support;
+mod taken_over;

@@ -178,6 +178,8 @@ impl State {
             Command::RotateAuthority { rotation } => self.rotate_authority(rotation),
             Command::RecordAuthorities { server, trusted } => self.record_authorities(server, trusted),
             Command::FinishRotation { new } => self.finish_rotation(&new),
+            Command::SetObserving { observing } => self.set_observing(observing),
+            Command::AdoptServer(adoption) => self.adopt_server(adoption),
         }
     }
 
@@ -242,8 +244,10 @@ impl State {
     }
 
     fn pass_time(&mut self) -> Answer {
-        let deployments = self.pass_deadlines();
-        let enrolments = self.pass_enrolment_deadlines();
+        // What is not acted on cannot be late.
+        let acts = !self.is_observing();
+        let deployments = acts && self.pass_deadlines();
+        let enrolments = acts && self.pass_enrolment_deadlines();
         let forgotten = self.forget_the_old();
         Ok(if deployments || enrolments || forgotten {
             Reply::Done

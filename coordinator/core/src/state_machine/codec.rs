@@ -113,6 +113,7 @@ macro_rules! tables {
         $each!(17, given_up, u64);
         $each!(18, rotation, u8);
         $each!(19, trusted, ServerId);
+        $each!(20, observing, u8);
     };
 }
 

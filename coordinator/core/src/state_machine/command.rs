@@ -8,6 +8,7 @@ use protocol::report::{HostFacts, WorkloadReport};
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
+use super::adoption::Adoption;
 use super::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use super::deployment::{Phase, StopReason};
 use super::effect::{EffectId, EffectOutcome};
@@ -378,6 +379,13 @@ pub enum Command {
         /// Fingerprint of the new one.
         new: KeyHash,
     },
+    /// From now on the cluster only watches, or acts again.
+    SetObserving {
+        /// It only watches.
+        observing: bool,
+    },
+    /// A server with what runs on it is taken over from another miner.
+    AdoptServer(Adoption),
 }
 
 impl Command {
@@ -525,6 +533,12 @@ pub enum Rejection {
          `chutes-miner host remove`", .0.join(", ")
     )]
     OldCertificates(Vec<String>),
+    /// Acting and taking over at once would end what is taken over.
+    #[error("the cluster acts: only one that observes takes servers over, see `chutes-miner observe`")]
+    NotObserving,
+    /// What cannot be taken over.
+    #[error("{}", .0.join("; "))]
+    Adoption(Vec<String>),
 }
 
 /// What a proposal is answered with.

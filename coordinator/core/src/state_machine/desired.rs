@@ -86,9 +86,12 @@ impl State {
             external_host: server.facts.address.clone(),
             config: deployment.config.clone(),
             launch_token: None,
+            // Only to start it, as the token is.
             legacy_seed: match deployment.flow {
-                Flow::Legacy => server.enrolment.as_ref().and_then(|enrolment| enrolment.seed),
-                Flow::LaunchConfig => None,
+                Flow::Legacy if deployment.facts.running_at.is_none() => {
+                    server.enrolment.as_ref().and_then(|enrolment| enrolment.seed)
+                }
+                Flow::Legacy | Flow::LaunchConfig => None,
             },
             job: deployment.job.clone(),
             ports,

@@ -458,6 +458,9 @@ impl State {
             enrolment.waits_for_verification().then_some(enrolment.deadline)
         });
         let bounties = self.bounties.values().map(|bounty| bounty.expires_at);
+        if self.is_observing() {
+            return bounties.min();
+        }
         deployments.chain(enrolments).chain(bounties).min()
     }
 

@@ -120,6 +120,8 @@ pub struct State {
     pub(crate) rotation: Table<u8, Rotation>,
     /// What hosts have said that they trust. None for those that know the cluster's authority only.
     pub(crate) trusted: Table<ServerId, Vec<KeyHash>>,
+    /// One row, under 0, since when the cluster only watches; none while it acts.
+    pub(crate) observing: Table<u8, UnixMillis>,
     index: Index,
 }
 

@@ -1,0 +1,55 @@
+//! A cluster that is founded to take over from another miner leaves validators alone until it is told to act.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+
+use super::cluster::Host;
+use super::{PATIENCE, until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_founded_observing_calls_no_validator_until_it_is_told_to_act() {
+    let validator = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let mut host = Host::new(1);
+    host.validator = validator.local_addr().expect("bound");
+    host.found_observing = true;
+    host.found();
+    host.start();
+    let observing = async |host: &Host| {
+        until("the member answers", async || {
+            let status = host.ask(Method::GET, "/v1/status", &Value::Null).await.ok()?;
+            // Founded and configured, so its leader has begun.
+            let cluster = status["cluster"].clone();
+            cluster["miner"].is_string().then_some(cluster)
+        })
+        .await["observing_since"]
+            .is_string()
+    };
+    assert!(observing(&host).await);
+    host.stop().await;
+    host.start();
+    assert!(observing(&host).await, "also after a restart");
+    // Written by the same leader, after it has begun.
+    host.invite(json!({ "eligible": true })).await;
+    let called = timeout(std::time::Duration::ZERO, validator.accept()).await;
+    assert!(called.is_err(), "nobody called the validator: {called:?}");
+
+    let put = |observing: bool| json!({ "observing": observing });
+    let set = async |host: &Host, observing| host.ask(Method::PUT, "/v1/observing", &put(observing)).await;
+    let answer = set(&host, false).await.expect("it may");
+    assert_eq!(answer, json!({ "observing": false, "changed": true }));
+    let (socket, _) = timeout(PATIENCE, validator.accept())
+        .await
+        .expect("it is called soon")
+        .expect("it can be");
+    drop(socket);
+    host.stop().await;
+    host.start();
+    assert!(!observing(&host).await, "a restart does not bring it back");
+
+    let answer = set(&host, true).await.expect("it may");
+    assert_eq!(answer["changed"], true);
+    assert!(observing(&host).await);
+    host.stop().await;
+}
