@@ -6,7 +6,8 @@
 //! - `schedule.rs`: when a strategy is asked, and what becomes of its decisions;
 //! - here: deadlines and silent hosts.
 //!
-//! While the cluster observes, the leader watches hosts and does nothing else: another miner acts with this hotkey.
+//! While the cluster observes, the leader watches hosts and reads validators' listings, for `diff`, and does nothing
+//! else: another miner acts with this hotkey.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -119,6 +120,17 @@ impl Leader {
         let observes = self.store.read(State::is_observing);
         if observes {
             tracing::warn!("the cluster observes: nothing is done at validators, nothing is placed");
+            for validator in self.directory.iter() {
+                if let Some(api) = self.validators.get(&validator.hotkey) {
+                    tasks.spawn(follow::only_list(
+                        Arc::clone(api),
+                        self.store.clone(),
+                        self.listings.clone(),
+                        self.observe_every,
+                        stop.clone(),
+                    ));
+                }
+            }
         } else {
             self.act(&mut tasks, &mut random, &stop);
         }

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Listings, Triggers};
 use crate::store::{Error, Store};
 use crate::validator::event::Event;
+use crate::validator::inventory::Observation;
 use crate::validator::{SocketEvent, ValidatorApi, intake, inventory};
 
 /// Tries for a definition that an event names, before the next listing has to bring it.
@@ -119,11 +120,7 @@ impl Follower {
     }
 
     async fn look_once(&self) {
-        let observed = inventory::observe(self.api.as_ref(), self.store.clock().as_ref()).await;
-        for (resource, why) in observed.unknown() {
-            tracing::debug!(validator = %self.api.hotkey(), resource, why, "not listed");
-        }
-        let observed = self.listings.put(observed);
+        let observed = list(self.api.as_ref(), &self.store, &self.listings).await;
         let commands = self
             .store
             .read(|state| intake::of_observation(state, &self.miner, &observed));
@@ -139,4 +136,30 @@ impl Follower {
             self.triggers.tick();
         }
     }
+}
+
+/// Lists everything that a validator knows of us; the listing is kept for whoever compares.
+async fn list(api: &dyn ValidatorApi, store: &Store, listings: &Listings) -> Arc<Observation> {
+    let observed = inventory::observe(api, store.clock().as_ref()).await;
+    for (resource, why) in observed.unknown() {
+        tracing::debug!(validator = %api.hotkey(), resource, why, "not listed");
+    }
+    listings.put(observed)
+}
+
+/// Lists again and again, and draws no conclusion.
+pub(super) async fn only_list(
+    api: Arc<dyn ValidatorApi>,
+    store: Store,
+    listings: Listings,
+    every: Duration,
+    cancel: CancellationToken,
+) {
+    let listing = async {
+        loop {
+            list(api.as_ref(), &store, &listings).await;
+            tokio::time::sleep(every).await;
+        }
+    };
+    cancel.run_until_cancelled(listing).await;
 }

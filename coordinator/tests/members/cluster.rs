@@ -35,8 +35,8 @@ pub(crate) struct Host {
     pub(crate) folder: TempDir,
     pub(crate) door: SocketAddr,
     api: SocketAddr,
-    /// Nobody listens there unless the test does.
-    pub(crate) validator: SocketAddr,
+    /// Where the validator's socket is: nobody listens there unless the test does.
+    pub(crate) socket: SocketAddr,
     pub(crate) found_observing: bool,
     running: Option<Running>,
 }
@@ -61,7 +61,7 @@ impl Host {
             folder: tempfile::tempdir().expect("a temporary folder"),
             door: door.local_addr().expect("bound"),
             api: api.local_addr().expect("bound"),
-            validator: NO_VALIDATOR,
+            socket: NO_VALIDATOR,
             found_observing: false,
             running: None,
         }
@@ -115,9 +115,9 @@ impl Host {
     fn config(&self) -> Config {
         let validator = ValidatorSettings {
             hotkey: Signer::from_seed(&[2; 32]).hotkey().to_string(),
-            api: format!("http://{}", self.validator),
-            socket: format!("ws://{}", self.validator),
-            registry: self.validator.to_string(),
+            api: format!("http://{NO_VALIDATOR}"),
+            socket: format!("ws://{}", self.socket),
+            registry: NO_VALIDATOR.to_string(),
         };
         Config {
             data: self.folder.path().join("coordinator"),
@@ -173,6 +173,8 @@ impl Host {
         running.stop.cancel();
         let ended = tokio::time::timeout(PATIENCE, running.task).await;
         ended.expect("it stops").expect("no panic").expect("in order");
+        // The socket goes with a task of its own, shortly afterwards: a member that starts again needs the port.
+        until("the door is free", async || UdpSocket::bind(self.door).ok()).await;
     }
 
     /// An operator's request; its body, or status and reason.

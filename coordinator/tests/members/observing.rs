@@ -1,4 +1,4 @@
-//! A cluster that is founded to take over from another miner leaves validators alone until it is told to act.
+//! A cluster that is founded to take over from another miner opens no validator's socket until it is told to act.
 
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -9,10 +9,10 @@ use super::cluster::Host;
 use super::{PATIENCE, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cluster_founded_observing_calls_no_validator_until_it_is_told_to_act() {
+async fn a_cluster_founded_observing_opens_no_socket_until_it_is_told_to_act() {
     let validator = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let mut host = Host::new(1);
-    host.validator = validator.local_addr().expect("bound");
+    host.socket = validator.local_addr().expect("bound");
     host.found_observing = true;
     host.found();
     host.start();
@@ -33,7 +33,7 @@ async fn a_cluster_founded_observing_calls_no_validator_until_it_is_told_to_act(
     // Written by the same leader, after it has begun.
     host.invite(json!({ "eligible": true })).await;
     let called = timeout(std::time::Duration::ZERO, validator.accept()).await;
-    assert!(called.is_err(), "nobody called the validator: {called:?}");
+    assert!(called.is_err(), "nobody opened it: {called:?}");
 
     let put = |observing: bool| json!({ "observing": observing });
     let set = async |host: &Host, observing| host.ask(Method::PUT, "/v1/observing", &put(observing)).await;
@@ -41,7 +41,7 @@ async fn a_cluster_founded_observing_calls_no_validator_until_it_is_told_to_act(
     assert_eq!(answer, json!({ "observing": false, "changed": true }));
     let (socket, _) = timeout(PATIENCE, validator.accept())
         .await
-        .expect("it is called soon")
+        .expect("it is opened soon")
         .expect("it can be");
     drop(socket);
     host.stop().await;
