@@ -124,6 +124,9 @@ async fn every_set_of_values(plane: &ControlPlane) {
             &hotkey,
         ],
         &[
+            "runtime.createNamespace=false",
+            "networkPolicy.enabled=false",
+            "settings.coordinator\\.found_observing=true",
             "coordinator.enabled=true",
             "coordinator.advertise=192.0.2.1:4433",
             "minerApi.listen=[::1]:32000",

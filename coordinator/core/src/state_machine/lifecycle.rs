@@ -208,12 +208,15 @@ impl State {
         let (validator, chute) = (deployment.chute.validator.clone(), deployment.chute.chute.clone());
         let subject = Subject::Deployment(id.clone());
         let instance = deployment.instance.clone();
-        // First: a job whose instance we delete counts as failed, and nobody else may do it.
-        if let Some(job) = job {
-            self.push_effect(subject.clone(), validator.clone(), EffectKind::ReleaseJob { job });
-        }
-        if let Some(instance) = instance {
-            self.push_effect(subject, validator, EffectKind::DeleteInstance { chute, instance });
+        // While the cluster observes, another miner speaks with the validator.
+        if !self.is_observing() {
+            // First: a job whose instance we delete counts as failed, and nobody else may do it.
+            if let Some(job) = job {
+                self.push_effect(subject.clone(), validator.clone(), EffectKind::ReleaseJob { job });
+            }
+            if let Some(instance) = instance {
+                self.push_effect(subject, validator, EffectKind::DeleteInstance { chute, instance });
+            }
         }
         if failed {
             self.remember_failure(id);

@@ -120,7 +120,7 @@ impl State {
             .get(&deployment.server)
             .map(|server| server.facts.address.clone());
         let (gpus, instance) = (deployment.gpus.clone(), deployment.instance.clone());
-        if let (true, Some(port), Some(host)) = (first, port, host) {
+        if let (true, None, Some(port), Some(host)) = (first, &instance, port, host) {
             let kind = EffectKind::AnnounceInstance {
                 deployment: id.clone(),
                 chute: chute.chute.clone(),
