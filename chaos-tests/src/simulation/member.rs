@@ -272,7 +272,13 @@ impl Member {
             pay_profile: parts.pay_profile,
         };
         let leader = self.leader(&context)?;
-        let lead = member::lead(leader, Vec::new(), configure, replica.clone(), CancellationToken::new());
+        let lead = member::lead(
+            leader,
+            Vec::new(),
+            configure,
+            replica.clone(),
+            CancellationToken::new(),
+        );
         let leading = tokio::spawn(Box::pin(lead));
         let observed = tokio::spawn(observe(self.clone(), replica.clone(), machine.clone()));
         *self.life() = Some(Life {

@@ -180,9 +180,11 @@ impl ControlPlane {
 
     pub(crate) async fn start_server(&mut self) {
         let path = self.folder.path();
-        let serve = || start_server(&self.programs, path, (self.etcd_port, self.port), self.node_ports);
-        self.server = serve();
-        until_ready(&self.client, path, &mut self.server, serve).await;
+        let (programs, ports, node_ports) = (&self.programs, (self.etcd_port, self.port), self.node_ports);
+        let serve = || start_server(programs, path, ports, node_ports);
+        let mut server = serve();
+        until_ready(&self.client, path, &mut server, serve).await;
+        self.server = server;
         self.controllers = start_controllers(&self.programs, path);
     }
 

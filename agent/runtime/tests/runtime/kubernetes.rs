@@ -86,7 +86,10 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     says("another agent finds what runs, and does not start it again");
     adoption(&plane.namespace("adoption").await).await;
     says("what another miner started is taken over");
-    crate::taken_over::taken_over(&plane.namespace("taken-over").await).await;
+    Box::pin(crate::taken_over::taken_over(
+        &plane.namespace("taken-over").await,
+    ))
+    .await;
     says("a Job that somebody removed has ended");
     removed_job(&plane.namespace("removed").await).await;
     all_removed(&plane.namespace("all-removed").await).await;
