@@ -307,6 +307,16 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: CaCommand,
     },
+    /// Lets the cluster only watch, while another miner acts with this hotkey, or act again
+    Observe {
+        #[command(subcommand)]
+        command: ObserveCommand,
+    },
+    /// Takes over a running original miner without stopping a chute; without --apply it only says what it would do
+    Import(Import),
+    /// Writes what this miner knows into the original's database: the way back; without --apply it only says what it
+    /// would do
+    Export(Export),
     /// Lifts a ban
     Unban {
         #[command(flatten)]
@@ -318,6 +328,50 @@ pub(crate) enum Command {
         #[arg(long)]
         validator: Option<String>,
     },
+}
+
+/// What is taken over.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Import {
+    #[command(flatten)]
+    pub(crate) miner: Miner,
+    /// URL of the original miner's database: postgresql://USER:PASSWORD@HOST:PORT/DATABASE
+    #[arg(long, env = "POSTGRESQL", hide_env_values = true, value_name = "URL")]
+    pub(crate) postgres: String,
+    /// Kubeconfig file of the original miner's cluster [default: that of the surroundings]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Namespace of the chutes
+    #[arg(long, default_value = "chutes")]
+    pub(crate) namespace: String,
+    /// Do it
+    #[arg(long)]
+    pub(crate) apply: bool,
+    /// Only this server (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) server: Vec<String>,
+}
+
+/// What is handed back.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Export {
+    #[command(flatten)]
+    pub(crate) miner: Miner,
+    /// URL of the original miner's database: postgresql://USER:PASSWORD@HOST:PORT/DATABASE
+    #[arg(long, env = "POSTGRESQL", hide_env_values = true, value_name = "URL")]
+    pub(crate) postgres: Option<String>,
+    /// Kubeconfig file of the original miner's cluster [default: that of the surroundings]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// Namespace of the chutes
+    #[arg(long, default_value = "chutes")]
+    pub(crate) namespace: String,
+    /// Take our marks off the objects instead, once the agents are removed
+    #[arg(long)]
+    pub(crate) release: bool,
+    /// Do it
+    #[arg(long)]
+    pub(crate) apply: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -464,6 +518,23 @@ pub(crate) enum UpgradeCommand {
         /// Host that reports no version, and that you have looked after yourself (repeatable)
         #[arg(long, value_name = "HOST")]
         vouch: Vec<String>,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ObserveCommand {
+    /// Leave validators alone from now on: no socket, no launch, nothing told; what runs goes on
+    Start {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Act from now on; no other miner may act with this hotkey
+    Stop {
+        #[command(flatten)]
+        miner: Miner,
         /// Ask nothing
         #[arg(long, short)]
         yes: bool,

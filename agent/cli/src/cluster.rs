@@ -1,13 +1,13 @@
-//! `status`, `diff`, `explain`, `ban`, `unban`.
+//! `status`, `diff`, `explain`, `observe`, `ban`, `unban`.
 
 use anyhow::{Result, bail};
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use crate::args;
+use crate::args::{self, ObserveCommand};
 use crate::inventory::text_of;
 use crate::miner::Miner;
-use crate::output::{Colour, Lines, Printer, Table, warn};
+use crate::output::{Colour, Lines, Printer, Table, confirmed, warn};
 use crate::request::escape;
 
 pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result<()> {
@@ -60,6 +60,7 @@ pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result
         .collect();
     for (property, value) in [
         ("Cluster", text_of(&cluster["id"])),
+        ("Acts", acts(&cluster["observing_since"])),
         ("Hotkey", text_of(&cluster["miner"])),
         ("Validators", words(&cluster["validators"])),
         ("Rules of pay", text_of(&cluster["pay_profile"])),
@@ -243,6 +244,48 @@ pub(crate) async fn explain(
         .get(&format!("/v1/explain?{query}"))
         .await?;
     printer.readable(&answer)
+}
+
+/// Whether the cluster does anything at validators.
+fn acts(observing_since: &Value) -> String {
+    match observing_since.as_str() {
+        Some(since) => format!("no: it observes since {since}"),
+        None => "yes".to_owned(),
+    }
+}
+
+/// Lets the cluster only watch, or act.
+pub(crate) async fn observe(printer: &Printer, command: ObserveCommand) -> Result<()> {
+    let (arguments, observing) = match command {
+        ObserveCommand::Start { miner } => (miner, true),
+        ObserveCommand::Stop { miner, yes } => {
+            if !yes {
+                warn(
+                    "Warning: two miners that act with one hotkey delete each other's instances. The other one must \
+                     have been stopped: of the original, the deployments gepetto and chutes-miner-api.",
+                );
+                if !confirmed("Continue (y/n)? ", "y")? {
+                    return Ok(());
+                }
+            }
+            (miner, false)
+        }
+    };
+    let body = json!({ "observing": observing });
+    let answer = Miner::new(&arguments)?
+        .ask(Method::PUT, "/v1/observing", Some(&body))
+        .await?;
+    if !printer.wants_tables() {
+        return printer.value(&answer);
+    }
+    printer.line(match (observing, answer["changed"] == json!(true)) {
+        (true, true) => {
+            "The cluster observes: validators hear nothing from it until chutes-miner observe stop."
+        }
+        (false, true) => "The cluster acts.",
+        (true, false) => "It observes already.",
+        (false, false) => "It acts already.",
+    })
 }
 
 pub(crate) async fn ban(

@@ -11,7 +11,9 @@ mod args;
 mod authority;
 mod cluster;
 mod deployments;
+mod export;
 mod hosts;
+mod import;
 mod inventory;
 mod logs;
 mod miner;
@@ -120,6 +122,7 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Raft { command } => hosts::raft(printer, command).await,
         Command::Snapshot { command } => snapshots::snapshot(printer, command).await,
         Command::Upgrade { command } => upgrade::upgrade(printer, command).await,
+        Command::Observe { command } => cluster::observe(printer, command).await,
         Command::Ca { command } => authority::ca(printer, command).await,
         Command::Ban {
             miner,
@@ -127,6 +130,8 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
             validator,
             reason,
         } => cluster::ban(printer, &miner, &chute, validator, &reason).await,
+        Command::Export(arguments) => export::export(printer, &arguments).await,
+        Command::Import(arguments) => import::import(printer, &arguments).await,
         Command::Unban {
             miner,
             chute,

@@ -29,7 +29,12 @@ pub(crate) const CRATES: &[(&str, &str, &[&str])] = &[
             "validator-stand-in",
         ],
     ),
-    ("cli", "agent/cli", &["protocol", "coordinator-core"]),
+    // What is above the runtime it needs for its tests only.
+    (
+        "cli",
+        "agent/cli",
+        &["protocol", "runtime", "agent", "coordinator", "coordinator-core"],
+    ),
     (
         "validator-stand-in",
         "chaos-tests/validator",

@@ -38,6 +38,8 @@ struct Import {
 #[serde(deny_unknown_fields)]
 struct ServerThere {
     name: String,
+    /// Under which validators know its GPUs.
+    ip_address: Option<String>,
     validator: String,
     gpu_short_ref: String,
     hourly_cost: f64,
@@ -212,18 +214,25 @@ pub(super) async fn import(
         server,
         deployments,
     } = parse(&body)?;
-    let name = server.name.clone();
+    let (name, address_there) = (server.name.clone(), server.ip_address.clone());
     let of_that_name = |record: &Record| {
         let server = record.servers().values().find(|server| server.facts.name == name);
-        server.map(|server| server.id().clone()).ok_or_else(|| {
-            let detail = format!("no host with the name {name} has joined: its agent comes first");
-            ApiError::new(StatusCode::NOT_FOUND, detail)
-        })
+        server
+            .map(|server| (server.id().clone(), server.facts.address.clone()))
+            .ok_or_else(|| {
+                let detail = format!("no host with the name {name} has joined: its agent comes first");
+                ApiError::new(StatusCode::NOT_FOUND, detail)
+            })
     };
     api.store.linearizable().await?;
-    let id = api.store.read(of_that_name)?;
+    let (id, address) = api.store.read(of_that_name)?;
     let adoption = server.adoption(id.clone(), deployments, api.store.clock().now())?;
-    let difference = api.store.read(|record| record.difference(&adoption));
+    let mut difference = api.store.read(|record| record.difference(&adoption));
+    if let Some(there) = address_there.filter(|there| *there != address) {
+        difference.problems.push(format!(
+            "validators know its GPUs under {there}, and its agent says {address}: set host.address"
+        ));
+    }
     let mut answer = json!({
         "server": name,
         "server_id": id,

@@ -24,7 +24,7 @@ fn request(fixture: &Fixture, apply: bool) -> Value {
     json!({
         "apply": apply,
         "server": {
-            "name": "gpu-a", "validator": fixture.validator, "gpu_short_ref": "h100_sxm", "hourly_cost": 2.5,
+            "name": "gpu-a", "ip_address": "198.51.100.7", "validator": fixture.validator, "gpu_short_ref": "h100_sxm", "hourly_cost": 2.5,
             "seed": u64::MAX, "locked": true,
             "gpus": gpus,
         },
@@ -104,6 +104,13 @@ async fn what_cannot_be_taken_over_is_refused_with_the_reason() {
     let answer = ask(&blind).await.json();
     assert_eq!(answer["applied"], false);
     assert_eq!(answer["problems"].as_array().map(Vec::len), Some(2), "{answer}");
+
+    let mut moved = request(&fixture, true);
+    moved["server"]["ip_address"] = json!("192.0.2.9");
+    let answer = ask(&moved).await.json();
+    assert_eq!(answer["applied"], false);
+    let problem = answer["problems"][0].as_str().expect("one");
+    assert!(problem.contains("under 192.0.2.9"), "{problem}");
 
     for (path, value, word) in [
         ("/server/validator", json!("5nobody"), "validator"),
