@@ -228,7 +228,7 @@ impl Runtime for Kubernetes {
     fn apply<'a>(&'a self, fence: Fence, spec: &'a WorkloadSpec) -> BoxFuture<'a, Result<(), Error>> {
         async move {
             let objects = self.cluster.seen.objects(&spec.deployment)?;
-            if !objects.was_launched() {
+            if !objects.was_launched() || objects.may_have_a_job() {
                 let start = Some((fence, spec.clone()));
                 self.live(&spec.deployment, spec.gpus.clone(), start);
             }
@@ -308,6 +308,9 @@ impl Cluster {
         }
         // What an earlier agent started, until it is adopted.
         for (deployment, objects) in all {
+            if objects.may_have_a_job() {
+                continue;
+            }
             let (phase, gpus) = (objects.phase(), objects.gpus());
             let status = WorkloadStatus { deployment, phase };
             observed.push(Observed { status, gpus });

@@ -289,13 +289,17 @@ impl Work<'_> {
         }
     }
 
-    /// Removes all objects, however long it takes.
+    /// Removes all objects, however long it takes; what is being taken over is left alone.
     async fn remove(&self) {
         // Also when it was kept at its end: the node may not have answered then.
         self.cluster.keep(&self.life.deployment).await;
         let (mut pauses, mut changes) = (Pauses::new(), self.cluster.changes.subscribe());
         let mut complained = Instant::now();
         loop {
+            let seen = self.cluster.seen.objects(&self.life.deployment);
+            if seen.is_ok_and(|seen| seen.is_being_taken_over()) {
+                return;
+            }
             let waits = match self.remove_once().await {
                 Ok(None)
                     if self
@@ -327,8 +331,10 @@ impl Work<'_> {
         let (cluster, deployment) = (self.cluster, &self.life.deployment);
         let job = self
             .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
-            .await?
-            .filter(|job| manifest::fence_of(job).is_some());
+            .await?;
+        if job.as_ref().is_some_and(|job| manifest::fence_of(job).is_none()) {
+            return Ok(Some("its Job is another miner's".to_owned()));
+        }
         if let Some(job) = &job
             && job.metadata.deletion_timestamp.is_none()
         {

@@ -7,7 +7,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus, Service};
 use kube::ResourceExt as _;
 use protocol::id::GpuId;
-use protocol::workload::WorkloadPhase;
+use protocol::workload::{Fence, WorkloadPhase};
 
 use crate::manifest::{CHUTE_CONTAINER, LAUNCHED_ANNOTATION, fence_of, gpus_of, ports_of};
 
@@ -34,9 +34,20 @@ impl Objects {
         noted || self.job.is_some() || !self.pods.is_empty()
     }
 
-    /// Another miner made its Job, and an operator has begun to hand it to us.
+    /// Another miner made it, and an operator has begun to hand it to us, or the watches do not show the end of that.
     pub(super) fn is_being_taken_over(&self) -> bool {
-        self.job.as_deref().is_some_and(|job| fence_of(job).is_none())
+        match (&self.job, &self.service) {
+            (Some(job), _) => fence_of(&**job).is_none(),
+            (None, Some(service)) => fence_of(&**service).is_none(),
+            (None, None) => false,
+        }
+    }
+
+    /// It was another miner's, and whether its Job is gone or only not shown yet is to be asked of the API server.
+    pub(super) fn may_have_a_job(&self) -> bool {
+        let seal =
+            |service: &Arc<Service>| fence_of(&**service).is_none_or(|fence| fence == Fence::default());
+        self.job.is_none() && self.service.as_ref().is_some_and(seal)
     }
 
     /// The GPUs that it was given, as far as its objects say.
@@ -239,7 +250,7 @@ mod tests {
     use super::*;
     use crate::environment::tests::spec;
     use crate::manifest::{self, Settings};
-    use protocol::workload::{Fence, PortMapping, PortProtocol};
+    use protocol::workload::{PortMapping, PortProtocol};
 
     const FENCE: Fence = Fence {
         incarnation: 1,

@@ -1,6 +1,8 @@
 //! What another miner started becomes ours, marked step by step as `chutes-miner import` does, and nothing is stopped
 //! on the way.
 
+use std::time::Duration;
+
 use kube::ResourceExt as _;
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use protocol::workload::{PortMapping, PortProtocol, WorkloadPhase};
@@ -10,10 +12,14 @@ use runtime::manifest::{
     service_name,
 };
 use serde_json::json;
+use tokio::time::sleep;
 
 use crate::control_plane::Space;
 use crate::kubernetes::{running, spec, stop};
 use crate::support::{FENCE, until};
+
+/// Longer than a runtime takes to act on what it sees.
+const A_WHILE: Duration = Duration::from_secs(1);
 
 /// Objects as the original makes them, which an operator marks step by step.
 pub(crate) async fn taken_over(space: &Space) {
@@ -60,28 +66,41 @@ pub(crate) async fn taken_over(space: &Space) {
     let mark = |annotations: serde_json::Value| {
         Patch::Merge(json!({ "metadata": { "labels": ours, "annotations": annotations } }))
     };
-    let marked = mark(json!({
-        GPUS_ANNOTATION: gpus,
-        PORTS_ANNOTATION: serde_json::to_string(&ports).expect("plain data"),
-    }));
-    let patch = PatchParams::default();
-    space
-        .jobs()
-        .patch(&name, &patch, &marked)
-        .await
-        .expect("it is there");
-    // The state hears of it before the watches do.
-    runtime.apply(FENCE, &spec).await.expect("it is asked about");
-    let pods = space.pods().list(&ListParams::default()).await.expect("it works");
+    let (jobs, services, patch) = (space.jobs(), space.services(), PatchParams::default());
+    let service_name = service_name(&spec.deployment);
     let with_gpus = mark(json!({ GPUS_ANNOTATION: gpus }));
+    let launched = mark(json!({ GPUS_ANNOTATION: gpus, LAUNCHED_ANNOTATION: "true" }));
+    let sealed = mark(json!({ FENCE_ANNOTATION: "0/0" }));
+    let there = "it is there";
+    let pods = space.pods().list(&ListParams::default()).await.expect("it works");
     for pod in pods {
         let marked = space.pods().patch(&pod.name_any(), &patch, &with_gpus).await;
-        marked.expect("it is there");
+        marked.expect(there);
     }
-    let launched = mark(json!({ GPUS_ANNOTATION: gpus, LAUNCHED_ANNOTATION: "true" }));
-    let service_name = service_name(&spec.deployment);
-    let marked = space.services().patch(&service_name, &patch, &launched).await;
-    marked.expect("it is there");
+
+    // As if the watch of Jobs were behind: what is shown without its Job has not ended, and is not stopped.
+    for step in [&launched, &sealed] {
+        services.patch(&service_name, &patch, step).await.expect(there);
+        let blind = space.open("node-1").await;
+        blind.stop(&spec.deployment).await.expect("it is known");
+        let seen = blind.observe().await.expect("known");
+        let over = |seen: &runtime::Observed| matches!(seen.status.phase, WorkloadPhase::Ended { .. });
+        assert!(!seen.iter().any(over), "{seen:?}");
+        // It asks once more for as long as it is not shown whole.
+        sleep(A_WHILE).await;
+        assert_eq!(space.remains().await.len(), 4, "Job, pod, Service and code");
+    }
+    let unsealed = mark(json!({ FENCE_ANNOTATION: null }));
+    services
+        .patch(&service_name, &patch, &unsealed)
+        .await
+        .expect(there);
+
+    let ports_text = serde_json::to_string(&ports).expect("plain data");
+    let marked = mark(json!({ GPUS_ANNOTATION: gpus, PORTS_ANNOTATION: ports_text }));
+    jobs.patch(&name, &patch, &marked).await.expect(there);
+    // The state hears of it before the watches do.
+    runtime.apply(FENCE, &spec).await.expect("it is asked about");
     let is = WorkloadPhase::Running {
         ports: ports.to_vec(),
         ready: true,
@@ -89,8 +108,8 @@ pub(crate) async fn taken_over(space: &Space) {
     until(&runtime, &spec.deployment, "running", |phase| phase == Some(&is)).await;
     assert_eq!(runtime.observe().await.expect("known")[0].gpus, spec.gpus);
     runtime.stop(&spec.deployment).await.expect("it is known");
-    let there = space.jobs().get(&name).await.expect("it was not stopped");
-    assert!(there.metadata.deletion_timestamp.is_none() && there.uid() == job.uid());
+    let same = jobs.get(&name).await.expect("it was not stopped");
+    assert!(same.metadata.deletion_timestamp.is_none() && same.uid() == job.uid());
     let seen = runtime.observe().await.expect("known");
     assert_eq!(
         seen.first().map(|seen| &seen.status.phase),
@@ -98,17 +117,8 @@ pub(crate) async fn taken_over(space: &Space) {
         "nor begun to be"
     );
 
-    let sealed = Patch::Merge(json!({ "metadata": { "annotations": { FENCE_ANNOTATION: "0/0" } } }));
-    space
-        .services()
-        .patch(&service_name, &patch, &sealed)
-        .await
-        .expect("it is there");
-    space
-        .jobs()
-        .patch(&name, &patch, &sealed)
-        .await
-        .expect("it is there");
+    services.patch(&service_name, &patch, &sealed).await.expect(there);
+    jobs.patch(&name, &patch, &sealed).await.expect(there);
     // Until the watches show the last mark, it is left alone.
     let mut changes = runtime.changes();
     loop {
