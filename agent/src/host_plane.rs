@@ -145,7 +145,7 @@ async fn serve(
     let (delivered, delivered_in) = watch::channel(Fence::default());
     let (report, report_in) = watch::channel(None);
     let (stored, stored_in) = watch::channel(found.set.fence);
-    let (chutes, chutes_in) = watch::channel(BTreeSet::new());
+    let (chutes, chutes_in) = watch::channel(None);
     let (facts, facts_in) = watch::channel(None);
     let (headers, headers_in) = watch::channel(None);
 
@@ -190,8 +190,8 @@ async fn serve(
     ));
     let tell = self::tell(data.clone(), "/registry/headers", headers_in, Clone::clone);
     tasks.spawn(until(shutdown.clone(), Box::pin(tell)));
-    let leases = |chutes: &BTreeSet<_>| {
-        let running = chutes.clone();
+    let leases = |chutes: &Option<BTreeSet<_>>| {
+        let running = chutes.clone()?;
         Some(Leases {
             running,
             ..Leases::default()

@@ -51,8 +51,8 @@ pub struct Channels {
     pub report: watch::Sender<Option<WorkloadReport>>,
     /// Fence of the set on disk.
     pub stored: watch::Sender<Fence>,
-    /// Chutes that run here or are about to: their models must not be evicted.
-    pub chutes: watch::Sender<BTreeSet<ChuteId>>,
+    /// Chutes that run here or are about to: their models must not be evicted. None until a set is known.
+    pub chutes: watch::Sender<Option<BTreeSet<ChuteId>>>,
 }
 
 #[derive(Debug)]
@@ -280,7 +280,8 @@ impl Workloads {
             *last = Some(report);
             news
         });
-        let chutes: BTreeSet<ChuteId> = self.set.workloads.iter().map(|spec| spec.chute.clone()).collect();
+        let chutes = || self.set.workloads.iter().map(|spec| spec.chute.clone()).collect();
+        let chutes: Option<BTreeSet<ChuteId>> = self.set.is_known().then(chutes);
         self.channels.chutes.send_if_modified(|last| {
             let news = *last != chutes;
             *last = chutes;

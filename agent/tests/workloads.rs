@@ -58,7 +58,7 @@ struct Host {
     offers: mpsc::Sender<Offer>,
     delivered: watch::Sender<Fence>,
     report: watch::Receiver<Option<WorkloadReport>>,
-    chutes: watch::Receiver<BTreeSet<ChuteId>>,
+    chutes: watch::Receiver<Option<BTreeSet<ChuteId>>>,
     stored: watch::Receiver<Fence>,
     shutdown: CancellationToken,
     task: JoinHandle<()>,
@@ -81,7 +81,7 @@ impl Host {
         let (offers, offers_in) = mpsc::channel(4);
         let (delivered, delivered_in) = watch::channel(Fence::default());
         let (report, report_in) = watch::channel(None);
-        let (chutes, chutes_in) = watch::channel(BTreeSet::new());
+        let (chutes, chutes_in) = watch::channel(None);
         let (stored, stored_in) = watch::channel(Fence::default());
         let channels = Channels {
             offers: offers_in,
@@ -176,7 +176,7 @@ async fn a_set_becomes_true_and_is_reported() {
     assert_eq!(runtime.started(), []);
     host.deliver((1, 1));
     host.chutes
-        .wait_for(|chutes| chutes.len() == 1)
+        .wait_for(|chutes| chutes.as_ref().is_some_and(|chutes| chutes.len() == 1))
         .await
         .expect("it runs");
     let mut changes = runtime::Runtime::changes(&runtime);

@@ -36,6 +36,8 @@ use crate::validator::{self, Client, ValidatorApi};
 
 /// After a failure of the replicated state, the rest gets so long to end.
 const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
+/// Before leading begins anew after it has ended by itself, so that a fault that repeats does not do so at once.
+const LEAD_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why a member cannot start, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -415,13 +417,17 @@ pub async fn lead(
         let lost = async {
             let _ = lost.wait_for(|now| !now.leads || now.term != term).await;
         };
-        tokio::select! {
+        let begins_anew = tokio::select! {
             biased;
-            () = lost => tracing::warn!(term, "this member leads no more"),
-            () = leading => {}
-        }
+            () = lost => {
+                tracing::warn!(term, "this member leads no more");
+                false
+            }
+            () = leading => true,
+        };
         ended.cancel();
-        if stop.is_cancelled() {
+        let pause = tokio::time::sleep(if begins_anew { LEAD_AGAIN } else { Duration::ZERO });
+        if stop.run_until_cancelled(pause).await.is_none() {
             return;
         }
     }

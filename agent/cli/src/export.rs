@@ -8,6 +8,8 @@
 
 mod difference;
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
@@ -34,6 +36,16 @@ pub(crate) async fn export(printer: &Printer, arguments: &args::Export) -> Resul
     let state = miner.get("/v1/state").await?;
     if state["observing_since"].is_null() {
         bail!("the cluster acts, and what it knows changes: chutes-miner observe start comes first");
+    }
+    let deployments = state["deployments"].as_array().into_iter().flatten();
+    let starting = deployments.filter(|row| row["live"] == true && row["running_at"].is_null());
+    let starting: Vec<String> = starting.map(|row| row["deployment_id"].to_string()).collect();
+    if !starting.is_empty() {
+        bail!(
+            "these are starting, and the original would not know how far they are: let them start (chutes-miner observe \
+             stop), or stop them (chutes-miner purge-deployment): {}",
+            starting.join(", ")
+        );
     }
     let servers = miner.get("/servers/").await?;
     let nodes = cluster.nodes().await?;
@@ -72,8 +84,14 @@ async fn write(client: &Client, ours: &Ours, apply: bool) -> Result<Vec<Change>>
         let done = match change.verb {
             Verb::Insert => {
                 let row = change.row.to_string();
+                // Others get their defaults.
+                let there = columns(client, table).await?;
+                let known: Vec<&str> = change.columns().filter(|name| there.contains(*name)).collect();
+                let values: Vec<String> = known.iter().map(|name| format!("r.{name}")).collect();
                 let insert = format!(
-                    "INSERT INTO {table} SELECT (jsonb_populate_record(NULL::{table}, $1::text::jsonb)).*"
+                    "INSERT INTO {table} ({}) SELECT {} FROM jsonb_populate_record(NULL::{table}, $1::text::jsonb) r",
+                    known.join(", "),
+                    values.join(", ")
                 );
                 client.execute(&insert, &[&row]).await
             }
@@ -99,6 +117,14 @@ async fn write(client: &Client, ours: &Ours, apply: bool) -> Result<Vec<Change>>
     let end = if apply { "COMMIT" } else { "ROLLBACK" };
     client.batch_execute(end).await?;
     Ok(changes)
+}
+
+/// The columns that a table has.
+async fn columns(client: &Client, table: &str) -> Result<BTreeSet<String>> {
+    let query = "SELECT column_name::text FROM information_schema.columns WHERE table_name = $1 AND table_schema = \
+                 ANY (current_schemas(false))";
+    let rows = client.query(query, &[&table]).await?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
 fn print(printer: &Printer, changes: &[Change], problems: &[String], apply: bool) -> Result<()> {

@@ -4,17 +4,18 @@
 //! pure), this page (in which order it is done).
 //!
 //! ```text
-//! read, plan, ask our miner about each server --> of those that are well: mark all Jobs, and wait for the agents to
-//! see them --> for each: mark its other objects, take it over, seal
+//! read, plan, ask our miner about each server --> of those that are well: mark all Jobs --> for each: mark its other
+//! objects, take it over --> wait until its agent knows --> seal
 //! ```
-//! An agent leaves a deployment alone whose Job it sees without seal, so nothing can be stopped between the steps. Each
+//! An agent leaves alone what it sees without seal, so nothing can be stopped between the steps. Each
 //! step is done only where it was not done before, so that whatever broke off is run again.
 
 pub(crate) mod objects;
 mod plan;
 pub(crate) mod rows;
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use reqwest::{Method, StatusCode};
@@ -28,8 +29,9 @@ use objects::{Cluster, Mark};
 use plan::{Plan, ServerPlan};
 
 const PATH: &str = "/v1/import";
-/// An agent that sees a Service or a pod, and no Job, would clear away what is left: its watches get this time.
-const WATCHES_MAX: Duration = Duration::from_secs(3);
+/// How long agents may take to say that they know what was taken over.
+const AGENTS_MAX: Duration = Duration::from_secs(30);
+const ASK_EVERY: Duration = Duration::from_millis(500);
 
 pub(crate) async fn import(printer: &Printer, arguments: &args::Import) -> Result<()> {
     let miner = Miner::new(&arguments.miner)?;
@@ -146,24 +148,56 @@ async fn take_over_all(
             bail!("the cluster acts: only one that observes takes servers over, see chutes-miner observe");
         }
     }
-    let mut is_marked = false;
     for (server, outcome) in &mut due {
         write(cluster, &server.jobs, &mut outcome.marked, &mut outcome.problems).await;
-        is_marked |= outcome.marked > 0;
     }
-    if is_marked {
-        tokio::time::sleep(WATCHES_MAX).await;
-    }
-    for (server, outcome) in due {
+    for (server, outcome) in &mut due {
         if outcome.problems.is_empty() {
             let taken = take_over(miner, cluster, server, outcome).await;
             taken.with_context(|| format!("take {} over", server.name))?;
         }
     }
+    due.retain(|(server, outcome)| outcome.problems.is_empty() && !server.seals.is_empty());
+    let names = due.iter().map(|(server, _)| server.name.as_str()).collect();
+    let unaware = wait_for_agents(miner, names).await?;
+    for (server, outcome) in due {
+        if unaware.contains(server.name.as_str()) {
+            let problem =
+                "it is taken over and not sealed: its agent has not said yet that it knows; run it again";
+            outcome.problems.push(problem.to_owned());
+        } else {
+            write(cluster, &server.seals, &mut outcome.sealed, &mut outcome.problems).await;
+        }
+    }
     Ok(())
 }
 
-/// Marks what is not marked yet, takes over, seals. What is wrong with this server only becomes one of its problems.
+/// Waits until the agents of these servers have said that they know what they are to run: an agent that does not would
+/// end what is sealed. Those that did not say it in time.
+async fn wait_for_agents<'a>(miner: &Miner, mut names: BTreeSet<&'a str>) -> Result<BTreeSet<&'a str>> {
+    let deadline = Instant::now() + AGENTS_MAX;
+    while !names.is_empty() {
+        let state = miner.get("/v1/state").await?;
+        let servers = state["servers"].as_array().into_iter().flatten();
+        for server in servers {
+            let (reported, revision) = (&server["reported"], server["revision"].as_u64());
+            let is_aware = reported["incarnation"] == state["incarnation"]
+                && reported["revision"]
+                    .as_u64()
+                    .is_some_and(|reported| Some(reported) >= revision);
+            if is_aware && let Some(name) = server["name"].as_str() {
+                names.remove(name);
+            }
+        }
+        if Instant::now() >= deadline {
+            break;
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
+    Ok(names)
+}
+
+/// Marks what is not marked yet, and takes over. What is wrong with this server only becomes one of its problems.
 async fn take_over(
     miner: &Miner,
     cluster: &Cluster,
@@ -194,7 +228,6 @@ async fn take_over(
             return Ok(());
         }
     }
-    write(cluster, &server.seals, &mut outcome.sealed, &mut outcome.problems).await;
     Ok(())
 }
 

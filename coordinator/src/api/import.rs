@@ -72,7 +72,6 @@ struct DeploymentThere {
     activated_at_ms: Option<u64>,
     created_at_ms: Option<u64>,
     preemptible: bool,
-    running: bool,
     ready: bool,
     ports: Vec<PortMapping>,
     chute: ChuteThere,
@@ -160,10 +159,11 @@ impl DeploymentThere {
             instance: named_or_none("instance", self.instance_id.as_deref(), InstanceId::parse)?,
             preemptible: self.preemptible,
             facts: Facts {
-                running_at: self.running.then_some(now),
+                // It was launched: whoever finds nothing of it must not start it.
+                running_at: Some(now),
                 ready_at: self.ready.then_some(now),
                 claimed_at: self.instance_id.and(created_at.or(Some(now))),
-                verified_at: verified_at.or(self.active.then_some(active_at)),
+                verified_at,
                 active_at: self.active.then_some(active_at),
             },
             ports: self.ports,

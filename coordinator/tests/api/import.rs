@@ -33,7 +33,7 @@ fn request(fixture: &Fixture, apply: bool) -> Value {
             "chutes_version": "0.3.40", "gpus": [gpu_id('a'), gpu_id('b')], "job_id": null,
             "config_id": "config-1", "instance_id": "inst-1", "active": true,
             "verified_at_ms": 1_700_000_000_000_u64, "activated_at_ms": null,
-            "created_at_ms": 1_699_999_000_000_u64, "preemptible": true, "running": true, "ready": true,
+            "created_at_ms": 1_699_999_000_000_u64, "preemptible": true, "ready": true,
             "ports": [port], "chute": chute,
         }],
     })

@@ -151,13 +151,33 @@ pub(crate) fn plan(rows: &Rows, objects: &Objects) -> Plan {
             && !known.contains(deployment)
             // Those are of our own agents.
             && !is_sealed(*job)
+            && is_live(job)
     };
     let left_alone = objects.jobs.iter().filter(is_unknown).map(|job| LeftAlone {
         job: job.name_any(),
         node: node_of(job).to_owned(),
     });
     plan.left_alone = left_alone.collect();
+    for server in &mut plan.servers {
+        // Its GPUs would count as free.
+        let here = plan.left_alone.iter().filter(|left| left.node == server.name);
+        server.problems.extend(here.map(|left| {
+            format!(
+                "the Job {} runs on it, and no row knows it: the original removes it after a while, or delete it",
+                left.job
+            )
+        }));
+    }
     plan
+}
+
+/// False for a Job that has ended or is going.
+fn is_live(job: &Job) -> bool {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
+    let mut conditions = conditions.into_iter().flatten();
+    let has_ended =
+        conditions.any(|it| it.status == "True" && matches!(it.type_.as_str(), "Complete" | "Failed"));
+    !has_ended && job.metadata.deletion_timestamp.is_none()
 }
 
 fn plan_server(
@@ -226,6 +246,11 @@ fn plan_server(
                 others.extend(planned.others);
                 seals.extend(planned.seals);
             }
+            // Its GPUs would count as free.
+            Err(why) if found.job.is_some_and(is_live) => problems.push(format!(
+                "deployment {} has a Job and cannot be taken over: {why}",
+                deployment.deployment_id
+            )),
             Err(why) => leave_out(format!("deployment {}", deployment.deployment_id), why),
         }
     }
@@ -284,7 +309,7 @@ fn plan_deployment(
     if let Some(error) = optional.into_iter().flatten().flatten().next() {
         return Err(error.to_string());
     }
-    if row.stub == Some(true) {
+    if row.stub == Some(true) && found.job.is_none() {
         return Err("it is a stub: the original has not finished launching it".to_owned());
     }
     let chute = rows.chutes.iter().find(|chute| chute.chute_id == row.chute_id);
@@ -296,14 +321,14 @@ fn plan_deployment(
     let ports = ports_of(service)?;
     let ms = |time: &Option<String>| time.as_deref().map(unix_ms).transpose();
     let ms = |time| ms(time).map_err(|error| format!("{error:#}"));
-    let (running, ready) = state_of(&found.pods);
+    let ready = is_ready(&found.pods);
     let preemptible = row.preemptible.or(chute.preemptible).unwrap_or(true);
     let request = json!({
         "deployment_id": row.deployment_id, "chute_id": row.chute_id, "version": row.version, "image": image,
         "chutes_version": chute.chutes_version, "gpus": gpus, "job_id": row.job_id, "config_id": row.config_id,
         "instance_id": row.instance_id, "active": row.active == Some(true), "verified_at_ms": ms(&row.verified_at)?,
         "activated_at_ms": ms(&row.activated_at)?, "created_at_ms": ms(&row.created_at)?,
-        "preemptible": preemptible, "running": running, "ready": ready, "ports": ports, "chute": chute_json(chute),
+        "preemptible": preemptible, "ready": ready, "ports": ports, "chute": chute_json(chute),
     });
     let gpus: Vec<&str> = gpus.iter().map(GpuId::as_str).collect();
     let gpus = gpus.join(",");
@@ -411,8 +436,8 @@ fn ports_of(service: &Service) -> Result<Vec<PortMapping>, String> {
     mapped.collect()
 }
 
-/// Whether one of its pods runs, and whether all of that one's containers are ready.
-fn state_of(pods: &[&Pod]) -> (bool, bool) {
+/// Whether one of its pods runs with all of its containers ready.
+fn is_ready(pods: &[&Pod]) -> bool {
     let is_there = |pod: &&&Pod| pod.metadata.deletion_timestamp.is_none();
     let running = pods.iter().filter(is_there).find_map(|pod| {
         let status = pod.status.as_ref()?;
@@ -421,8 +446,7 @@ fn state_of(pods: &[&Pod]) -> (bool, bool) {
     let containers = running
         .and_then(|status| status.container_statuses.as_deref())
         .unwrap_or_default();
-    let ready = !containers.is_empty() && containers.iter().all(|container| container.ready);
-    (running.is_some(), ready)
+    !containers.is_empty() && containers.iter().all(|container| container.ready)
 }
 
 fn is_sealed(object: &impl ResourceExt) -> bool {
@@ -557,7 +581,7 @@ mod tests {
                 "deployment_id": DEPLOYMENT, "chute_id": "chute-1", "version": "v1", "image": "acme/model:1-patch",
                 "chutes_version": null, "gpus": [id(1)], "job_id": null, "config_id": "config-1",
                 "instance_id": "instance-1", "active": true, "verified_at_ms": 2000, "activated_at_ms": null,
-                "created_at_ms": 1000, "preemptible": true, "running": true, "ready": true,
+                "created_at_ms": 1000, "preemptible": true, "ready": true,
                 "ports": [
                     { "internal": 8000, "external": 31_000, "protocol": "tcp" },
                     { "internal": 9, "external": 31_001, "protocol": "udp" },
@@ -612,7 +636,13 @@ mod tests {
     fn what_does_not_agree_is_left_out_with_the_reason() {
         type Change = fn(&mut Rows, &mut Objects);
         let cases: &[(Change, &str)] = &[
-            (|rows, _| rows.deployments[0].stub = Some(true), "it is a stub"),
+            (
+                |rows, objects| {
+                    rows.deployments[0].stub = Some(true);
+                    objects.jobs.clear();
+                },
+                "it is a stub",
+            ),
             (|rows, _| rows.chutes.clear(), "its chute chute-1 has no row"),
             (|rows, _| rows.gpus[0].deployment_id = None, "it has no GPUs"),
             (
@@ -676,7 +706,16 @@ mod tests {
             let (mut rows, mut objects) = (rows(), objects());
             change(&mut rows, &mut objects);
             let plan = plan(&rows, &objects);
-            let whys: Vec<&str> = plan.left_out.iter().map(|left| left.why.as_str()).collect();
+            // What has a Job holds GPUs that would count as free: the server has to wait.
+            let has_job = objects
+                .by_deployment()
+                .get(DEPLOYMENT)
+                .and_then(|found| found.job);
+            let whys: Vec<&str> = if has_job.is_some_and(is_live) {
+                plan.servers[0].problems.iter().map(String::as_str).collect()
+            } else {
+                plan.left_out.iter().map(|left| left.why.as_str()).collect()
+            };
             assert!(whys.iter().any(|why| why.contains(word)), "{word}: {plan:?}");
             let deployments = plan.servers[0].request["deployments"].as_array();
             assert_eq!(deployments.map(Vec::len), Some(0), "{word}");
@@ -685,6 +724,31 @@ mod tests {
                 "{word}"
             );
         }
+    }
+
+    #[test]
+    fn a_stub_that_was_launched_is_taken_over() {
+        let mut rows = rows();
+        rows.deployments[0].stub = Some(true);
+        let plan = plan(&rows, &objects());
+        assert_eq!(plan.servers[0].problems, Vec::<String>::new());
+        assert_eq!(plan.servers[0].jobs.len(), 1);
+    }
+
+    #[test]
+    fn a_job_that_no_row_knows_is_a_problem_of_its_server() {
+        let mut objects = objects();
+        let mut other = objects.jobs[0].clone();
+        other.metadata.name = Some("chute-unknown".to_owned());
+        other
+            .labels_mut()
+            .insert(DEPLOYMENT_LABEL.to_owned(), "unknown".to_owned());
+        objects.jobs.push(other);
+        let problems = |objects: &Objects| plan(&rows(), objects).servers[0].problems.clone();
+        assert!(problems(&objects)[0].contains("the Job chute-unknown runs on it"));
+        let ended = json!({ "conditions": [{ "type": "Failed", "status": "True" }] });
+        objects.jobs[1].status = Some(read(ended));
+        assert_eq!(problems(&objects), Vec::<String>::new(), "it holds nothing");
     }
 
     #[test]

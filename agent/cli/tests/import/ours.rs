@@ -207,7 +207,7 @@ async fn work(store: Store, server: ServerId, runtime: Kubernetes, path: std::pa
         delivered: delivered_in,
         report,
         stored: watch::channel(Fence::default()).0,
-        chutes: watch::channel(BTreeSet::new()).0,
+        chutes: watch::channel(None).0,
     };
     let every = Duration::from_millis(500);
     let mut own = JoinSet::new();

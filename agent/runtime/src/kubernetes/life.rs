@@ -212,7 +212,10 @@ impl Work<'_> {
                 self.set(Doing::Started);
                 Ok(())
             }
-            _ => Err(Given::Up(
+            Some(_) => Err(Given::Up(
+                "it was launched before, and its Job is another miner's".to_owned(),
+            )),
+            None => Err(Given::Up(
                 "it was launched before, and its Job is not there any more".to_owned(),
             )),
         }
@@ -333,7 +336,8 @@ impl Work<'_> {
             .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
             .await?;
         if job.as_ref().is_some_and(|job| manifest::fence_of(job).is_none()) {
-            return Ok(Some("its Job is another miner's".to_owned()));
+            // Another miner's: nothing of it is ours to remove.
+            return Ok(None);
         }
         if let Some(job) = &job
             && job.metadata.deletion_timestamp.is_none()

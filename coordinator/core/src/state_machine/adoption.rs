@@ -85,6 +85,19 @@ pub struct Difference {
     pub problems: Vec<String>,
 }
 
+impl AdoptedDeployment {
+    /// What is known of it there and not here.
+    fn news_for(&self, known: &Deployment) -> [(&'static str, bool); 3] {
+        let is_new = |there: Option<UnixMillis>, here: Option<UnixMillis>| there.is_some() && here.is_none();
+        let (there, here) = (&self.facts, &known.facts);
+        [
+            ("claimed", self.instance.is_some() && known.instance.is_none()),
+            ("verified", is_new(there.verified_at, here.verified_at)),
+            ("active", is_new(there.active_at, here.active_at)),
+        ]
+    }
+}
+
 impl State {
     /// Since when the cluster only watches; none while it acts.
     #[must_use]
@@ -108,7 +121,6 @@ impl State {
             return Ok(Reply::Done);
         }
         self.observing.remove(&0);
-        // Nobody waited for anything meanwhile.
         let waiting: Vec<DeploymentId> = self
             .deployments
             .values()
@@ -116,10 +128,17 @@ impl State {
             .map(|deployment| deployment.id.clone())
             .collect();
         for id in waiting {
-            self.deployments
-                .get_mut(&id)
-                .expect("listed just now")
-                .progressed(now);
+            let deployment = self.deployments.get_mut(&id).expect("listed just now");
+            // Nobody waited for anything meanwhile.
+            deployment.progressed(now);
+            let (phase, facts) = (deployment.phase, deployment.facts.clone());
+            if phase == Phase::Requested {
+                if deployment.sealed_token.is_some() || deployment.flow == Flow::Legacy {
+                    self.claim_room(&id);
+                }
+            } else if phase.is_live() && facts.active_at.is_none() {
+                self.go_on_with_legacy(&id, facts.running_at.is_some(), facts.ready_at.is_some());
+            }
         }
         Ok(Reply::Done)
     }
@@ -164,10 +183,19 @@ impl State {
             Some(enrolment) if enrolment.phase != EnrolmentPhase::Ready => found
                 .problems
                 .push(format!("its enrolment here is not over: {:?}", enrolment.phase)),
-            Some(_) => {}
+            Some(enrolment) => {
+                if enrolment.hourly_cost_usd_micros != cost_of(adoption) {
+                    let cost = dollars(cost_of(adoption));
+                    found.changes.push(format!("{cost} $ per GPU and hour"));
+                }
+                if enrolment.seed != adoption.seed {
+                    found.changes.push("another seed".to_owned());
+                }
+            }
         }
-        if adoption.locked && !server.locked {
-            found.changes.push("locked".to_owned());
+        if adoption.locked != server.locked {
+            let word = if adoption.locked { "locked" } else { "unlocked" };
+            found.changes.push(word.to_owned());
         }
     }
 
@@ -209,15 +237,22 @@ impl State {
         found: &mut Difference,
     ) {
         let id = &deployment.id;
-        // What has ended here since it was taken over stays ended.
-        if self.audits.contains_key(id) {
-            return;
-        }
         if let Some(known) = self.deployments.get(id) {
             if known.server != adoption.server {
+                let problem = format!("deployment {id} is on server {}", known.server);
+                found.problems.push(problem);
+            } else if !known.phase.is_live() {
                 found
                     .problems
-                    .push(format!("deployment {id} is on server {}", known.server));
+                    .push(format!("deployment {id} is being stopped here"));
+            } else {
+                let news = deployment.news_for(known).into_iter();
+                let news: Vec<&str> = news.filter_map(|(word, is_new)| is_new.then_some(word)).collect();
+                if !news.is_empty() {
+                    found
+                        .changes
+                        .push(format!("deployment {id}: {}", news.join(", ")));
+                }
             }
             return;
         }
@@ -244,17 +279,22 @@ impl State {
             problem("it is named twice".to_owned());
         }
         if let Some(config) = &deployment.config
-            && (self.deployment_of_config(config).is_some() || !names.configs.insert(config.clone()))
+            && (self.deployment_of_config(config).is_some_and(|other| other != id)
+                || !names.configs.insert(config.clone()))
         {
             problem(format!("its launch config {config} is another's"));
         }
         if let Some(instance) = &deployment.instance
-            && (self.deployment_of(None, instance).is_some() || !names.instances.insert(instance.clone()))
+            && (self
+                .deployment_of(None, instance)
+                .is_some_and(|other| other != id)
+                || !names.instances.insert(instance.clone()))
         {
             problem(format!("its instance {instance} is another's"));
         }
         if let Some(job) = &deployment.job {
-            let tried = self.jobs.get(job).is_some_and(|job| job.attempt.is_some());
+            let attempt = self.jobs.get(job).and_then(|job| job.attempt.as_ref());
+            let tried = attempt.is_some_and(|other| other != id);
             if tried || !names.jobs.insert(job.clone()) {
                 problem(format!("its job {job} was tried by another"));
             }
@@ -286,15 +326,18 @@ impl State {
         let now = self.settings.now;
         let id = &adoption.server;
         let server = self.servers.get_mut(id).expect("seen just now");
-        server.locked |= adoption.locked;
+        server.locked = adoption.locked;
         let devices = server.facts.devices.clone();
-        if server.enrolment.is_none() {
+        let cost = cost_of(&adoption);
+        if let Some(enrolment) = &mut server.enrolment {
+            enrolment.hourly_cost_usd_micros = cost;
+            enrolment.seed = adoption.seed;
+        } else {
             server.last_failure = None;
             server.enrolment = Some(Enrolment {
                 validator: adoption.validator.clone(),
                 gpu_short_ref: adoption.gpu_short_ref.clone(),
-                // As with a server that an operator adds.
-                hourly_cost_usd_micros: adoption.hourly_cost_usd_micros.max(1),
+                hourly_cost_usd_micros: cost,
                 seed: adoption.seed,
                 phase: EnrolmentPhase::Ready,
                 added_at: now,
@@ -318,10 +361,13 @@ impl State {
                 gpu.verified_at.get_or_insert(now);
             }
         }
-        let mut news = adoption.deployments;
-        news.retain(|deployment| {
-            !self.deployments.contains_key(&deployment.id) && !self.audits.contains_key(&deployment.id)
-        });
+        let (known, news): (Vec<_>, Vec<_>) = adoption
+            .deployments
+            .into_iter()
+            .partition(|deployment| self.deployments.contains_key(&deployment.id));
+        for deployment in known {
+            self.learn_of(&deployment);
+        }
         if news.is_empty() {
             return Ok(Reply::Done);
         }
@@ -332,6 +378,25 @@ impl State {
         Ok(Reply::Done)
     }
 
+    /// Takes in what the other miner has learnt since a deployment was taken over.
+    fn learn_of(&mut self, adopted: &AdoptedDeployment) {
+        let (id, now) = (&adopted.id, self.settings.now);
+        if let Some(instance) = &adopted.instance
+            && self
+                .deployments
+                .get(id)
+                .is_some_and(|known| known.instance.is_none())
+        {
+            self.claim_instance(id, instance.clone());
+        }
+        if let Some(known) = self.deployments.get_mut(id) {
+            let past = |at: Option<UnixMillis>| at.map(|at| at.min(now));
+            known.facts.verified_at = known.facts.verified_at.or(past(adopted.facts.verified_at));
+            known.facts.active_at = known.facts.active_at.or(past(adopted.facts.active_at));
+        }
+        self.conclude_serving(id);
+    }
+
     /// Writes down what was compared already.
     fn adopt_deployment(
         &mut self,
@@ -340,6 +405,8 @@ impl State {
         adopted: AdoptedDeployment,
     ) -> Result<(), Rejection> {
         let now = self.settings.now;
+        // It ended here once, after it was handed back say, and runs there.
+        self.remove_audit(&adopted.id);
         let key = adopted.chute.key.clone();
         if !self.chutes.contains_key(&key) {
             self.record_chute(adopted.chute.clone(), adopted.code.clone())?;
@@ -428,6 +495,11 @@ struct Names {
     jobs: BTreeSet<JobId>,
 }
 
+/// As with a server that an operator adds: a price of zero would make every value infinite.
+fn cost_of(adoption: &Adoption) -> u64 {
+    adoption.hourly_cost_usd_micros.max(1)
+}
+
 /// An amount as people write it.
 fn dollars(micros: u64) -> String {
     let text = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
@@ -447,7 +519,7 @@ mod tests {
     use super::*;
     use crate::state_machine::chute::ChuteKey;
     use crate::state_machine::codec::Row;
-    use crate::state_machine::command::{Command, PayProfile};
+    use crate::state_machine::command::{Command, PayProfile, Placement};
     use crate::state_machine::state::Faults;
     use crate::state_machine::testing::{World, id};
 
@@ -623,7 +695,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_taken_over_and_has_ended_stays_ended() {
+    fn what_ended_here_and_runs_there_is_taken_over_afresh() {
         let mut world = observing();
         let taken = adoption(vec![deployment("earns", &[1], earning())]);
         world
@@ -655,8 +727,10 @@ mod tests {
             "the other miner tells the validator"
         );
         assert!(world.0.audits().contains_key(&deployment));
-        assert_eq!(world.at(NOW, Command::AdoptServer(taken)), Ok(Reply::Unchanged));
-        assert!(world.0.deployments().get(&deployment).is_none());
+        assert_eq!(world.at(NOW, Command::AdoptServer(taken)), Ok(Reply::Done));
+        assert!(world.0.audits().get(&deployment).is_none());
+        let again = world.0.deployments().get(&deployment).expect("it is back");
+        assert_eq!(again.phase, Phase::Serving);
     }
 
     #[test]
@@ -711,6 +785,97 @@ mod tests {
             let touched: BTreeSet<u8> = world.0.drain_rows().iter().map(|row| row.table).collect();
             assert_eq!(touched, BTreeSet::from([12]), "only the answer is remembered");
         }
+    }
+
+    #[test]
+    fn what_changed_there_is_taken_in() {
+        let mut world = observing();
+        let mut taken = adoption(vec![deployment("starts", &[1], Facts::default())]);
+        taken.deployments[0].instance = None;
+        world
+            .at(NOW, Command::AdoptServer(taken.clone()))
+            .expect("a good one");
+        taken.locked = false;
+        taken.hourly_cost_usd_micros = 1_500_000;
+        taken.seed = Some(7);
+        taken.deployments = vec![deployment("starts", &[1], earning())];
+        let changes = world.0.difference(&taken).changes;
+        assert_eq!(
+            changes,
+            [
+                "1.5 $ per GPU and hour",
+                "another seed",
+                "unlocked",
+                "deployment starts: claimed, verified, active"
+            ]
+        );
+        assert_eq!(
+            world.at(NOW, Command::AdoptServer(taken.clone())),
+            Ok(Reply::Done)
+        );
+        assert_eq!(world.0.difference(&taken), Difference::default());
+        let server = world.0.servers().get(&id("server-1")).expect("it has joined");
+        let terms = server.ready_enrolment().expect("ready");
+        assert_eq!(
+            (server.locked, terms.seed, terms.hourly_cost_usd_micros),
+            (false, Some(7), 1_500_000)
+        );
+        let known = world.0.deployments().values().next().expect("it is there");
+        assert_eq!(known.phase, Phase::Serving);
+    }
+
+    #[test]
+    fn nothing_is_announced_or_placed_while_it_observes() {
+        let mut world = observing();
+        let facts = Facts {
+            running_at: Some(UnixMillis(2_000)),
+            ..Facts::default()
+        };
+        let mut legacy = deployment("legacy", &[1], facts);
+        legacy.chutes_version = Some("0.2.9".to_owned());
+        (legacy.config, legacy.instance) = (None, None);
+        world
+            .at(NOW, Command::AdoptServer(adoption(vec![legacy.clone()])))
+            .expect("a good one");
+        let server = id("server-1");
+        let report = WorkloadReport {
+            fence: world.0.fence_of(&server).expect("it has joined"),
+            workloads: vec![WorkloadStatus {
+                deployment: legacy.id.clone(),
+                phase: WorkloadPhase::Running {
+                    ports: vec![PortMapping {
+                        internal: 8000,
+                        external: 31_000,
+                        protocol: protocol::workload::PortProtocol::Tcp,
+                    }],
+                    ready: true,
+                },
+            }],
+        };
+        let command = Command::RecordWorkloads {
+            server: server.clone(),
+            report,
+        };
+        world.at(NOW, command).expect("it belongs to it");
+        assert_eq!(world.0.outbox().iter().count(), 0, "the other miner announces it");
+        let placement = Placement {
+            deployment: DeploymentId::parse("new").expect("good"),
+            chute: legacy.chute.key.clone(),
+            version: legacy.chute.version.clone(),
+            server,
+            gpus: vec![gpu(2)],
+            victims: Vec::new(),
+            job: None,
+            reason: String::new(),
+        };
+        let refused = world.at(NOW, Command::PlaceDeployment(placement));
+        assert_eq!(
+            refused,
+            Err(Rejection::Placement("the cluster observes".to_owned()))
+        );
+        let act = Command::SetObserving { observing: false };
+        world.at(NOW, act).expect("it observes");
+        assert_eq!(world.0.outbox().iter().count(), 1, "nobody else will");
     }
 
     #[test]

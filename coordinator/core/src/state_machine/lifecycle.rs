@@ -5,7 +5,7 @@ use protocol::id::{ConfigId, DeploymentId, GpuId, ServerId};
 use protocol::time::UnixMillis;
 
 use super::chute::{Cooldown, Failures, uses_launch_config};
-use super::command::{Answer, Placement, Reply};
+use super::command::{Answer, Placement, Rejection, Reply};
 use super::deployment::{Audit, Deployment, Facts, Flow, Phase, Stop, StopReason};
 use super::effect::{Effect, EffectKind, EffectOutcome, Subject};
 use super::state::State;
@@ -18,6 +18,9 @@ const COOLDOWN_FORBIDDEN_MS: u64 = 3_600_000;
 impl State {
     /// Writes an admitted placement down: GPUs that are free are held, the others promised.
     pub(crate) fn place(&mut self, placement: Placement) -> Answer {
+        if self.is_observing() {
+            return Err(Rejection::Placement("the cluster observes".to_owned()));
+        }
         self.admit(&placement)?;
         let now = self.settings.now;
         let id = placement.deployment.clone();
@@ -116,9 +119,10 @@ impl State {
         self.claim_room(id);
     }
 
-    /// Stops the victims, now that what replaces them is certain, and assigns if nothing is in the way.
-    fn claim_room(&mut self, id: &DeploymentId) {
-        let Some(deployment) = self.deployments.get(id) else {
+    /// Stops the victims, now that what replaces them is certain, and assigns if nothing is in the way. While the
+    /// cluster observes, neither.
+    pub(crate) fn claim_room(&mut self, id: &DeploymentId) {
+        let Some(deployment) = self.deployments.get(id).filter(|_| !self.is_observing()) else {
             return;
         };
         let superseding = deployment.chute.clone();
@@ -139,7 +143,7 @@ impl State {
 
     /// Puts a deployment into its server's desired set once it has its GPUs and its token.
     fn try_assign(&mut self, id: &DeploymentId) {
-        let Some(deployment) = self.deployments.get(id) else {
+        let Some(deployment) = self.deployments.get(id).filter(|_| !self.is_observing()) else {
             return;
         };
         let has_token = deployment.flow == Flow::Legacy || deployment.sealed_token.is_some();

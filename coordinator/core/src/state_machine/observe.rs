@@ -9,7 +9,7 @@ use protocol::workload::{PRIMARY_PORT, WorkloadPhase};
 
 use super::chute::{Bounty, Chute, ChuteCode, ChuteDefinition, ChuteKey, VersionKey};
 use super::command::{Answer, Rejection, Reply};
-use super::deployment::{Flow, Phase, StopReason};
+use super::deployment::{Deployment, Flow, Phase, StopReason};
 use super::effect::{EffectKind, Subject};
 use super::job::Job;
 use super::state::{State, Stranger};
@@ -105,8 +105,15 @@ impl State {
     }
 
     /// In the legacy flow we announce the instance when it runs, and activate it when it is ready.
-    fn go_on_with_legacy(&mut self, id: &DeploymentId, first: bool, newly_ready: bool) {
-        let Some(deployment) = self.deployments.get(id).filter(|d| d.flow == Flow::Legacy) else {
+    /// While the cluster observes, another miner does.
+    pub(crate) fn go_on_with_legacy(&mut self, id: &DeploymentId, first: bool, newly_ready: bool) {
+        let legacy = |deployment: &&Deployment| deployment.flow == Flow::Legacy;
+        let Some(deployment) = self
+            .deployments
+            .get(id)
+            .filter(legacy)
+            .filter(|_| !self.is_observing())
+        else {
             return;
         };
         let (chute, subject) = (deployment.chute.clone(), Subject::Deployment(id.clone()));
@@ -136,6 +143,9 @@ impl State {
     }
 
     fn push_activation(&mut self, id: &DeploymentId, chute: &ChuteKey, instance: InstanceId) {
+        if self.is_observing() {
+            return;
+        }
         let kind = EffectKind::ActivateInstance {
             deployment: id.clone(),
             chute: chute.chute.clone(),
