@@ -4,8 +4,8 @@
 //! Proposal { request, at, guard, command } --> apply --> State (tables of rows) + Outbox + desired sets
 //! ```
 //!
-//! Reading order: the nouns ([`host`], [`server`], [`chute`], [`deployment`], [`job`]), then [`effect`] and
-//! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`] and [`reconcile`],
+//! Reading order: the nouns ([`host`], [`server`], [`chute`], [`deployment`], [`job`], [`adoption`]), then [`effect`] and
+//! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`], [`reconcile`] and [`taking_over`],
 //! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
 //! how commands and rows become bytes, [`format`](mod@format) from when on in which form. A noun's file knows nothing of `State`.
 
@@ -27,6 +27,7 @@ pub mod reconcile;
 pub mod server;
 pub mod state;
 pub mod table;
+pub mod taking_over;
 #[cfg(test)]
 mod testing;
 pub mod upgrading;
