@@ -262,7 +262,7 @@ pub(crate) async fn observe(printer: &Printer, command: ObserveCommand) -> Resul
             if !yes {
                 warn(
                     "Warning: two miners that act with one hotkey delete each other's instances. The other one must \
-                     have been stopped: of the original, the deployments gepetto and chutes-miner-api.",
+                     have been stopped: of the original, the deployments gepetto and api.",
                 );
                 if !confirmed("Continue (y/n)? ", "y")? {
                     return Ok(());

@@ -308,10 +308,13 @@ impl Cluster {
         }
         // What an earlier agent started, until it is adopted.
         for (deployment, objects) in all {
-            if objects.may_have_a_job() {
-                continue;
-            }
-            let (phase, gpus) = (objects.phase(), objects.gpus());
+            let phase = match (objects.may_have_a_job(), objects.holds_gpus()) {
+                (true, false) => continue,
+                // Whatever became of its Job.
+                (true, true) => WorkloadPhase::Pending,
+                (false, _) => objects.phase(),
+            };
+            let gpus = objects.gpus();
             let status = WorkloadStatus { deployment, phase };
             observed.push(Observed { status, gpus });
         }

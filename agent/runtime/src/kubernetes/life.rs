@@ -178,6 +178,14 @@ impl Work<'_> {
             return self.find(spec).await;
         }
         let settings = &cluster.config.settings;
+        let name = manifest::job_name(&spec.deployment);
+        let there = self
+            .insist_on("look for its Job", || cluster.jobs.get_opt(&name))
+            .await?;
+        if there.is_some_and(|job| manifest::fence_of(&job).is_none()) {
+            // Before anything of it is written.
+            return Err(Given::Up(format!("the Job {name} is another miner's")));
+        }
         let ports = self.ports(fence, spec).await?;
         let code = manifest::code(spec, fence, settings, false);
         self.insist("write its code", || apply(&cluster.code, &code))

@@ -50,6 +50,11 @@ impl Objects {
         self.job.is_none() && self.service.as_ref().is_some_and(seal)
     }
 
+    /// A pod of it is not over.
+    pub(super) fn holds_gpus(&self) -> bool {
+        self.pods.values().any(|pod| !is_over(pod))
+    }
+
     /// The GPUs that it was given, as far as its objects say.
     pub(super) fn gpus(&self) -> Vec<GpuId> {
         let job = self.job.as_deref().and_then(gpus_of);

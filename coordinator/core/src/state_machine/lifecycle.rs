@@ -4,7 +4,7 @@
 use protocol::id::{ConfigId, DeploymentId, GpuId, ServerId};
 use protocol::time::UnixMillis;
 
-use super::chute::{Cooldown, Failures, uses_launch_config};
+use super::chute::{ChuteKey, Cooldown, Failures, uses_launch_config};
 use super::command::{Answer, Placement, Rejection, Reply};
 use super::deployment::{Audit, Deployment, Facts, Flow, Phase, Stop, StopReason};
 use super::effect::{Effect, EffectKind, EffectOutcome, Subject};
@@ -193,11 +193,6 @@ impl State {
                 self.gpus.get_mut(gpu).expect("seen just now").promised_to = None;
             }
         }
-        let job = self
-            .deployments
-            .get(id)
-            .and_then(|d| d.job_to_give_back(&reason))
-            .cloned();
         let deployment = self.deployments.get_mut(id).expect("seen just now");
         deployment.enter(Phase::Stopping, now);
         deployment.sealed_token = None;
@@ -209,24 +204,35 @@ impl State {
             removed_at_revision: revision,
             absent: !was_desired,
         });
-        let (validator, chute) = (deployment.chute.validator.clone(), deployment.chute.chute.clone());
-        let subject = Subject::Deployment(id.clone());
-        let instance = deployment.instance.clone();
-        // While the cluster observes, another miner speaks with the validator.
-        if !self.is_observing() {
-            // First: a job whose instance we delete counts as failed, and nobody else may do it.
-            if let Some(job) = job {
-                self.push_effect(subject.clone(), validator.clone(), EffectKind::ReleaseJob { job });
-            }
-            if let Some(instance) = instance {
-                self.push_effect(subject, validator, EffectKind::DeleteInstance { chute, instance });
-            }
+        if self.is_observing() {
+            // Another miner speaks with the validator.
+            self.withdraw(&Subject::Deployment(id.clone()));
+        } else {
+            self.tell_of_the_end(id);
         }
         if failed {
             self.remember_failure(id);
         }
         self.try_finish(id);
         true
+    }
+
+    /// Gives back the job of a deployment that is being taken down, and deletes its instance.
+    pub(crate) fn tell_of_the_end(&mut self, id: &DeploymentId) {
+        let Some(deployment) = self.deployments.get(id) else {
+            return;
+        };
+        let stop = deployment.stop.as_ref();
+        let job = stop.and_then(|stop| deployment.job_to_give_back(&stop.reason).cloned());
+        let (instance, subject) = (deployment.instance.clone(), Subject::Deployment(id.clone()));
+        let ChuteKey { validator, chute } = deployment.chute.clone();
+        // First: a job whose instance we delete counts as failed, and nobody else may do it.
+        if let Some(job) = job {
+            self.push_effect(subject.clone(), validator.clone(), EffectKind::ReleaseJob { job });
+        }
+        if let Some(instance) = instance {
+            self.push_effect(subject, validator, EffectKind::DeleteInstance { chute, instance });
+        }
     }
 
     fn remember_failure(&mut self, id: &DeploymentId) {

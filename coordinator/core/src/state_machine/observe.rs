@@ -93,6 +93,11 @@ impl State {
                     }
                     deployment.ports.clone_from(ports);
                     deployment.enter(Phase::Launched, now);
+                    if first && deployment.flow == Flow::Legacy {
+                        // Its server's set holds no seed for it any more.
+                        let server = deployment.server.clone();
+                        self.bump_revision(&server);
+                    }
                     self.go_on_with_legacy(id, first, newly_ready);
                     self.conclude_serving(id);
                 }

@@ -16,8 +16,9 @@ use super::chute::uses_launch_config;
 use super::command::{Answer, Rejection, Reply};
 use super::deployment::{Deployment, Facts, Flow, Phase};
 use super::desired::DISK_GB_DEFAULT;
+use super::effect::Subject;
 use super::job::Job;
-use super::server::{Enrolment, EnrolmentPhase, Gpu, Server};
+use super::server::{ENROLMENT_TIMEOUT_MS, Enrolment, EnrolmentPhase, Gpu, Server};
 use super::state::State;
 
 /// What taking a server over would change here.
@@ -46,32 +47,84 @@ impl State {
         if observing == self.is_observing() {
             return Ok(Reply::Unchanged);
         }
-        let now = self.settings.now;
+        let ids: Vec<DeploymentId> = self.deployments.keys().cloned().collect();
         if observing {
-            self.observing.insert(0, now);
+            self.observing.insert(0, self.settings.now);
+            for id in ids {
+                if self.deployments.get(&id).is_some_and(|it| !it.phase.is_live()) {
+                    // Nobody is told any more; what is left to tell is told when it acts again.
+                    self.withdraw(&Subject::Deployment(id.clone()));
+                    self.try_finish(&id);
+                }
+            }
             return Ok(Reply::Done);
         }
         self.observing.remove(&0);
-        let waiting: Vec<DeploymentId> = self
-            .deployments
-            .values()
-            .filter(|deployment| deployment.phase != Phase::Serving)
-            .map(|deployment| deployment.id.clone())
-            .collect();
-        for id in waiting {
-            let deployment = self.deployments.get_mut(&id).expect("listed just now");
-            // Nobody waited for anything meanwhile.
-            deployment.progressed(now);
-            let (phase, facts) = (deployment.phase, deployment.facts.clone());
-            if phase == Phase::Requested {
-                if deployment.sealed_token.is_some() || deployment.flow == Flow::Legacy {
-                    self.claim_room(&id);
-                }
-            } else if phase.is_live() && facts.active_at.is_none() {
-                self.go_on_with_legacy(&id, facts.running_at.is_some(), facts.ready_at.is_some());
-            }
+        self.forget_what_was_missing();
+        for id in ids {
+            self.act_again_on(&id);
         }
         Ok(Reply::Done)
+    }
+
+    /// Takes back what waits for a validator about a subject.
+    pub(crate) fn withdraw(&mut self, subject: &Subject) {
+        let waiting: Vec<_> = self.outbox.of_subject(subject).map(|effect| effect.id).collect();
+        for effect in waiting {
+            self.outbox.remove(effect);
+        }
+    }
+
+    /// Nobody waited for a verification meanwhile, and no chute was seen to be missing.
+    fn forget_what_was_missing(&mut self) {
+        let now = self.settings.now;
+        let servers: Vec<ServerId> = self.servers.keys().cloned().collect();
+        for id in servers {
+            let enrolment = self.servers.get(&id).and_then(|server| server.enrolment.as_ref());
+            if enrolment.is_some_and(Enrolment::waits_for_verification)
+                && let Some(server) = self.servers.get_mut(&id)
+                && let Some(enrolment) = &mut server.enrolment
+            {
+                enrolment.deadline = now + ENROLMENT_TIMEOUT_MS;
+            }
+        }
+        let chutes = self
+            .chutes
+            .iter()
+            .filter(|(_, chute)| chute.missing_since.is_some());
+        let chutes: Vec<_> = chutes.map(|(key, _)| key.clone()).collect();
+        for key in chutes {
+            if let Some(chute) = self.chutes.get_mut(&key) {
+                chute.missing_since = None;
+            }
+        }
+    }
+
+    /// Goes on with a deployment as if it had come so far now.
+    fn act_again_on(&mut self, id: &DeploymentId) {
+        let now = self.settings.now;
+        let Some(deployment) = self.deployments.get_mut(id) else {
+            return;
+        };
+        deployment.missing_since = None;
+        if deployment.phase != Phase::Serving {
+            deployment.progressed(now);
+        }
+        let (phase, flow, facts) = (deployment.phase, deployment.flow, deployment.facts.clone());
+        let has_token = deployment.sealed_token.is_some();
+        let subject = Subject::Deployment(id.clone());
+        if self.outbox.of_subject(&subject).next().is_some() {
+            return;
+        }
+        if !phase.is_live() {
+            self.tell_of_the_end(id);
+        } else if phase == Phase::Requested {
+            if has_token || flow == Flow::Legacy {
+                self.claim_room(id);
+            }
+        } else if facts.active_at.is_none() {
+            self.go_on_with_legacy(id, facts.running_at.is_some(), facts.ready_at.is_some());
+        }
     }
 
     /// What taking a server over would change, and what is in the way.
@@ -177,6 +230,9 @@ impl State {
                     .problems
                     .push(format!("deployment {id} is being stopped here"));
             } else {
+                if known.instance.is_none() {
+                    self.compare_instance(deployment, names, found);
+                }
                 let news = deployment.news_for(known).into_iter();
                 let news: Vec<&str> = news.filter_map(|(word, is_new)| is_new.then_some(word)).collect();
                 if !news.is_empty() {
@@ -215,14 +271,6 @@ impl State {
         {
             problem(format!("its launch config {config} is another's"));
         }
-        if let Some(instance) = &deployment.instance
-            && (self
-                .deployment_of(None, instance)
-                .is_some_and(|other| other != id)
-                || !names.instances.insert(instance.clone()))
-        {
-            problem(format!("its instance {instance} is another's"));
-        }
         if let Some(job) = &deployment.job {
             let attempt = self.jobs.get(job).and_then(|job| job.attempt.as_ref());
             let tried = attempt.is_some_and(|other| other != id);
@@ -230,6 +278,7 @@ impl State {
                 problem(format!("its job {job} was tried by another"));
             }
         }
+        self.compare_instance(deployment, names, found);
         let state = match (deployment.facts.verified_at, deployment.facts.active_at) {
             (Some(_), Some(_)) => "verified and active",
             (Some(_), None) => "verified",
@@ -240,6 +289,20 @@ impl State {
             deployment.chute.name,
             deployment.gpus.len()
         ));
+    }
+
+    fn compare_instance(&self, deployment: &AdoptedDeployment, names: &mut Names, found: &mut Difference) {
+        let Some(instance) = &deployment.instance else {
+            return;
+        };
+        let other = self.deployment_of(None, instance);
+        let is_another = other.is_some_and(|other| *other != deployment.id);
+        if is_another || !names.instances.insert(instance.clone()) {
+            found.problems.push(format!(
+                "deployment {}: its instance {instance} is another's",
+                deployment.id
+            ));
+        }
     }
 
     pub(crate) fn adopt_server(&mut self, adoption: Adoption) -> Answer {
@@ -309,6 +372,12 @@ impl State {
         Ok(Reply::Done)
     }
 
+    /// An instance is ours after all: it is no stranger, and must not be deleted as one.
+    fn account_for(&mut self, instance: &InstanceId) {
+        self.strangers.remove(instance);
+        self.withdraw(&Subject::Instance(instance.clone()));
+    }
+
     /// Takes in what the other miner has learnt since a deployment was taken over.
     fn learn_of(&mut self, adopted: &AdoptedDeployment) {
         let (id, now) = (&adopted.id, self.settings.now);
@@ -318,6 +387,7 @@ impl State {
                 .get(id)
                 .is_some_and(|known| known.instance.is_none())
         {
+            self.account_for(instance);
             self.claim_instance(id, instance.clone());
         }
         if let Some(known) = self.deployments.get_mut(id) {
@@ -404,7 +474,7 @@ impl State {
         };
         deployment.progressed(now);
         if let Some(instance) = &deployment.instance {
-            self.strangers.remove(instance);
+            self.account_for(instance);
         }
         let (id, version) = (deployment.id.clone(), deployment.version_key());
         self.insert_deployment(deployment);
@@ -436,6 +506,3 @@ fn dollars(micros: u64) -> String {
     let text = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
-
-#[cfg(test)]
-mod tests;

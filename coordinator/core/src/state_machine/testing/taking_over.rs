@@ -1,19 +1,23 @@
-//! Tests of taking over.
+//! Taking over from another miner.
 
 use std::collections::BTreeSet;
 
 use protocol::gpu::DeviceInfo;
 use protocol::hotkey::{Hotkey, Signer};
-use protocol::id::{ChuteId, ChuteVersion};
+use protocol::id::{ChuteId, ChuteVersion, ConfigId, DeploymentId, GpuId, InstanceId, JobId};
 use protocol::report::{HostFacts, WorkloadReport, WorkloadStatus};
+use protocol::time::UnixMillis;
 use protocol::workload::{PortMapping, WorkloadPhase};
 
-use super::*;
+use super::{World, id};
+use crate::state_machine::adoption::{AdoptedDeployment, Adoption};
 use crate::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use crate::state_machine::codec::Row;
 use crate::state_machine::command::{Command, PayProfile, Placement};
-use crate::state_machine::state::Faults;
-use crate::state_machine::testing::{World, id};
+use crate::state_machine::deployment::{Facts, Phase, StopReason};
+use crate::state_machine::effect::{EffectKind, Subject};
+use crate::state_machine::taking_over::Difference;
+use crate::state_machine::{Faults, Rejection, Reply, State};
 
 const NOW: u64 = 5_000_000;
 
@@ -426,4 +430,64 @@ fn observing_has_golden_bytes() {
     });
     let read = State::from_rows(&mut stored, Faults::none()).expect("good rows");
     assert_eq!(read.observing_since(), Some(UnixMillis(3_000)));
+}
+
+/// What is not told while the cluster observes is told when it acts again.
+#[test]
+fn an_end_while_observing_is_told_afterwards() {
+    let mut world = observing();
+    let mut job = deployment("runs-a-job", &[1], earning());
+    job.job = Some(JobId::parse("job-1").expect("good"));
+    world
+        .at(NOW, Command::AdoptServer(adoption(vec![job])))
+        .expect("a good one");
+    let ended = StopReason::Operator("a test".to_owned());
+    let stopped = DeploymentId::parse("runs-a-job").expect("good");
+    world.0.stop(&stopped, ended);
+    assert_eq!(world.0.outbox().iter().count(), 0);
+    let act = Command::SetObserving { observing: false };
+    world.at(NOW, act).expect("it observes");
+    let kinds: Vec<_> = world.0.outbox().iter().map(|effect| &effect.kind).collect();
+    assert!(
+        matches!(
+            kinds[..],
+            [EffectKind::ReleaseJob { .. }, EffectKind::DeleteInstance { .. }]
+        ),
+        "{kinds:?}"
+    );
+    // Once more it observes before that is done.
+    let observe = Command::SetObserving { observing: true };
+    world.at(NOW, observe).expect("it acts");
+    assert_eq!(world.0.outbox().iter().count(), 0);
+}
+
+/// Found by a review: an instance that was to be deleted as a stranger, and is taken over.
+#[test]
+fn what_is_taken_over_is_not_deleted_as_a_stranger() {
+    let mut world = observing();
+    let taken = adoption(vec![deployment("earns", &[1], earning())]);
+    let instance = InstanceId::parse("instance-of-earns").expect("good");
+    let kind = EffectKind::DeleteInstance {
+        chute: ChuteId::parse("chute-1").expect("good"),
+        instance: instance.clone(),
+    };
+    world
+        .0
+        .push_effect(Subject::Instance(instance), validator(), kind);
+    world.at(NOW, Command::AdoptServer(taken)).expect("a good one");
+    assert_eq!(world.0.outbox().iter().count(), 0);
+}
+
+/// Found by a review: the other miner names one instance twice.
+#[test]
+fn an_instance_of_another_is_not_learnt() {
+    let mut world = observing();
+    let mut waiting = deployment("waits", &[1], Facts::default());
+    waiting.instance = None;
+    let earns = deployment("earns", &[2], earning());
+    let both = adoption(vec![waiting.clone(), earns.clone()]);
+    world.at(NOW, Command::AdoptServer(both)).expect("a good one");
+    waiting.instance.clone_from(&earns.instance);
+    let answer = world.at(NOW, Command::AdoptServer(adoption(vec![waiting])));
+    assert!(matches!(answer, Err(Rejection::Adoption(_))), "{answer:?}");
 }
