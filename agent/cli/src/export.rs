@@ -8,7 +8,7 @@
 
 mod difference;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -71,7 +71,9 @@ async fn write(client: &Client, ours: &Ours, apply: bool) -> Result<Vec<Change>>
         .batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE; SET LOCAL TIME ZONE 'UTC'")
         .await?;
     let mut tables = Tables::default();
+    let mut columns_there = BTreeMap::new();
     for (name, rows) in tables.each() {
+        columns_there.insert(name, columns(client, name).await?);
         let query = format!("SELECT to_jsonb(t)::text FROM {name} t");
         for row in client.query(&query, &[]).await? {
             let text: String = row.get(0);
@@ -85,7 +87,7 @@ async fn write(client: &Client, ours: &Ours, apply: bool) -> Result<Vec<Change>>
             Verb::Insert => {
                 let row = change.row.to_string();
                 // Others get their defaults.
-                let there = columns(client, table).await?;
+                let there = &columns_there[table];
                 let known: Vec<&str> = change.columns().filter(|name| there.contains(*name)).collect();
                 let values: Vec<String> = known.iter().map(|name| format!("r.{name}")).collect();
                 let insert = format!(

@@ -1,5 +1,6 @@
 //! Entry point of `chutes-miner`, the operator's command line: it signs requests to the miner's management API
-//! and to the validator, and prints what they answer. It decides nothing.
+//! and to the validator, and prints what they answer. It decides nothing. `import` and `export` also read and write
+//! what the original miner left: its database, and marks on its objects.
 //!
 //! Exit codes: 0 done (or the operator said no), 1 failed, 2 wrong usage.
 

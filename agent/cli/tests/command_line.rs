@@ -632,3 +632,22 @@ async fn the_validators_copy_of_the_output_is_printed_with_a_way_to_go_on() {
         .await
         .ends(1, "", "401");
 }
+
+#[tokio::test]
+async fn a_cluster_is_told_to_observe_and_to_act() {
+    let answer = |observing: bool| json!({ "observing": observing, "changed": true });
+    let world = World::new("observe", &[("PUT /v1/observing", 200, answer(false))]).await;
+    let run = world.run_with_input(&["observe", "stop"], "n\n").await;
+    run.ends(0, "", "delete each other's instances");
+    assert!(!world.was_asked("PUT /v1/observing"));
+    let run = world.run_with_input(&["observe", "stop"], "y\n").await;
+    run.ends(0, "The cluster acts.", "");
+    let run = world.run(&["observe", "start"]).await;
+    run.ends(0, "validators hear nothing from it", "");
+    let asked = world.fake.asked.lock().expect("no panic").clone();
+    let bodies: Vec<bool> = asked
+        .iter()
+        .filter_map(|(_, body)| body["observing"].as_bool())
+        .collect();
+    assert_eq!(bodies, [false, true]);
+}

@@ -125,9 +125,9 @@ impl AddServer {
                     Value::String(text) => text.trim().parse::<f64>().ok(),
                     other => other.as_f64(),
                 };
-                match number {
-                    Some(dollars) if micros(dollars).is_some() => micros(dollars).unwrap_or_default(),
-                    Some(_) => {
+                match number.map(micros) {
+                    Some(Some(micros)) => micros,
+                    Some(None) => {
                         let msg = "Input should be dollars per GPU and hour, from 0 to 1000";
                         problem("hourly_cost", "out_of_range", msg, given);
                         0

@@ -159,8 +159,7 @@ impl DeploymentThere {
             instance: named_or_none("instance", self.instance_id.as_deref(), InstanceId::parse)?,
             preemptible: self.preemptible,
             facts: Facts {
-                // It was launched: whoever finds nothing of it must not start it.
-                running_at: Some(now),
+                running_at: None,
                 ready_at: self.ready.then_some(now),
                 claimed_at: self.instance_id.and(created_at.or(Some(now))),
                 verified_at,

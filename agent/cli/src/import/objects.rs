@@ -41,15 +41,26 @@ pub(crate) enum Kind {
     Pod,
 }
 
-/// An object with marks of ours.
+/// One of them. Another of the same name that came later is not meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Marked {
+pub(crate) struct Object {
     kind: Kind,
     name: String,
     uid: String,
 }
 
-impl fmt::Display for Marked {
+impl Object {
+    pub(crate) fn of(kind: Kind, object: &impl ResourceExt) -> Self {
+        Self {
+            kind,
+            name: object.name_any(),
+            // Those that were listed have one.
+            uid: object.uid().unwrap_or_default(),
+        }
+    }
+}
+
+impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} {}", self.kind, self.name)
     }
@@ -57,15 +68,13 @@ impl fmt::Display for Marked {
 
 impl Objects {
     /// Those that an agent of ours would take for its own.
-    pub(crate) fn marked(&self) -> Vec<Marked> {
-        fn of<K: ResourceExt>(kind: Kind, objects: &[K]) -> impl Iterator<Item = Marked> {
-            let marked = objects
+    pub(crate) fn marked(&self) -> Vec<Object> {
+        fn of<K: ResourceExt>(kind: Kind, objects: &[K]) -> impl Iterator<Item = Object> {
+            let is_marked = |object: &&K| object.labels().contains_key(NODE_LABEL);
+            objects
                 .iter()
-                .filter(|object| object.labels().contains_key(NODE_LABEL));
-            marked.filter_map(move |object| {
-                let (name, uid) = (object.name_any(), object.uid()?);
-                Some(Marked { kind, name, uid })
-            })
+                .filter(is_marked)
+                .map(move |object| Object::of(kind, object))
         }
         let jobs = of(Kind::Job, &self.jobs);
         let services = of(Kind::Service, &self.services);
@@ -76,18 +85,9 @@ impl Objects {
 /// Labels and annotations that an object lacks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Mark {
-    pub(crate) kind: Kind,
-    pub(crate) name: String,
-    /// One of the same name that came later is not meant.
-    pub(crate) uid: String,
+    pub(crate) object: Object,
     pub(crate) labels: BTreeMap<String, String>,
     pub(crate) annotations: BTreeMap<String, String>,
-}
-
-impl fmt::Display for Mark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}", self.kind, self.name)
-    }
 }
 
 /// The namespace of the chutes.
@@ -162,29 +162,30 @@ impl Cluster {
     }
 
     /// Takes our marks off an object, unless it was replaced or went meanwhile.
-    pub(crate) async fn release(&self, marked: &Marked) -> Result<()> {
-        let labels = json!({ NODE_LABEL: null });
+    pub(crate) async fn release(&self, object: &Object) -> Result<()> {
         let annotations: BTreeMap<&str, ()> = MARKS.iter().map(|name| (*name, ())).collect();
-        let metadata = json!({ "uid": marked.uid, "labels": labels, "annotations": annotations });
-        let written = self.patch(marked.kind, &marked.name, &metadata).await;
-        written.with_context(|| format!("cannot release the {marked}; what is there now? Run it again"))
+        let metadata = json!({ "labels": { NODE_LABEL: null }, "annotations": annotations });
+        let written = self.patch(object, metadata).await;
+        written.with_context(|| format!("cannot release the {object}; what is there now? Run it again"))
     }
 
     /// Writes a mark, unless its object was replaced or went meanwhile.
     pub(crate) async fn write(&self, mark: &Mark) -> Result<()> {
-        let metadata = json!({ "uid": mark.uid, "labels": mark.labels, "annotations": mark.annotations });
-        let written = self.patch(mark.kind, &mark.name, &metadata).await;
-        written.with_context(|| format!("cannot mark the {mark}; what is there now? Run it again"))
+        let metadata = json!({ "labels": mark.labels, "annotations": mark.annotations });
+        let written = self.patch(&mark.object, metadata).await;
+        written.with_context(|| format!("cannot mark the {}; what is there now? Run it again", mark.object))
     }
 
-    /// Writes metadata of an object. With another uid than that of the object the API server refuses it.
-    async fn patch(&self, kind: Kind, name: &str, metadata: &serde_json::Value) -> kube::Result<()> {
+    async fn patch(&self, object: &Object, mut metadata: serde_json::Value) -> kube::Result<()> {
+        // With another uid than that of the object the API server refuses it.
+        metadata["uid"] = json!(object.uid);
         let patch = Patch::Merge(json!({ "metadata": metadata }));
         let how = PatchParams {
             field_manager: Some(FIELD_MANAGER.to_owned()),
             ..PatchParams::default()
         };
-        match kind {
+        let name = &object.name;
+        match object.kind {
             Kind::Job => self.jobs.patch_metadata(name, &how, &patch).await.map(drop),
             Kind::Service => self.services.patch_metadata(name, &how, &patch).await.map(drop),
             Kind::Pod => self.pods.patch_metadata(name, &how, &patch).await.map(drop),

@@ -17,7 +17,7 @@ use runtime::manifest::{
 };
 use serde_json::{Value, json};
 
-use super::objects::{Kind, Mark, Objects};
+use super::objects::{Kind, Mark, Object, Objects};
 use super::rows::{Chute, Deployment, Gpu, Rows, Server, unix_ms};
 
 /// Longest body that the miner's API takes.
@@ -466,11 +466,8 @@ fn mark(kind: Kind, object: &impl ResourceExt, node: &str, annotations: &[(&str,
     let labels = missing(object.labels(), &[(NODE_LABEL, node)]);
     let annotations = missing(object.annotations(), annotations);
     let is_whole = labels.is_empty() && annotations.is_empty();
-    let uid = object.uid().unwrap_or_default();
     let mark = Mark {
-        kind,
-        name: object.name_any(),
-        uid,
+        object: Object::of(kind, object),
         labels,
         annotations,
     };
@@ -479,11 +476,8 @@ fn mark(kind: Kind, object: &impl ResourceExt, node: &str, annotations: &[(&str,
 
 fn seal(kind: Kind, object: &impl ResourceExt) -> Option<Mark> {
     let annotations = BTreeMap::from([(FENCE_ANNOTATION.to_owned(), FIRST_FENCE.to_owned())]);
-    let uid = object.uid().unwrap_or_default();
     let seal = Mark {
-        kind,
-        name: object.name_any(),
-        uid,
+        object: Object::of(kind, object),
         labels: BTreeMap::new(),
         annotations,
     };

@@ -128,22 +128,3 @@ async fn an_upgrade_is_looked_at_and_finalized() {
     let run = refused.run(&["upgrade", "finalize", "--yes"]).await;
     run.ends(1, "", "409 Conflict: host gpu-b runs version 0.1.0");
 }
-
-#[tokio::test]
-async fn a_cluster_is_told_to_observe_and_to_act() {
-    let answer = |observing: bool| json!({ "observing": observing, "changed": true });
-    let world = World::new("observe", &[("PUT /v1/observing", 200, answer(false))]).await;
-    let run = world.run_with_input(&["observe", "stop"], "n\n").await;
-    run.ends(0, "", "delete each other's instances");
-    assert!(!world.was_asked("PUT /v1/observing"));
-    let run = world.run_with_input(&["observe", "stop"], "y\n").await;
-    run.ends(0, "The cluster acts.", "");
-    let run = world.run(&["observe", "start"]).await;
-    run.ends(0, "validators hear nothing from it", "");
-    let asked = world.fake.asked.lock().expect("no panic").clone();
-    let bodies: Vec<bool> = asked
-        .iter()
-        .filter_map(|(_, body)| body["observing"].as_bool())
-        .collect();
-    assert_eq!(bodies, [false, true]);
-}

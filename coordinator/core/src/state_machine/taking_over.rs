@@ -414,7 +414,8 @@ impl State {
         }
         let past = |at: Option<UnixMillis>| at.map(|at| at.min(now));
         let facts = Facts {
-            running_at: past(adopted.facts.running_at),
+            // It was launched: whoever finds nothing of it must not start it.
+            running_at: past(adopted.facts.running_at).or(Some(now)),
             ready_at: past(adopted.facts.ready_at),
             claimed_at: past(adopted.facts.claimed_at),
             verified_at: past(adopted.facts.verified_at),
@@ -424,10 +425,6 @@ impl State {
             Flow::LaunchConfig
         } else {
             Flow::Legacy
-        };
-        let phase = match facts.running_at {
-            Some(_) => Phase::Launched,
-            None => Phase::Assigned,
         };
         if let Some(job) = &adopted.job {
             let offer = Job {
@@ -455,7 +452,7 @@ impl State {
             job: adopted.job,
             preemptible: adopted.preemptible,
             flow,
-            phase,
+            phase: Phase::Launched,
             phase_since: now,
             deadline: now,
             reason: "taken over from another miner".to_owned(),

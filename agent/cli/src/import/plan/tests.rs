@@ -98,7 +98,12 @@ fn a_server_becomes_a_request() {
 fn only_what_an_object_lacks_is_written() {
     let whole = plan(&rows(), &objects());
     let server = &whole.servers[0];
-    let shown = |marks: &[Mark]| marks.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let shown = |marks: &[Mark]| {
+        marks
+            .iter()
+            .map(|mark| mark.object.to_string())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(shown(&server.jobs), ["Job chute-dep-1"]);
     assert_eq!(
         shown(&server.others),

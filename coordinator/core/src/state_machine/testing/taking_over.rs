@@ -144,7 +144,11 @@ fn a_server_is_taken_over_with_what_it_runs() {
     };
     let taken = adoption(vec![
         deployment("earns", &[1], earning()),
-        deployment("starts", &[2, 3], waiting),
+        AdoptedDeployment {
+            // Of the flow in which a seed is enough to start it.
+            chutes_version: None,
+            ..deployment("starts", &[2, 3], waiting)
+        },
     ]);
     let difference = world.0.difference(&taken);
     assert_eq!(difference.problems, Vec::<String>::new());
@@ -174,7 +178,7 @@ fn a_server_is_taken_over_with_what_it_runs() {
     };
     assert_eq!(of("earns").phase, Phase::Serving);
     assert_eq!(of("earns").created_at, UnixMillis(1_000));
-    assert_eq!(of("starts").phase, Phase::Assigned);
+    assert_eq!(of("starts").phase, Phase::Launched);
     assert_eq!(world.0.outbox().iter().count(), 0, "nobody is told anything");
     let desired = world.0.desired(&id("server-1")).expect("it has joined");
     assert_eq!(desired.workloads.len(), 2);
@@ -395,13 +399,13 @@ fn nothing_is_late_while_nobody_acts() {
     assert_eq!(world.0.next_deadline(), None);
     world.at(NOW + day, Command::PassTime).expect("always accepted");
     let phase = |world: &World| world.0.deployments().values().next().expect("it is there").phase;
-    assert_eq!(phase(&world), Phase::Assigned);
+    assert_eq!(phase(&world), Phase::Launched);
     let act = Command::SetObserving { observing: false };
     world.at(NOW + day, act).expect("it observes");
     world.at(NOW + day, Command::PassTime).expect("always accepted");
     assert_eq!(
         phase(&world),
-        Phase::Assigned,
+        Phase::Launched,
         "it has the whole time from now on"
     );
     world
