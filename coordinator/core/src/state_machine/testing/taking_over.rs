@@ -495,3 +495,61 @@ fn an_instance_of_another_is_not_learnt() {
     let answer = world.at(NOW, Command::AdoptServer(adoption(vec![waiting])));
     assert!(matches!(answer, Err(Rejection::Adoption(_))), "{answer:?}");
 }
+
+/// One that was placed here before, and whose chute is announced by the miner.
+#[test]
+fn what_starts_while_it_observes_is_announced_afterwards() {
+    let mut world = observing();
+    let mut empty = adoption(Vec::new());
+    empty.locked = false;
+    let adopted = deployment("not-used", &[1], Facts::default());
+    let mut definition = adopted.chute;
+    definition.chutes_version = Some("0.2.9".to_owned());
+    let (server, new) = (id("server-1"), DeploymentId::parse("new").expect("good"));
+    let report = |world: &World, workloads| Command::RecordWorkloads {
+        server: id("server-1"),
+        report: WorkloadReport {
+            fence: world.0.fence_of(&id("server-1")).expect("it has joined"),
+            workloads,
+        },
+    };
+    let nothing = report(&world, Vec::new());
+    let placement = Placement {
+        deployment: new.clone(),
+        chute: definition.key.clone(),
+        version: definition.version.clone(),
+        server,
+        gpus: vec![gpu(2)],
+        victims: Vec::new(),
+        job: None,
+        reason: String::new(),
+    };
+    let code = adopted.code;
+    for command in [
+        Command::AdoptServer(empty),
+        Command::RecordChute { definition, code },
+        nothing,
+        Command::SetObserving { observing: false },
+        Command::PlaceDeployment(placement),
+        Command::SetObserving { observing: true },
+    ] {
+        world.at(NOW, command).expect("the rules allow it");
+    }
+    let runs = WorkloadStatus {
+        deployment: new,
+        phase: WorkloadPhase::Running {
+            ports: vec![PortMapping {
+                internal: 8000,
+                external: 31_000,
+                protocol: protocol::workload::PortProtocol::Tcp,
+            }],
+            ready: true,
+        },
+    };
+    let command = report(&world, vec![runs]);
+    world.at(NOW, command).expect("it belongs to it");
+    assert_eq!(world.0.outbox().iter().count(), 0);
+    let act = Command::SetObserving { observing: false };
+    world.at(NOW, act).expect("it observes");
+    assert_eq!(world.0.outbox().iter().count(), 1);
+}
