@@ -20,17 +20,19 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
-use axum::{Extension, Router};
+use axum::Router;
 use coordinator_core::state_machine::State as Record;
 use futures_util::{FutureExt as _, StreamExt};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use protocol::hotkey::Hotkey;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tower_service::Service as _;
 
 use crate::backup::Door;
 use crate::member_link::AnswerRequest;
@@ -278,13 +280,9 @@ pub async fn serve(routes: Router, limits: Limits, listener: TcpListener, shutdo
             tracing::warn!(%peer, "too many connections: one is closed");
             continue;
         };
-        let routes = routes
-            .clone()
-            .layer(Extension(Peer(peer)))
-            .layer(Extension(Connection::default()));
-        let shutdown = shutdown.clone();
+        let (routes, shutdown) = (routes.clone(), shutdown.clone());
         connections.spawn(async move {
-            serve_connection(stream, routes, limits, shutdown).await;
+            serve_connection(stream, Peer(peer), routes, limits, shutdown).await;
             drop(slot);
         });
     }
@@ -294,11 +292,24 @@ pub async fn serve(routes: Router, limits: Limits, listener: TcpListener, shutdo
     }
 }
 
-async fn serve_connection(stream: TcpStream, routes: Router, limits: Limits, shutdown: CancellationToken) {
+async fn serve_connection(
+    stream: TcpStream,
+    peer: Peer,
+    routes: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
+    let opened = Connection::default();
+    // Not as layers: each would be called, boxed and copied with every request.
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(peer);
+        request.extensions_mut().insert(opened.clone());
+        routes.clone().call(request)
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.request_read_max)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = connection.as_mut() => result,

@@ -182,7 +182,7 @@ impl Store {
     #[must_use]
     pub fn new_request(&self) -> RequestId {
         let mut random = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        RequestId(random.u128(..))
+        RequestId::new(self.clock.now(), random.u128(..))
     }
 
     /// Proposes a command once.

@@ -120,9 +120,12 @@ impl Client {
             stream,
             received: Vec::new(),
         };
-        if let Some(open) = requests.open(signed) {
-            client.exchange(&open).await?;
-        }
+        // A server that is full closes the connection only after it has accepted it: an answer shows that it did not.
+        let first = requests.open(signed).unwrap_or_else(|| {
+            client.written = 1;
+            requests.write(number, 1, signed)
+        });
+        client.exchange(&first).await?;
         Ok(client)
     }
 

@@ -52,6 +52,17 @@ pub fn run(part: Part, arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Threads that a part's tasks share, beside those that wait for disks.
+fn threads(part: Part) -> usize {
+    match part {
+        // What a write passes through is a chain of short tasks: to wake another thread for each costs more than it
+        // gains (docs/benchmarks.md).
+        Part::Coordinator => 1,
+        // Hosts with GPUs have a hundred cores and more, which belong to the chutes.
+        _ => std::thread::available_parallelism().map_or(1, usize::from).min(8),
+    }
+}
+
 fn serve(part: Part, config: Config) -> anyhow::Result<()> {
     if part == Part::Signer {
         // No runtime: becoming another user works on one thread only.
@@ -60,6 +71,7 @@ fn serve(part: Part, config: Config) -> anyhow::Result<()> {
     // The caller of a library may have installed one; any is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads(part))
         .enable_all()
         .build()
         .context("start the async runtime")?;

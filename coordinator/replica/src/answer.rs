@@ -157,7 +157,7 @@ async fn propose(
         return Err(ProposeError::Busy);
     };
     let count = commands.len();
-    let commands = Commands::new(commands.into_iter().map(|command| command.0).collect());
+    let commands = Commands::new(&commands);
     let replies = proposer::write(&inner.raft(), None, commands, Instant::now() + within).await?;
     if replies.len() == count {
         Ok(replies)

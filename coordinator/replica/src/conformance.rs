@@ -95,7 +95,7 @@ fn entry(term: u64, index: u64) -> RaftEntry {
         leader_id: LeaderId { term, node_id: 0 },
         index,
     };
-    RaftEntry::new(log_id, EntryPayload::Normal(Commands::new(vec![vec![1; 1000]])))
+    RaftEntry::new(log_id, EntryPayload::Normal(Commands::new(&[[1; 1000]])))
 }
 
 async fn append(log: &mut LogStore, entries: Vec<RaftEntry>) {

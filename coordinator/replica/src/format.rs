@@ -22,48 +22,24 @@ pub(crate) enum Fault {
 }
 
 /// CRC-32 (IEEE 802.3, reflected), as in zip and Ethernet.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Crc(u32);
-
-const CRC_TABLE: [u32; 256] = {
-    let mut table = [0u32; 256];
-    let mut index = 0;
-    while index < 256 {
-        let mut value = index as u32;
-        let mut bit = 0;
-        while bit < 8 {
-            value = if value & 1 == 1 {
-                0xEDB8_8320 ^ (value >> 1)
-            } else {
-                value >> 1
-            };
-            bit += 1;
-        }
-        table[index] = value;
-        index += 1;
-    }
-    table
-};
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Crc(crc32fast::Hasher);
 
 impl Crc {
     pub(crate) fn new() -> Self {
-        Self(!0)
+        Self::default()
     }
 
     pub(crate) fn update(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = CRC_TABLE[((self.0 ^ u32::from(*byte)) & 0xFF) as usize] ^ (self.0 >> 8);
-        }
+        self.0.update(bytes);
     }
 
     pub(crate) fn value(self) -> u32 {
-        !self.0
+        self.0.finalize()
     }
 
     pub(crate) fn of(bytes: &[u8]) -> u32 {
-        let mut crc = Self::new();
-        crc.update(bytes);
-        crc.value()
+        crc32fast::hash(bytes)
     }
 }
 
@@ -114,6 +90,11 @@ impl Fields {
         self.0.extend_from_slice(value);
     }
 
+    /// Fields that were written already.
+    pub(crate) fn raw(&mut self, fields: &[u8]) {
+        self.0.extend_from_slice(fields);
+    }
+
     pub(crate) fn finish(self) -> Vec<u8> {
         self.0
     }
@@ -157,6 +138,11 @@ impl<'a> Cursor<'a> {
             .ok_or(Fault::Damaged("value ends early"))?;
         self.0 = rest;
         Ok(head)
+    }
+
+    /// What is not read yet.
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        self.0
     }
 
     pub(crate) fn text(&mut self) -> Result<String, Fault> {
@@ -266,10 +252,8 @@ pub(crate) fn encode_entry(entry: &RaftEntry) -> Vec<u8> {
         EntryPayload::Blank => fields.byte(BLANK),
         EntryPayload::Normal(commands) => {
             fields.byte(COMMANDS);
-            fields.length(commands.list().len());
-            for command in commands.list() {
-                fields.bytes(command);
-            }
+            fields.length(commands.count());
+            fields.raw(commands.packed());
         }
         EntryPayload::Membership(membership) => {
             fields.byte(MEMBERSHIP);
@@ -286,11 +270,8 @@ pub(crate) fn decode_entry(sealed: &[u8]) -> Result<RaftEntry, Fault> {
     let payload = match cursor.byte()? {
         BLANK => EntryPayload::Blank,
         COMMANDS => {
-            let mut list = Vec::new();
-            for _ in 0..cursor.length()? {
-                list.push(cursor.bytes()?.to_vec());
-            }
-            EntryPayload::Normal(Commands::new(list))
+            let count = cursor.length()?;
+            EntryPayload::Normal(Commands::unpack(count, &mut cursor)?)
         }
         MEMBERSHIP => EntryPayload::Membership(take_members(&mut cursor)?),
         _ => return Err(Fault::Damaged("unknown kind of log entry")),
@@ -424,7 +405,7 @@ mod tests {
         check("blank entry", &encode_entry(&blank), GOLDEN_BLANK);
         let commands = Entry {
             log_id: id(1, 2, 4),
-            payload: EntryPayload::Normal(Commands::new(vec![b"ab".to_vec(), Vec::new()])),
+            payload: EntryPayload::Normal(Commands::new(&[&b"ab"[..], b""])),
         };
         check("commands", &encode_entry(&commands), GOLDEN_COMMANDS);
         let membership = Entry {
@@ -478,7 +459,7 @@ mod tests {
 
     #[test]
     fn any_changed_or_missing_byte_is_refused() {
-        let commands = Commands::new(vec![b"hello".to_vec(), b"world".to_vec()]);
+        let commands = Commands::new(&[b"hello", b"world"]);
         let sealed = encode_entry(&Entry {
             log_id: id(1, 2, 4),
             payload: EntryPayload::Normal(commands),

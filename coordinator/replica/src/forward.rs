@@ -38,7 +38,7 @@ pub(crate) async fn propose(
     let request = Request::Propose {
         // The leader ends first, so that its answer is better than none.
         within_ms: u64::try_from(within.as_millis() * 9 / 10).unwrap_or(u64::MAX),
-        commands: commands.list().iter().cloned().map(Bytes).collect(),
+        commands: commands.iter().map(|command| Bytes(command.to_vec())).collect(),
     };
     let answered = tokio::select! {
         biased;

@@ -211,11 +211,12 @@ impl RaftStateMachine<Types> for Machine {
             match entry.payload {
                 EntryPayload::Blank => {}
                 EntryPayload::Normal(commands) => {
-                    let list = commands.list();
-                    replies.0 =
-                        body.guarded(|machine| list.iter().map(|command| machine.apply(command)).collect())?;
-                    count(&body.shared.counters.commands_applied, list.len());
-                    body.commands_unwritten += list.len();
+                    let all = |machine: &mut dyn StateMachine| {
+                        commands.iter().map(|command| machine.apply(command)).collect()
+                    };
+                    replies.0 = body.guarded(all)?;
+                    count(&body.shared.counters.commands_applied, commands.count());
+                    body.commands_unwritten += commands.count();
                 }
                 EntryPayload::Membership(membership) => {
                     body.applied.membership = StoredMembership::new(Some(entry.log_id), membership);

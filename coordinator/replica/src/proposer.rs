@@ -8,6 +8,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use openraft::error::{ClientWriteError, RaftError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::error::ProposeError;
@@ -145,6 +146,9 @@ impl Proposer {
                 Some(()) = in_flight.next() => {}
                 first = next(&mut self.held, &mut self.queue), if may_send => {
                     let Some(first) = first else { break };
+                    // Whoever runs at this moment may be about to propose, too: those who got the answers of the last
+                    // entry just now, for example.
+                    yield_now().await;
                     let gathered = self.gather(first);
                     if !gathered.is_empty() {
                         let (raft, network) = (self.current.borrow().clone(), self.network.clone());
@@ -210,7 +214,7 @@ async fn send(raft: Raft, network: Network, shared: Shared, proposals: Vec<Propo
         answers.push(proposal.answer);
     }
     count(&shared.counters.entries_proposed, 1);
-    let result = match write(&raft, Some(&network), Commands::new(commands), deadline).await {
+    let result = match write(&raft, Some(&network), Commands::new(&commands), deadline).await {
         Ok(replies) if replies.len() == answers.len() => Ok(replies),
         Ok(_) => Err(ProposeError::OutcomeUnknown(
             "the number of replies does not match".into(),

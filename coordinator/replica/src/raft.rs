@@ -12,6 +12,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::format::{Cursor, Fault, Fields};
 use crate::machine::Machine;
 
 openraft::declare_raft_types!(
@@ -37,47 +38,79 @@ pub(crate) type RaftSnapshotMeta = alias::SnapshotMetaOf<Types>;
 
 /// The commands of one log entry. Cheap to clone: replication and the log tail share them.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct Commands(Arc<Vec<Vec<u8>>>);
+pub(crate) struct Commands {
+    count: usize,
+    /// All of them as a log entry holds them: each after its length.
+    packed: Arc<[u8]>,
+}
 
 impl Commands {
-    pub(crate) fn new(list: Vec<Vec<u8>>) -> Self {
-        Self(Arc::new(list))
+    pub(crate) fn new<C: AsRef<[u8]>>(list: &[C]) -> Self {
+        let mut fields = Fields::default();
+        for command in list {
+            fields.bytes(command.as_ref());
+        }
+        Self {
+            count: list.len(),
+            packed: fields.finish().into(),
+        }
     }
 
-    pub(crate) fn list(&self) -> &[Vec<u8>] {
-        &self.0
+    /// Takes `count` commands, and nothing else, from where [`Commands::packed`] was written.
+    pub(crate) fn unpack(count: usize, cursor: &mut Cursor<'_>) -> Result<Self, Fault> {
+        let packed = cursor.rest();
+        for _ in 0..count {
+            cursor.bytes()?;
+        }
+        let length = packed.len() - cursor.rest().len();
+        Ok(Self {
+            count,
+            packed: packed[..length].into(),
+        })
+    }
+
+    /// How many.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Their bytes, each after its length.
+    pub(crate) fn packed(&self) -> &[u8] {
+        &self.packed
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &[u8]> {
+        let mut cursor = Cursor::new(&self.packed);
+        (0..self.count).map(move |_| cursor.bytes().expect("they were checked when they were packed"))
     }
 
     pub(crate) fn size_bytes(&self) -> usize {
-        self.0
-            .iter()
-            .map(|command| command.len() + size_of::<Vec<u8>>())
-            .sum()
+        self.packed.len()
     }
 }
 
 // Commands may hold secrets: never print their content.
 impl std::fmt::Debug for Commands {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} commands", self.0.len())
+        write!(f, "{} commands", self.count)
     }
 }
 
 impl std::fmt::Display for Commands {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} commands", self.0.len())
+        write!(f, "{} commands", self.count)
     }
 }
 
 impl Serialize for Commands {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.as_slice().serialize(serializer)
+        self.iter().map(<[u8]>::to_vec).collect::<Vec<_>>().serialize(serializer)
     }
 }
 
 impl<'de> Deserialize<'de> for Commands {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Ok(Self::new(Vec::deserialize(deserializer)?))
+        Ok(Self::new(&Vec::<Vec<u8>>::deserialize(deserializer)?))
     }
 }
 

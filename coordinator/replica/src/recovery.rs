@@ -139,7 +139,7 @@ async fn go_alone(
     let members = openraft::Membership::new(vec![BTreeSet::from([member])], nodes);
     let payloads = [
         EntryPayload::Membership(members.map_err(failed)?),
-        EntryPayload::Normal(Commands::new(first)),
+        EntryPayload::Normal(Commands::new(&first)),
     ];
     let entries = (last_index + 1..)
         .zip(payloads)

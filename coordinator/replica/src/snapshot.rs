@@ -181,7 +181,7 @@ impl SnapshotReader {
             }
             [0] => {
                 let count = u64::from_le_bytes(take(input, crc)?);
-                let expected = crc.value();
+                let expected = crc.clone().value();
                 let found = u32::from_le_bytes(take(input, &mut Crc::new())?);
                 if count != self.count || found != expected {
                     return Err(Fault::Damaged("checksum of the snapshot does not match").into());

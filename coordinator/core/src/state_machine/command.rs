@@ -19,6 +19,20 @@ use super::host::{Invite, InviteId, KeyHash, NewHost, Pin, Rotation};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct RequestId(pub u128);
 
+impl RequestId {
+    /// A name that nobody else gives. It is random but for the time, in steps of 128 ms, which stands first in the
+    /// number as well as in its stored form (7 bits a byte, the lowest first): names that are given together lie
+    /// side by side in memory and on the disk, and are forgotten together.
+    #[must_use]
+    pub fn new(at: UnixMillis, random: u128) -> Self {
+        const TIME_BITS: u32 = 28;
+        let time = u128::from(at.0 >> 7) & ((1 << TIME_BITS) - 1);
+        let lowest_first = (0..4).fold(0_u128, |bits, digit| (bits << 7) | (time >> (7 * digit) & 0x7f));
+        let random = random << (2 * TIME_BITS) >> TIME_BITS;
+        Self(time << (u128::BITS - TIME_BITS) | random | lowest_first)
+    }
+}
+
 /// A command with what `apply` may not find out by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proposal {

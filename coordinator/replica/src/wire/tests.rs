@@ -24,7 +24,7 @@ const NAME: SnapshotName = SnapshotName {
 
 fn entry(index: u64) -> Bytes {
     let id = RaftLogId::from(Position { index, ..PLACE });
-    let commands = Commands::new(vec![b"ab".to_vec()]);
+    let commands = Commands::new(&[b"ab"]);
     Bytes(encode_entry(&RaftEntry::new(id, EntryPayload::Normal(commands))))
 }
 
