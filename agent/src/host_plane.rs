@@ -4,15 +4,19 @@
 //! coordinator <--link--> host process --> runtime (workloads)
 //!                          |  |
 //!        proof.sock GET /devices   data.sock PUT /registry/headers, PUT /cache/leases
+//!                          both: GET /metrics, for Prometheus (metrics.rs)
 //! ```
 //!
 //! The neighbours are other processes of this host and may be down at any moment. Without the proof process
 //! the GPUs that were last seen count; the coordinator is told nothing before any were.
 
 pub mod facts;
+pub mod metrics;
 pub mod neighbour;
 
 use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +29,7 @@ use protocol::workload::Fence;
 use runtime::Runtime;
 use runtime::kubernetes::{self, Kubernetes};
 use runtime::process::Process;
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -57,6 +62,8 @@ pub struct Config {
     pub link: link::Config,
     /// How workloads run.
     pub runtime: RuntimeKind,
+    /// Where Prometheus reads the metrics of the host's processes.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 /// How workloads run.
@@ -95,6 +102,9 @@ pub enum Error {
          host invite` on a member), `chutes-agent init` founds one on the first host"
     )]
     NotJoined,
+    /// The door of Prometheus.
+    #[error("listen for the metrics on {0}: {1}")]
+    Metrics(SocketAddr, io::Error),
     /// The way to the neighbours.
     #[error("neighbours: {0}")]
     Neighbour(#[from] neighbour::Error),
@@ -150,6 +160,12 @@ async fn serve(
     let (headers, headers_in) = watch::channel(None);
 
     let mut tasks = JoinSet::new();
+    if let Some(address) = config.metrics_listen {
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.map_err(|error| Error::Metrics(address, error))?;
+        let processes = vec![("proof", proof.clone()), ("data", data.clone())];
+        tasks.spawn(metrics::serve(listener, processes, shutdown.clone()));
+    }
     let answers = answers(Arc::clone(&runtime));
     let channels = Channels {
         offers: offers_in,

@@ -265,6 +265,12 @@ fn neighbour(socket: &Path, told: mpsc::Sender<String>) {
     tokio::spawn(axum::serve(listener, app).into_future());
 }
 
+/// A TCP port of loopback that nobody has at this moment.
+fn free_port() -> std::net::SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
+    listener.local_addr().expect("it is bound")
+}
+
 #[tokio::test]
 async fn the_whole_process_joins_link_workloads_and_neighbours() {
     let folder = tempfile::tempdir().expect("temporary folders can be made");
@@ -309,7 +315,9 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
             certificates: data.to_owned(),
         },
         runtime: RuntimeKind::Process(Box::new(process)),
+        metrics_listen: Some(free_port()),
     };
+    let metrics = config.metrics_listen.expect("set");
     let shutdown = CancellationToken::new();
     let task = tokio::spawn(host_plane::run(config.clone(), shutdown.clone()));
 
@@ -323,6 +331,13 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
         .await
         .expect_err("one agent is enough");
     assert!(error.to_string().contains("another agent"), "{error}");
+
+    let text = reqwest::get(format!("http://{metrics}/metrics")).await;
+    let text = text.expect("it listens").text().await.expect("it is text");
+    for process in ["proof", "data"] {
+        let up = format!("chutes_process_up{{process=\"{process}\"}} 1\n");
+        assert!(text.contains(&up), "{text}");
+    }
 
     let headers = ToHost::RegistryHeaders(vec![RegistryHeaders {
         validator: Hotkey::from_public_key(&[2; 32]),

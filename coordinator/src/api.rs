@@ -14,13 +14,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
-use axum::Router;
 use coordinator_core::state_machine::State as Record;
 use futures_util::{FutureExt as _, StreamExt};
 use hyper::body::Incoming;
@@ -171,11 +171,22 @@ impl fmt::Debug for Api {
 
 /// All routes. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
 pub fn router(config: Config, store: Store, deps: Deps) -> Router {
-    routes_and_answers(config, store, deps).0
+    routes(config, store, deps).operators
 }
 
-/// All routes, and what answers those requests that other members pass on to this one.
-pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, Arc<AnswerRequest>) {
+/// What answers whom.
+#[expect(missing_debug_implementations, reason = "a function has none")]
+pub struct Routes {
+    /// Operators. Requests should carry a [`Peer`] extension; [`serve`] puts it there.
+    pub operators: Router,
+    /// Prometheus: `/metrics` without a signature.
+    pub metrics: Router,
+    /// Other members, with requests that they pass on to this one.
+    pub members: Arc<AnswerRequest>,
+}
+
+/// All routes.
+pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
     let door = auth::Door::new(
         config.miner.clone(),
         config.allow_plain_legacy_writes,
@@ -239,11 +250,14 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .route("/ready", get(ready))
         .route("/metrics", get(metrics::metrics))
         .route("/servers", axum::routing::any(with_slash));
-    let answers = {
+    let metrics = Router::new()
+        .route("/metrics", get(metrics::unsigned))
+        .with_state(Arc::clone(&api));
+    let members = {
         let api = Arc::clone(&api);
         Arc::new(move |request| leader::answer(Arc::clone(&api), request).boxed())
     };
-    let routes = Router::new()
+    let operators = Router::new()
         .merge(guarded(reads.merge(on_leader(leader::reads())), Access::Read))
         .merge(guarded(writes, Access::Write))
         .merge(guarded(
@@ -255,7 +269,11 @@ pub fn routes_and_answers(config: Config, store: Store, deps: Deps) -> (Router, 
         .method_not_allowed_fallback(|| std::future::ready(StatusCode::METHOD_NOT_ALLOWED))
         .layer(from_fn_with_state(Arc::clone(&api), limit_and_count))
         .with_state(api);
-    (routes, answers)
+    Routes {
+        operators,
+        metrics,
+        members,
+    }
 }
 
 /// Serves the API on a listener until `shutdown`; then what is under way may end within a few seconds.

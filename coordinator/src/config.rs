@@ -34,6 +34,8 @@ pub struct Config {
     pub hosts_listen: SocketAddr,
     /// TCP address of the management API; loopback, or with TLS in front of it.
     pub api_listen: SocketAddr,
+    /// TCP address of the metrics, which need no signature there.
+    pub metrics_listen: Option<SocketAddr>,
     /// Rules of pay that protect running instances.
     pub pay_profile: PayProfile,
     /// Name of the strategy that places chutes.

@@ -80,9 +80,9 @@ pub enum Error {
     /// The door for hosts and members.
     #[error(transparent)]
     Door(#[from] door::Error),
-    /// The door for operators.
-    #[error("listen for the management API on {0}: {1}")]
-    Api(std::net::SocketAddr, std::io::Error),
+    /// A door for operators.
+    #[error("listen for the {0} on {1}: {2}")]
+    Listen(&'static str, std::net::SocketAddr, std::io::Error),
     /// A validator's client.
     #[error("validator client: {0}")]
     Validator(#[from] validator::Error),
@@ -150,9 +150,15 @@ pub async fn run(
     }
     let validators = Arc::new(validators);
     let (hub, listings) = (Hub::default(), Listings::default());
-    let operators = tokio::net::TcpListener::bind(config.api_listen)
-        .await
-        .map_err(|error| Error::Api(config.api_listen, error))?;
+    let listen = async |what, address| {
+        let listener = tokio::net::TcpListener::bind(address).await;
+        listener.map_err(|error| Error::Listen(what, address, error))
+    };
+    let operators = listen("management API", config.api_listen).await?;
+    let prometheus = match config.metrics_listen {
+        Some(address) => Some(listen("metrics", address).await?),
+        None => None,
+    };
     tracing::info!(member, hosts = %config.hosts_listen, api = %config.api_listen, "coordinator member serves");
 
     let services = TaskTracker::new();
@@ -207,8 +213,11 @@ pub async fn run(
         signer: Arc::clone(&signer),
     };
     let limits = api_config.limits;
-    let (routes, requests) = api::routes_and_answers(api_config, store.clone(), deps);
-    services.spawn(api::serve(routes, limits, operators, stop.clone()));
+    let routes = api::routes(api_config, store.clone(), deps);
+    services.spawn(api::serve(routes.operators, limits, operators, stop.clone()));
+    if let Some(prometheus) = prometheus {
+        services.spawn(api::serve(routes.metrics, limits, prometheus, stop.clone()));
+    }
     let at_the_door = door::Services {
         hosts: session::Context {
             store: store.clone(),
@@ -224,7 +233,7 @@ pub async fn run(
             hub: hub.clone(),
             replica: replica.clone(),
             clock: Arc::clone(&clock),
-            requests,
+            requests: routes.members,
         },
         gate: Gate {
             store: store.clone(),

@@ -249,6 +249,7 @@ fn member(
             validators: validators?.clone(),
             hosts_listen: settings.hosts_listen,
             api_listen: settings.api_listen,
+            metrics_listen: settings.metrics_listen,
             pay_profile: match settings.pay_profile {
                 written::PayProfile::Of2025September => PayProfile::Of2025September,
                 written::PayProfile::Of2026 => PayProfile::Of2026,
@@ -283,6 +284,7 @@ fn host(
                 certificates: certificates_folder(&written.data),
             },
             runtime: runtime?,
+            metrics_listen: written.host.metrics_listen,
         },
         proof: proof?,
         data: data?,
@@ -456,6 +458,8 @@ fn kubernetes(written: &Written) -> host_plane::Node {
             .enabled
             .then_some(written.coordinator.hosts_listen.port()),
         Some(written.proof.listen.port()),
+        written.host.metrics_listen.map(|listen| listen.port()),
+        written.coordinator.metrics_listen.map(|listen| listen.port()),
     ];
     config.reserved_ports = doors.into_iter().flatten().collect();
     host_plane::Node {

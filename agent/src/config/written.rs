@@ -98,6 +98,9 @@ pub struct Host {
     /// Provider or place of this machine. Members are spread over sites, so that the loss of one stops nothing;
     /// an invitation may say another one.
     pub site: Option<String>,
+    /// TCP address where Prometheus reads `/metrics` of the host's doors, cache and GPU proof without a signature; none
+    /// when absent. Open it to networks that you trust only.
+    pub metrics_listen: Option<SocketAddr>,
 }
 
 impl Default for Host {
@@ -109,6 +112,7 @@ impl Default for Host {
             address: None,
             coordinator: None,
             site: None,
+            metrics_listen: None,
         }
     }
 }
@@ -128,6 +132,9 @@ pub struct Coordinator {
     pub advertise: Option<String>,
     /// TCP address of the management API. It has no TLS of its own: loopback, or an address with TLS in front.
     pub api_listen: SocketAddr,
+    /// TCP address where Prometheus reads `/metrics` of this member without a signature; none when absent. Open it to
+    /// networks that you trust only.
+    pub metrics_listen: Option<SocketAddr>,
     /// Rules of pay that protect running instances: `"2026"`, or `"2025-09"`.
     pub pay_profile: PayProfile,
     /// Name of the strategy that places chutes.
@@ -152,6 +159,7 @@ impl Default for Coordinator {
             hosts_listen: SocketAddr::from(([0, 0, 0, 0], 4433)),
             advertise: None,
             api_listen: SocketAddr::from(([127, 0, 0, 1], 32000)),
+            metrics_listen: None,
             pay_profile: PayProfile::Of2026,
             strategy: strategy::NAMES[0].to_owned(),
             tick: Span::seconds(15),

@@ -64,21 +64,30 @@ impl Neighbour {
     /// [`Error`]; which GPUs there are is not known then.
     pub async fn devices(&self) -> Result<Vec<DeviceInfo>, Error> {
         let path = "/devices";
+        let devices: Devices =
+            serde_json::from_slice(&self.get(path).await?).map_err(|error| malformed(path, error))?;
+        Ok(devices.devices)
+    }
+
+    /// What the process counts, in Prometheus' text form.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn metrics(&self) -> Result<String, Error> {
+        let path = "/metrics";
+        String::from_utf8(self.get(path).await?).map_err(|error| malformed(path, error))
+    }
+
+    async fn get(&self, path: &str) -> Result<Vec<u8>, Error> {
         let mut response = accepted(path, self.client.get(url(path)).send().await?)?;
-        let malformed = |reason: String| Error::Malformed {
-            path: path.to_owned(),
-            reason,
-        };
         let mut bytes = Vec::new();
         while let Some(chunk) = response.chunk().await? {
             if bytes.len() + chunk.len() > ANSWER_BYTES_MAX {
-                return Err(malformed(format!("more than {ANSWER_BYTES_MAX} bytes")));
+                return Err(malformed(path, format!("more than {ANSWER_BYTES_MAX} bytes")));
             }
             bytes.extend_from_slice(&chunk);
         }
-        let devices: Devices =
-            serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
-        Ok(devices.devices)
+        Ok(bytes)
     }
 
     /// Replaces something there.
@@ -88,6 +97,13 @@ impl Neighbour {
     pub async fn put(&self, path: &str, body: &impl Serialize) -> Result<(), Error> {
         accepted(path, self.client.put(url(path)).json(body).send().await?)?;
         Ok(())
+    }
+}
+
+fn malformed(path: &str, reason: impl ToString) -> Error {
+    Error::Malformed {
+        path: path.to_owned(),
+        reason: reason.to_string(),
     }
 }
 

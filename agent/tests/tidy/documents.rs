@@ -70,3 +70,38 @@ fn the_code_map_has_every_crate() {
         .collect();
     check(&broken);
 }
+
+/// A rule over a metric that nobody has never fires, and a panel of it stays empty.
+#[test]
+fn alerts_and_dashboards_name_metrics_that_exist() {
+    let files = files();
+    let registered = |name: &str| {
+        let own = name.split_once('_').map_or(name, |(_, own)| own);
+        let own = own.strip_suffix("_total").unwrap_or(own);
+        let rest = |group: &str| own.strip_prefix(group).unwrap_or(own).to_owned();
+        let words = ["registry_", "egress_", "cache_"].map(|group| format!("\"{}\"", rest(group)));
+        let whole = format!("# TYPE {name} ");
+        let product = files.iter().filter(|file| file.is_rust() && !file.is_test());
+        product
+            .filter(|file| file.text.contains("register(") || file.text.contains(&whole))
+            .any(|file| file.text.contains(&whole) || words.iter().any(|word| file.text.contains(word)))
+    };
+    let mut broken = Vec::new();
+    let mut seen = 0;
+    for file in files.iter().filter(|file| file.path.contains("/monitoring/")) {
+        let words = file.text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for word in words {
+            if ["coordinator_", "chutes_", "proof_"]
+                .iter()
+                .any(|prefix| word.starts_with(prefix))
+            {
+                seen += 1;
+                if !registered(word) {
+                    broken.push(format!("{}: no metric is called {word}", file.path));
+                }
+            }
+        }
+    }
+    assert!(seen > 20, "{seen}");
+    check(&broken);
+}

@@ -72,6 +72,8 @@ const DOORS: &[&str] = &[
     "agent/src/egress/proxy.rs",
     "agent/src/egress/table.rs",
     "agent/src/egress/tunnel.rs",
+    "agent/src/host_plane.rs",
+    "agent/src/host_plane/metrics.rs",
     "agent/src/link.rs",
     "agent/src/local.rs",
     "agent/src/processes.rs",

@@ -45,6 +45,18 @@ env:
     {{- else }}
     valueFrom: {fieldRef: {fieldPath: status.hostIP}}
     {{- end }}
+  {{- if .Values.metrics.enabled }}
+  - name: NODE_ADDRESS
+    valueFrom: {fieldRef: {fieldPath: status.hostIP}}
+  {{- if .Values.host.enabled }}
+  - name: CHUTES_AGENT__HOST__METRICS_LISTEN
+    value: $(NODE_ADDRESS):{{ int .Values.metrics.hostPort }}
+  {{- end }}
+  {{- if .Values.coordinator.enabled }}
+  - name: CHUTES_AGENT__COORDINATOR__METRICS_LISTEN
+    value: $(NODE_ADDRESS):{{ int .Values.metrics.memberPort }}
+  {{- end }}
+  {{- end }}
   {{- if eq .Values.proof.backend "cuda" }}
   - name: NVIDIA_VISIBLE_DEVICES
     value: all

@@ -104,7 +104,10 @@ impl std::fmt::Display for Commands {
 
 impl Serialize for Commands {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.iter().map(<[u8]>::to_vec).collect::<Vec<_>>().serialize(serializer)
+        self.iter()
+            .map(<[u8]>::to_vec)
+            .collect::<Vec<_>>()
+            .serialize(serializer)
     }
 }
 

@@ -1,5 +1,6 @@
 //! `GET /metrics`: counts from the state, and what this API has answered, in Prometheus' text form.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -14,6 +15,7 @@ use prometheus_client::registry::Registry;
 
 use super::auth::{Access, Asked};
 use super::error::{ApiError, Result};
+use super::raft::Roles;
 use super::status::deployments_by_phase;
 use super::{Api, Peer};
 use crate::backup::Report;
@@ -63,6 +65,15 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>, request: Request) -> Re
         };
         api.door.admit(&asked, Access::Read, api.store.clock().now())?;
     }
+    all_of(&api)
+}
+
+/// On a door of their own, which is for Prometheus only.
+pub(super) async fn unsigned(State(api): State<Arc<Api>>) -> Result<Response> {
+    all_of(&api)
+}
+
+fn all_of(api: &Api) -> Result<Response> {
     let mut registry = Registry::with_prefix("coordinator");
     let answers = api.counters.answers.clone();
     registry.register("api_answers", "Answers of the management API", answers);
@@ -79,6 +90,7 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>, request: Request) -> Re
         of_state(&mut registry, record);
     });
     of_backup(&mut registry, &api.deps.backup.report());
+    of_roles(&mut registry, &api.deps.cluster.roles());
     let mut encoded = String::new();
     text::encode(&mut encoded, &registry)
         .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
@@ -119,6 +131,35 @@ fn of_backup(registry: &mut Registry, report: &Report) {
     }
     let failed = u64::from(report.failure.is_some());
     gauge(registry, "backup_failed", "1 if the last attempt failed", failed);
+}
+
+fn of_roles(registry: &mut Registry, roles: &Roles) {
+    let leads = u64::from(roles.leader == Some(roles.own));
+    gauge(registry, "leads", "1 if this member leads", leads);
+    let known = u64::from(roles.leader.is_some());
+    gauge(
+        registry,
+        "leader_known",
+        "1 if this member knows who leads",
+        known,
+    );
+    gauge(
+        registry,
+        "term",
+        "Current term: it grows with each election",
+        roles.term,
+    );
+    let count = |members: &BTreeSet<u64>| members.len() as u64;
+    let kinds = [
+        ("voter", count(&roles.voters)),
+        ("learner", count(&roles.learners)),
+    ];
+    family(
+        registry,
+        "members",
+        "Members of the replicated log",
+        kinds.into_iter(),
+    );
 }
 
 fn of_state(registry: &mut Registry, record: &Record) {

@@ -8,8 +8,8 @@ use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Request, StatusCode};
 use coordinator::api::{
-    Alone, ClusterView, Config, Connection, Deps, Hosts, Limits, Peer, Progress, Roles, SupportedGpus,
-    ValidatorListing, router,
+    Alone, ClusterView, Config, Connection, Deps, Hosts, Limits, Peer, Progress, Roles, Routes,
+    SupportedGpus, ValidatorListing, routes,
 };
 use coordinator::backup::Door;
 use coordinator::clock::Clock;
@@ -129,6 +129,7 @@ pub(crate) struct Fixture {
     pub(crate) listings: LastListings,
     pub(crate) members: Arc<Members>,
     pub(crate) routes: Router,
+    metrics: Router,
     random: Mutex<u128>,
 }
 
@@ -201,7 +202,11 @@ impl Fixture {
             allow_plain_legacy_writes,
             limits: Limits::default(),
         };
-        let routes = router(config, wrap(store.clone()), deps);
+        let Routes {
+            operators: routes,
+            metrics,
+            ..
+        } = routes(config, wrap(store.clone()), deps);
         let fixture = Self {
             clock,
             store,
@@ -211,6 +216,7 @@ impl Fixture {
             listings,
             members,
             routes,
+            metrics,
             random: Mutex::new(0),
         };
         fixture
@@ -505,6 +511,15 @@ impl Fixture {
             headers: head.headers,
             body,
         }
+    }
+
+    /// What the door of Prometheus answers.
+    pub(crate) async fn prometheus(&self, path: &str) -> (StatusCode, String) {
+        let request = Request::get(path).body(Body::empty()).expect("a request");
+        let Ok(response) = TowerToHyperService::new(self.metrics.clone()).call(request).await;
+        let (head, body) = response.into_parts();
+        let body = to_bytes(body, usize::MAX).await.expect("a whole body").to_vec();
+        (head.status, String::from_utf8(body).expect("text"))
     }
 
     pub(crate) async fn open(

@@ -1,6 +1,9 @@
 //! Our own routes under `/v1`, and the metrics.
 
+use std::collections::BTreeSet;
+
 use axum::http::StatusCode;
+use coordinator::api::Roles;
 use protocol::logs::{HostAnswer, Log, WorkloadEvent};
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
@@ -207,6 +210,12 @@ async fn explanations_come_from_the_rulebook() {
 #[tokio::test]
 async fn metrics_are_open_to_this_machine() {
     let fixture = Fixture::busy().await;
+    *fixture.members.roles.lock().unwrap() = Roles {
+        leader: Some(2),
+        voters: BTreeSet::from([1, 2, 3]),
+        own: 1,
+        ..Roles::default()
+    };
     fixture.send("GET", "/servers/", &[], "", LOOPBACK).await;
     let answer = fixture.send("GET", "/metrics", &[], "", LOOPBACK).await;
     let text = answer.text();
@@ -215,6 +224,9 @@ async fn metrics_are_open_to_this_machine() {
         r#"coordinator_gpus{kind="free"} 1"#,
         r#"coordinator_deployments{kind="serving"} 1"#,
         "coordinator_outbox_length 0",
+        "coordinator_leader_known 1",
+        "coordinator_leads 0",
+        r#"coordinator_members{kind="voter"} 3"#,
         r#"coordinator_api_answers_total{method="GET",status="401"} 1"#,
     ] {
         assert!(
@@ -224,6 +236,21 @@ async fn metrics_are_open_to_this_machine() {
     }
     let signed = fixture.ask("GET", "/metrics", "").await;
     assert_eq!(signed.status, StatusCode::OK, "from elsewhere with a signature");
+}
+
+#[tokio::test]
+async fn the_door_of_prometheus_asks_for_no_signature_and_shows_nothing_else() {
+    let fixture = Fixture::busy().await;
+    let (status, text) = fixture.prometheus("/metrics").await;
+    assert_eq!(status, StatusCode::OK);
+    assert!(text.contains("coordinator_gpus{kind=\"all\"} 3"), "{text}");
+    for other in ["/v1/state", "/servers/", "/ping", "/"] {
+        assert_eq!(
+            fixture.prometheus(other).await.0,
+            StatusCode::NOT_FOUND,
+            "{other}"
+        );
+    }
 }
 
 #[tokio::test]

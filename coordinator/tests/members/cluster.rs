@@ -130,6 +130,7 @@ impl Host {
             validators: Directory::check(&[validator]).expect("good settings"),
             hosts_listen: self.door,
             api_listen: self.api,
+            metrics_listen: None,
             pay_profile: PayProfile::Of2026,
             strategy: "value_per_cost".to_owned(),
             tick_every: Duration::from_secs(5),

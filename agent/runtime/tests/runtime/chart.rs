@@ -6,7 +6,9 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::runtime::{conditions, wait::await_condition};
 use kube::{Api, Client};
 use protocol::workload::WorkloadSpec;
 use runtime::kubernetes::Kubernetes;
@@ -29,6 +31,7 @@ fn object<K: serde::de::DeserializeOwned>(value: Value) -> K {
 
 /// Installs the chart, and looks at it from all sides.
 pub(crate) async fn chart(plane: &ControlPlane) {
+    kinds_of_prometheus(plane).await;
     every_set_of_values(plane).await;
     let nodes: Api<Node> = Api::all(plane.client.clone());
     for name in ["node-1", "node-2"] {
@@ -75,6 +78,10 @@ pub(crate) async fn chart(plane: &ControlPlane) {
     let operator = plane.space(CHUTES).await;
     let before = operator.remains().await;
     let space = operator.with_client(client.clone());
+    let mut elsewhere = Settings::for_node("node-2");
+    elsewhere.namespace.clone_from(&operator.name);
+    let foreign = manifest::job(&spec("elsewhere"), FENCE, &elsewhere, &[]);
+    space.until_refused(&foreign).await;
     let mut config = operator.config("node-1");
     config.reserved_ports.clear();
     let runtime = Kubernetes::start(client.clone(), config);
@@ -110,6 +117,35 @@ pub(crate) async fn chart(plane: &ControlPlane) {
     );
 }
 
+/// The kinds of the Prometheus operator, as far as the API server needs to know them: what is in such an object is not
+/// checked.
+async fn kinds_of_prometheus(plane: &ControlPlane) {
+    let definitions: Api<CustomResourceDefinition> = Api::all(plane.client.clone());
+    for kind in ["ServiceMonitor", "PrometheusRule"] {
+        let singular = kind.to_lowercase();
+        let name = format!("{singular}s.monitoring.coreos.com");
+        let anything = json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true });
+        let definition = object(json!({
+            "metadata": { "name": name },
+            "spec": {
+                "group": "monitoring.coreos.com",
+                "scope": "Namespaced",
+                "names": { "plural": format!("{singular}s"), "singular": singular, "kind": kind },
+                "versions": [{
+                    "name": "v1",
+                    "served": true,
+                    "storage": true,
+                    "schema": { "openAPIV3Schema": anything },
+                }],
+            },
+        }));
+        let created = definitions.create(&PostParams::default(), &definition).await;
+        created.expect("a good definition");
+        let known = await_condition(definitions.clone(), &name, conditions::is_crd_established());
+        known.await.expect("the API server takes it");
+    }
+}
+
 /// Each documented setting is taken by the templates and by the API server; what is misspelt is refused.
 async fn every_set_of_values(plane: &ControlPlane) {
     let digest = format!("image.digest=sha256:{}", "a".repeat(64));
@@ -143,6 +179,17 @@ async fn every_set_of_values(plane: &ControlPlane) {
             "agent.runtimeClass=",
             "proof.backend=cpu",
         ],
+        &[
+            "coordinator.enabled=true",
+            "metrics.enabled=true",
+            "metrics.hostPort=19464",
+            "metrics.memberPort=19465",
+            "metrics.serviceMonitor=true",
+            "metrics.rules=true",
+            "metrics.dashboard=true",
+            "metrics.labels.release=prometheus",
+        ],
+        &["metrics.enabled=true", "host.enabled=false"],
         &[
             "networkPolicy.enabled=false",
             "admissionPolicy.enabled=false",
@@ -189,6 +236,7 @@ async fn every_set_of_values(plane: &ControlPlane) {
         ("image.tag=latest", "tag"),
         ("miner.hotkey=5abc", "hotkey"),
         ("proof.port=70000", "port"),
+        ("metrics.port=9464", "port"),
     ];
     for (value, named) in bad {
         let refused = plane.helm(&["template", "bad", CHART, "--set", value]).await;

@@ -405,6 +405,19 @@ impl Space {
         }
     }
 
+    /// Waits until this client may not create a Job: the API server learns of a new policy a moment after it is there.
+    pub(crate) async fn until_refused(&self, job: &Job) {
+        let trial = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let deadline = Instant::now() + START_PATIENCE;
+        while self.jobs().create(&trial, job).await.is_ok() {
+            assert!(Instant::now() < deadline, "it may be created all the time");
+            sleep(ASK_EVERY).await;
+        }
+    }
+
     /// The names of all objects that a runtime may have left here.
     pub(crate) async fn remains(&self) -> Vec<String> {
         let (jobs, pods) = (names(&self.jobs()).await, names(&self.pods()).await);
