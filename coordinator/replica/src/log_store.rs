@@ -303,7 +303,7 @@ impl RaftLogStorage<Types> for LogStore {
 
     async fn save_committed(&mut self, committed: Option<RaftLogId>) -> io::Result<()> {
         self.tail.lock().committed = committed;
-        // Rides along with the next write: not worth one of its own, since a restart finds out again.
+        // Rides along with a later write: not worth one of its own, since a restart finds out again.
         self.lane.submit(Job::Committed(committed)).await?;
         Ok(())
     }

@@ -20,6 +20,10 @@ const VOTE: &str = "vote";
 const PURGED: &str = "purged";
 const COMMITTED: &str = "committed";
 
+/// One commit of so many has the committed index, and the last one: a restart finds it out by itself, and each commit
+/// that leaves it out writes a table less.
+const COMMITS_PER_COMMITTED: u32 = 64;
+
 type Reply<T> = oneshot::Sender<io::Result<T>>;
 
 /// What the worker of the log file is asked to do.
@@ -103,6 +107,7 @@ pub(crate) struct LogFile {
     shared: Shared,
     /// Committed index that is not in the file yet.
     committed: Option<Option<RaftLogId>>,
+    commits_without_committed: u32,
     failure: Option<String>,
     faults: Faults,
 }
@@ -114,6 +119,7 @@ impl LogFile {
             tail,
             shared,
             committed: None,
+            commits_without_committed: 0,
             failure: None,
             faults,
         }
@@ -184,9 +190,12 @@ impl LogFile {
         if !writes.iter().any(|job| job.must_be_durable(self.faults)) {
             transaction.set_durability(Durability::None)?;
         }
+        let keep = |key: &str, value: &[u8]| -> Result<(), redb::Error> {
+            transaction.open_table(META)?.insert(key, value)?;
+            Ok(())
+        };
         {
             let mut log = transaction.open_table(LOG)?;
-            let mut meta = transaction.open_table(META)?;
             for job in writes {
                 match job {
                     Job::Append { entries, .. } => {
@@ -194,18 +203,21 @@ impl LogFile {
                             log.insert(index, bytes.as_slice())?;
                         }
                     }
-                    Job::Vote { vote, .. } => drop(meta.insert(VOTE, encode_vote(vote).as_slice())?),
+                    Job::Vote { vote, .. } => keep(VOTE, &encode_vote(vote))?,
                     Job::Truncate { from, .. } => log.retain_in::<u64, _>(*from.., |_, _| false)?,
                     Job::Purge { upto, .. } => {
                         log.retain_in::<u64, _>(..=upto.index, |_, _| false)?;
-                        meta.insert(PURGED, encode_log_id(Some(upto)).as_slice())?;
+                        keep(PURGED, &encode_log_id(Some(upto)))?;
                     }
                     Job::Committed(_) | Job::Read { .. } => {}
                 }
             }
-            if let Some(committed) = self.committed.take() {
-                meta.insert(COMMITTED, encode_log_id(committed.as_ref()).as_slice())?;
-            }
+        }
+        self.commits_without_committed += 1;
+        let due = writes.is_empty() || self.commits_without_committed >= COMMITS_PER_COMMITTED;
+        if let Some(committed) = self.committed.take_if(|_| due) {
+            keep(COMMITTED, &encode_log_id(committed.as_ref()))?;
+            self.commits_without_committed = 0;
         }
         transaction.commit()?;
         Ok(())
