@@ -300,7 +300,7 @@ impl Oracle {
         let recent = known.filter(|(_, (at_ms, _))| at_ms + REQUEST_MEMORY_MS > now + 60_000);
         let lost: BTreeSet<String> = machine.read(|state| {
             recent
-                .filter(|(request, (_, answer))| state.answer_to(**request) != Some(answer))
+                .filter(|(request, (_, answer))| state.answer_to(**request).as_ref() != Some(answer))
                 .map(|(_, (at_ms, answer))| format!("acknowledged at {at_ms} ms with {answer:?}"))
                 .collect()
         });

@@ -19,8 +19,8 @@ pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
     if at > state.settings.now {
         state.settings_mut().now = at;
     }
-    if let Some(answered) = state.answers.get(&request) {
-        return answered.answer.clone();
+    if let Some(answer) = state.answer_to(request) {
+        return answer;
     }
     let answer = match guard {
         Some(guard) if state.guards.contains_key(&guard) => Err(Rejection::Replayed),
@@ -312,7 +312,10 @@ impl State {
         for audit in audits {
             self.remove_audit(&audit);
         }
-        let answers = self.forget_answers(REQUEST_MEMORY_MS);
-        answers || count > 0
+        let mut any = count > 0;
+        while self.forget_answer(REQUEST_MEMORY_MS) {
+            any = true;
+        }
+        any
     }
 }

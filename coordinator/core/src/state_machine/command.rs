@@ -49,6 +49,11 @@ pub struct Proposal {
 
 /// How long the answer to a request is remembered, in ms.
 pub const REQUEST_MEMORY_MS: u64 = 10 * 60_000;
+/// More answers than this are remembered for [`REQUEST_MEMORY_LEAST_MS`] only: a flood of writes must not fill the
+/// memory of every member.
+pub const ANSWERS_MAX: usize = 1 << 17;
+/// How long each answer is remembered at least, in ms: longer than a proposer waits for one.
+pub const REQUEST_MEMORY_LEAST_MS: u64 = 15_000;
 /// How long a used signature is remembered, in ms: longer than any nonce is accepted.
 pub const GUARD_MEMORY_MS: u64 = 2 * 60_000;
 

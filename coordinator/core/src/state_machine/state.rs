@@ -8,7 +8,7 @@ use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
 use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
-use super::command::{Answer, PayProfile, RequestId};
+use super::command::{ANSWERS_MAX, Answer, PayProfile, REQUEST_MEMORY_LEAST_MS, Reply, RequestId};
 use super::deployment::{Audit, Deployment};
 use super::effect::{Effect, EffectId, EffectKind, Subject};
 use super::format::Finalized;
@@ -58,7 +58,39 @@ pub struct Answered {
     /// When.
     pub at: UnixMillis,
     /// How.
-    pub answer: Answer,
+    pub answer: KeptAnswer,
+}
+
+/// An answer that takes little room: nearly all are one of two words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Answer", into = "Answer")]
+pub enum KeptAnswer {
+    /// [`Reply::Done`].
+    Done,
+    /// [`Reply::Unchanged`].
+    Unchanged,
+    /// Anything else.
+    Other(Box<Answer>),
+}
+
+impl From<Answer> for KeptAnswer {
+    fn from(answer: Answer) -> Self {
+        match answer {
+            Ok(Reply::Done) => Self::Done,
+            Ok(Reply::Unchanged) => Self::Unchanged,
+            other => Self::Other(Box::new(other)),
+        }
+    }
+}
+
+impl From<KeptAnswer> for Answer {
+    fn from(kept: KeptAnswer) -> Self {
+        match kept {
+            KeptAnswer::Done => Ok(Reply::Done),
+            KeptAnswer::Unchanged => Ok(Reply::Unchanged),
+            KeptAnswer::Other(answer) => *answer,
+        }
+    }
 }
 
 /// Planted faults, for tests that must show that they can fail. Production passes [`Faults::none`].
@@ -219,27 +251,28 @@ impl State {
 
     /// The answer to a request, as long as it is remembered.
     #[must_use]
-    pub fn answer_to(&self, request: RequestId) -> Option<&Answer> {
-        self.answers.get(&request).map(|answered| &answered.answer)
+    pub fn answer_to(&self, request: RequestId) -> Option<Answer> {
+        let answered = self.answers.get(&request)?;
+        Some(answered.answer.clone().into())
     }
 
     pub(crate) fn remember_answer(&mut self, request: RequestId, answer: Answer) {
+        while self.answers.len() >= ANSWERS_MAX && self.forget_answer(REQUEST_MEMORY_LEAST_MS) {}
         let at = self.settings.now;
         self.index.answers_by_age.insert((at, request));
+        let answer = answer.into();
         self.answers.insert(request, Answered { at, answer });
     }
 
-    /// Forgets the answers that were given `age_ms` ago or earlier; says whether there were any.
-    pub(crate) fn forget_answers(&mut self, age_ms: u64) -> bool {
-        let mut any = false;
-        while let Some((at, request)) = self.index.answers_by_age.first().copied()
-            && self.settings.now.since(at) >= age_ms
-        {
-            self.index.answers_by_age.pop_first();
-            self.answers.remove(&request);
-            any = true;
-        }
-        any
+    /// Forgets the oldest answer, if it was given `age_ms` ago or earlier; says whether it was.
+    pub(crate) fn forget_answer(&mut self, age_ms: u64) -> bool {
+        let oldest = self.index.answers_by_age.first().copied();
+        let Some((_, request)) = oldest.filter(|(at, _)| self.settings.now.since(*at) >= age_ms) else {
+            return false;
+        };
+        self.index.answers_by_age.pop_first();
+        self.answers.remove(&request);
+        true
     }
 
     /// GPUs of one server, in order.

@@ -1,6 +1,7 @@
 //! For unit tests of the cluster's own rules: hosts by short names, and a state whose invariants hold after every
 //! command.
 
+mod answers;
 mod taking_over;
 
 use protocol::id::ServerId;
