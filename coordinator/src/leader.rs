@@ -162,7 +162,8 @@ impl Leader {
                 continue;
             };
             let (events, received) = mpsc::channel::<SocketEvent>(EVENTS_MAX);
-            let mut config = socket::Config::new(validator);
+            let store = self.store.clone();
+            let mut config = socket::Config::new(validator, Arc::new(move || store.leads_now()));
             config.dial = Arc::clone(&self.dial);
             let socket = socket::Socket::new(config, Arc::clone(&self.signer), events, random.fork());
             tasks.spawn(socket.run(stop.clone()));

@@ -527,4 +527,8 @@ impl Log for ReplicatedLog {
                 .map_err(|error| error.to_string())
         })
     }
+
+    fn leads_now(&self) -> bool {
+        self.replica.leads_now()
+    }
 }

@@ -36,6 +36,8 @@ pub trait Log: fmt::Debug + Send + Sync {
     fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>>;
     /// Returns once a read of the state sees every write that was acknowledged before the call.
     fn linearizable(&self) -> BoxFuture<'_, Result<(), String>>;
+    /// Whether this member leads at this very moment.
+    fn leads_now(&self) -> bool;
 }
 
 /// The state machine as the log drives it. Its clones share one state.
@@ -231,6 +233,12 @@ impl Store {
         self.log.linearizable().await.map_err(Error::Unavailable)
     }
 
+    /// Whether this member leads at this very moment: asked right before what only one member may do.
+    #[must_use]
+    pub fn leads_now(&self) -> bool {
+        self.log.leads_now()
+    }
+
     /// Reads the state as it is applied on this member. Keep it short: it holds up applying.
     pub fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
         self.machine.read(read)
@@ -292,5 +300,9 @@ impl Log for MemoryLog {
 
     fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn leads_now(&self) -> bool {
+        true
     }
 }

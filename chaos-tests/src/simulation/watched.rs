@@ -338,4 +338,8 @@ impl Log for WatchedLog {
     fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
         self.log.linearizable()
     }
+
+    fn leads_now(&self) -> bool {
+        self.log.leads_now()
+    }
 }

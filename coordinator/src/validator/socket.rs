@@ -103,18 +103,22 @@ pub struct Config {
     pub tls: Option<Arc<rustls::ClientConfig>>,
     /// Its times.
     pub timing: Timing,
+    /// Whether this member leads at this very moment. A process that stood still hears late that it does not, and by
+    /// authenticating once more it would make the validator deaf to its successor.
+    pub leads_now: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 impl Config {
     /// The socket of a configured validator, over the machine's network.
     #[must_use]
-    pub fn new(validator: &ValidatorConfig) -> Self {
+    pub fn new(validator: &ValidatorConfig, leads_now: Arc<dyn Fn() -> bool + Send + Sync>) -> Self {
         Self {
             validator: validator.hotkey.clone(),
             url: validator.socket.clone(),
             dial: Arc::new(TcpDial),
             tls: None,
             timing: Timing::default(),
+            leads_now,
         }
     }
 }
@@ -336,6 +340,9 @@ impl Socket {
             .into_iter()
             .map(|(name, value)| (name.to_owned(), Value::String(value)))
             .collect();
+        if !(self.config.leads_now)() {
+            return Err(Stop::Reconnect("this member leads no more".to_owned()));
+        }
         send(websocket, &Packet::event("authenticate", Value::Object(members))).await?;
         session.authentication_sent();
         Ok(())

@@ -164,6 +164,10 @@ impl Log for NoQuorum {
     fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(std::future::ready(Err("no quorum".to_owned())))
     }
+
+    fn leads_now(&self) -> bool {
+        false
+    }
 }
 
 #[tokio::test]

@@ -117,6 +117,7 @@ impl Client {
         let (out, events) = mpsc::channel(64);
         let signer = LocalSigner::new(Key::new(&Seed::new([1; 32])), Arc::new(WallClock));
         let config = Config {
+            leads_now: Arc::new(|| true),
             validator: Signer::from_seed(&[2; 32]).hotkey().clone(),
             url: url.parse().expect("a URL"),
             dial: Arc::new(TcpDial),

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use coordinator::clock::{Clock, WallClock};
@@ -177,6 +177,15 @@ fn calm() -> Timing {
 }
 
 fn start(timing: Timing, queue: usize, url: &str) -> (Validator, Client) {
+    start_while(Arc::new(|| true), timing, queue, url)
+}
+
+fn start_while(
+    leads_now: Arc<dyn Fn() -> bool + Send + Sync>,
+    timing: Timing,
+    queue: usize,
+    url: &str,
+) -> (Validator, Client) {
     let (dial, pipes) = mpsc::channel(1);
     let (out, events) = mpsc::channel(queue);
     let key = Key::new(&Seed::new([1; 32]));
@@ -187,6 +196,7 @@ fn start(timing: Timing, queue: usize, url: &str) -> (Validator, Client) {
         dial: Arc::new(PipeDial(dial)),
         tls: None,
         timing,
+        leads_now,
     };
     let socket = Socket::new(config, signer, out, fastrand::Rng::with_seed(3));
     let (counters, cancel) = (socket.counters(), CancellationToken::new());
@@ -232,6 +242,40 @@ async fn it_authenticates_again_and_again_on_one_socket() {
         client.expect_authenticated().await;
     }
     assert_eq!(client.counters.attempts.load(Ordering::Relaxed), 1);
+    client.stop().await;
+}
+
+/// A leader that was paused authenticated once more when it woke, before it heard that another one led.
+#[tokio::test]
+async fn a_member_that_leads_no_more_does_not_authenticate_again() {
+    let leads = Arc::new(AtomicBool::new(true));
+    let asked = Arc::clone(&leads);
+    let leads_now = Arc::new(move || asked.load(Ordering::Relaxed));
+    let (mut validator, mut client) = start_while(leads_now, quick(), 64, URL);
+    let mut peer = validator.authenticated().await;
+    client.expect_connected().await;
+    client.expect_authenticated().await;
+    leads.store(false, Ordering::Relaxed);
+    let mut heard = Vec::new();
+    while let Ok(Some(Ok(message))) = timeout(PATIENCE, peer.next()).await {
+        if let Message::Text(text) = message {
+            heard.push(text.to_string());
+        }
+        assert!(heard.len() < 4, "{heard:?}");
+    }
+    // One may have been on its way; then it says goodbye.
+    heard.retain(|text| text != "41");
+    assert!(heard.len() <= 1, "{heard:?}");
+    loop {
+        match client.next().await {
+            SocketEvent::Disconnected(why) => {
+                assert_eq!(why, "this member leads no more");
+                break;
+            }
+            SocketEvent::Authenticated | SocketEvent::RestObservationDue => {}
+            other => panic!("{other:?} was not expected"),
+        }
+    }
     client.stop().await;
 }
 
@@ -629,6 +673,7 @@ async fn without_signer_it_keeps_trying() {
         dial: Arc::new(PipeDial(dial)),
         tls: None,
         timing: calm(),
+        leads_now: Arc::new(|| true),
     };
     let socket = Socket::new(config, Arc::new(Broken(hotkey)), out, fastrand::Rng::with_seed(1));
     let cancel = CancellationToken::new();
