@@ -19,7 +19,7 @@ mod restore;
 mod setup;
 mod snapshots;
 
-/// A write costs a member a fifth less than with the allocator of the C library (docs/benchmarks.md).
+/// A write costs a member a tenth to a quarter less than with the allocator of the C library (docs/benchmarks.md).
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -90,6 +90,9 @@ fn all_of(api: &Api) -> Result<Response> {
         of_state(&mut registry, record);
     });
     of_backup(&mut registry, &api.deps.backup.report());
+    // Not who is called the leader: one that is cut off from the others calls itself one for ever.
+    let leads = u64::from(api.store.leads_now());
+    gauge(&mut registry, "leads", "1 if this member leads", leads);
     of_roles(&mut registry, &api.deps.cluster.roles());
     let mut encoded = String::new();
     text::encode(&mut encoded, &registry)
@@ -134,8 +137,6 @@ fn of_backup(registry: &mut Registry, report: &Report) {
 }
 
 fn of_roles(registry: &mut Registry, roles: &Roles) {
-    let leads = u64::from(roles.leader == Some(roles.own));
-    gauge(registry, "leads", "1 if this member leads", leads);
     let known = u64::from(roles.leader.is_some());
     gauge(
         registry,

@@ -191,4 +191,6 @@ async fn without_a_quorum_nothing_is_claimed() {
         let answer = fixture.send("GET", path, &[], "", LOOPBACK).await;
         assert_eq!(answer.status.as_u16(), status, "{path}");
     }
+    let (_, metrics) = fixture.prometheus("/metrics").await;
+    assert!(metrics.contains("coordinator_leads 0\n"), "{metrics}");
 }

@@ -225,7 +225,7 @@ async fn metrics_are_open_to_this_machine() {
         r#"coordinator_deployments{kind="serving"} 1"#,
         "coordinator_outbox_length 0",
         "coordinator_leader_known 1",
-        "coordinator_leads 0",
+        "coordinator_leads 1",
         r#"coordinator_members{kind="voter"} 3"#,
         r#"coordinator_api_answers_total{method="GET",status="401"} 1"#,
     ] {

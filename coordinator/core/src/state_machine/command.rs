@@ -36,7 +36,8 @@ impl RequestId {
 /// A command with what `apply` may not find out by itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Proposal {
-    /// Names this write. The answer to it is remembered for [`REQUEST_MEMORY_MS`].
+    /// Names this write. The answer to it is remembered for [`REQUEST_MEMORY_MS`], in a flood of writes for
+    /// [`REQUEST_MEMORY_LEAST_MS`].
     pub request: RequestId,
     /// The proposer's clock. The state keeps the largest that it has seen.
     pub at: UnixMillis,

@@ -43,12 +43,13 @@ fn a_flood_is_forgotten_early_but_not_before_its_proposers_have_their_answers() 
 
 #[test]
 fn names_of_requests_sort_by_time_in_memory_and_as_they_are_stored() {
-    let at = |ms| RequestId::new(UnixMillis(BEGAN + ms), u128::MAX / 3);
     let stored = |request: RequestId| postcard::to_stdvec(&request).unwrap();
-    let early = RequestId::new(UnixMillis(BEGAN), u128::MAX);
-    for later in [at(128), at(300), at(60_000), at(86_400_000)] {
-        assert!(early < later, "{early:?} {later:?}");
-        assert!(stored(early) < stored(later), "{early:?} {later:?}");
+    for step in 0..2_000 {
+        let at = BEGAN + 37 * 128 * step;
+        let early = RequestId::new(UnixMillis(at), u128::MAX);
+        let late = RequestId::new(UnixMillis(at + 128), 0);
+        assert!(early < late, "{early:?} {late:?}");
+        assert!(stored(early) < stored(late), "{early:?} {late:?}");
     }
     let (one, other) = (
         RequestId::new(UnixMillis(BEGAN), 1),
