@@ -54,6 +54,37 @@ async fn concurrent_proposers_get_each_command_once_in_one_order_with_few_fsyncs
     replica.shutdown().await;
 }
 
+/// Those who came while an entry was on its way once took turns with those who were in it: twice as many entries.
+#[tokio::test]
+async fn two_groups_of_proposers_become_one() {
+    const PROPOSERS: u64 = 16;
+    const COMMANDS_EACH: u64 = 50;
+    let directory = tempfile::tempdir().unwrap();
+    let (replica, _) = open(files(directory.path())).await;
+    replica.linearizable().await.unwrap();
+    let before = replica.metrics().entries_proposed;
+    let mut tasks = Vec::new();
+    for proposer in 0..2 * PROPOSERS {
+        let replica = replica.clone();
+        tasks.push(tokio::spawn(async move {
+            // The second half comes when the first has an entry on its way.
+            while proposer >= PROPOSERS && replica.metrics().entries_proposed == before {
+                tokio::task::yield_now().await;
+            }
+            for number in 0..COMMANDS_EACH {
+                let command = [proposer.to_be_bytes(), number.to_be_bytes()].concat();
+                replica.propose(command).await.unwrap();
+            }
+        }));
+    }
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let entries = replica.metrics().entries_proposed - before;
+    assert!(entries < COMMANDS_EACH * 3 / 2, "{entries} entries");
+    replica.shutdown().await;
+}
+
 #[tokio::test]
 async fn a_full_queue_and_a_large_command_are_refused_at_once() {
     let directory = tempfile::tempdir().unwrap();
