@@ -8,7 +8,12 @@ use crate::tree::{check, root};
 pub(crate) const CRATES: &[(&str, &str, &[&str])] = &[
     ("protocol", "agent/protocol", &[]),
     ("proof", "agent/proof", &["protocol"]),
-    ("runtime", "agent/runtime", &["protocol"]),
+    // The control plane is for its tests only.
+    (
+        "runtime",
+        "agent/runtime",
+        &["protocol", "kubernetes-control-plane"],
+    ),
     ("coordinator-core", "coordinator/core", &["protocol"]),
     ("replica", "coordinator/replica", &["protocol"]),
     (
@@ -27,14 +32,23 @@ pub(crate) const CRATES: &[(&str, &str, &[&str])] = &[
             "proof",
             "protocol",
             "validator-stand-in",
+            "kubernetes-control-plane",
         ],
     ),
     // What is above the runtime it needs for its tests only.
     (
         "cli",
         "agent/cli",
-        &["protocol", "runtime", "agent", "coordinator", "coordinator-core"],
+        &[
+            "protocol",
+            "runtime",
+            "agent",
+            "coordinator",
+            "coordinator-core",
+            "kubernetes-control-plane",
+        ],
     ),
+    ("kubernetes-control-plane", "chaos-tests/control-plane", &[]),
     (
         "validator-stand-in",
         "chaos-tests/validator",
@@ -53,6 +67,7 @@ pub(crate) const CRATES: &[(&str, &str, &[&str])] = &[
             "proof",
             "protocol",
             "validator-stand-in",
+            "kubernetes-control-plane",
         ],
     ),
 ];

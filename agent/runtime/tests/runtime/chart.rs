@@ -260,7 +260,7 @@ async fn agent_on(plane: &ControlPlane, node: &str) -> Client {
         .create_token_request(ACCOUNT, &PostParams::default(), &wanted)
         .await;
     let token = token.expect("it works").status.expect("it was given").token;
-    plane.client_of(&token)
+    plane.client_of(&token).expect("a good configuration")
 }
 
 /// Tries what an agent must not be able to do; how much of it was refused. All of it must be.

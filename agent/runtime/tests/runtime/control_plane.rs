@@ -5,9 +5,8 @@
 //! line. Without it nothing can be tested here; with `REQUIRE_PEERS=1`, as in CI, that is a failure.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,18 +16,16 @@ use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service, ServiceAcco
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
+use kubernetes_control_plane::{FOLDER_VARIABLE, START_PATIENCE};
 use protocol::id::DeploymentId;
 use runtime::kubernetes::{Config, Kubernetes};
 use runtime::manifest::{DEPLOYMENT_LABEL, Settings, deployment_selector};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
-const TOKEN: &str = "operator";
-const START_PATIENCE: Duration = Duration::from_secs(240);
 const ASK_EVERY: Duration = Duration::from_millis(50);
 /// Node ports: half of them are reserved, so that one of ours is soon given.
 const FEW_NODE_PORTS: &str = "30000-30063";
@@ -36,7 +33,7 @@ pub(crate) const RESERVED: std::ops::Range<u16> = 30000..30032;
 
 /// The folder of the programs, or nothing with a word about it.
 pub(crate) fn programs() -> Option<PathBuf> {
-    let folder = std::env::var_os("CHUTES_CONTROL_PLANE").map(PathBuf::from);
+    let folder = std::env::var_os(FOLDER_VARIABLE).map(PathBuf::from);
     if folder.is_none() {
         let why = "no Kubernetes control plane: CHUTES_CONTROL_PLANE must name the folder that \
                    chaos-tests/control-plane/build prints";
@@ -46,37 +43,15 @@ pub(crate) fn programs() -> Option<PathBuf> {
     folder
 }
 
-/// The control plane. Its processes end with it.
-pub(crate) struct ControlPlane {
-    programs: PathBuf,
-    folder: TempDir,
-    etcd: Child,
-    server: Child,
-    controllers: Child,
-    etcd_port: u16,
-    port: u16,
-    node_ports: &'static str,
-    pub(crate) client: Client,
-}
+/// The control plane, with what tests do on it.
+pub(crate) struct ControlPlane(kubernetes_control_plane::ControlPlane);
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has ports");
-    listener.local_addr().expect("it is bound").port()
-}
+impl Deref for ControlPlane {
+    type Target = kubernetes_control_plane::ControlPlane;
 
-fn start(program: &Path, folder: &Path, arguments: &[String]) -> Child {
-    let name = program.file_name().expect("a program").to_string_lossy();
-    let log = std::fs::File::options()
-        .create(true)
-        .append(true)
-        .open(folder.join(format!("{name}.log")));
-    let log = log.expect("the folder is writable");
-    let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-    command.stdout(log.try_clone().expect("a file")).stderr(log);
-    command
-        .spawn()
-        .unwrap_or_else(|error| panic!("{}: {error}", program.display()))
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
 }
 
 impl ControlPlane {
@@ -85,107 +60,21 @@ impl ControlPlane {
     }
 
     pub(crate) async fn start_with(programs: PathBuf, node_ports: &'static str) -> Self {
-        // Any is fine: the other end is a test's own API server.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let folder = tempfile::tempdir().expect("temporary folders can be made");
-        let (etcd_port, port) = (free_port(), free_port());
-        let path = folder.path();
-        std::fs::write(
-            path.join("tokens.csv"),
-            format!("{TOKEN},{TOKEN},1,\"system:masters\"\n"),
-        )
-        .expect("writable");
-        let key = rcgen::KeyPair::generate().expect("keys can be made");
-        std::fs::write(path.join("accounts.key"), key.serialize_pem()).expect("writable");
-        std::fs::write(path.join("accounts.pub"), key.public_key_pem()).expect("writable");
-        let kubeconfig = path.join("kubeconfig");
-        std::fs::write(&kubeconfig, kubeconfig_text(port)).expect("writable");
-        let peer = free_port();
-        let etcd = start(
-            &programs.join("etcd"),
-            path,
-            &[
-                format!("--data-dir={}", path.join("etcd").display()),
-                format!("--listen-client-urls=http://127.0.0.1:{etcd_port}"),
-                format!("--advertise-client-urls=http://127.0.0.1:{etcd_port}"),
-                format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
-                format!("--initial-advertise-peer-urls=http://127.0.0.1:{peer}"),
-                format!("--initial-cluster=default=http://127.0.0.1:{peer}"),
-                "--unsafe-no-fsync".to_owned(),
-            ],
-        );
-        let serve = || start_server(&programs, path, (etcd_port, port), node_ports);
-        let mut server = serve();
-        let client = runtime::kubernetes::client(Some(&kubeconfig))
-            .await
-            .expect("a good kubeconfig");
-        until_ready(&client, path, &mut server, serve).await;
-        let controllers = start_controllers(&programs, path);
-        let class = json!({ "apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "handler": "nvidia",
-            "metadata": { "name": "nvidia" } });
-        let classes: Api<k8s_openapi::api::node::v1::RuntimeClass> = Api::all(client.clone());
-        let class = serde_json::from_value(class).expect("a runtime class");
-        classes
-            .create(&PostParams::default(), &class)
-            .await
-            .expect("the API server works");
-        Self {
-            programs,
-            folder,
-            etcd,
-            server,
-            controllers,
-            etcd_port,
-            port,
+        let settings = kubernetes_control_plane::Settings {
             node_ports,
-            client,
-        }
-    }
-
-    /// A client that shows a token instead of the operator's.
-    pub(crate) fn client_of(&self, token: &str) -> Client {
-        let server = format!("https://127.0.0.1:{}", self.port);
-        let mut config = kube::Config::new(server.parse().expect("a URL"));
-        config.accept_invalid_certs = true;
-        config.auth_info.token = Some(token.to_owned().into());
-        Client::try_from(config).expect("a good configuration")
-    }
-
-    /// Runs helm on the chart of the project; what it prints.
-    pub(crate) async fn helm(&self, arguments: &[&str]) -> Result<String, String> {
-        let mut command = Command::new(self.programs.join("helm"));
-        command.args(arguments).arg("--kubeconfig").arg(self.kubeconfig());
-        let home = self.folder.path().join("helm");
-        for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
-            command.env(variable, &home);
-        }
-        let output = command.output().await.expect("helm can be started");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        if output.status.success() {
-            Ok(text(&output.stdout))
-        } else {
-            Err(text(&output.stderr))
-        }
-    }
-
-    pub(crate) fn kubeconfig(&self) -> PathBuf {
-        self.folder.path().join("kubeconfig")
+            ..Default::default()
+        };
+        let started = kubernetes_control_plane::ControlPlane::start(programs, settings);
+        Self(started.await.expect("a control plane"))
     }
 
     /// `kill -9` of API server and controllers, which are one process in k3s.
     pub(crate) async fn kill_server(&mut self) {
-        self.controllers.kill().await.expect("they run");
-        self.server.kill().await.expect("it runs");
+        self.0.kill_server().await.expect("they run");
     }
 
     pub(crate) async fn start_server(&mut self) {
-        let path = self.folder.path();
-        let (programs, ports, node_ports) = (&self.programs, (self.etcd_port, self.port), self.node_ports);
-        let serve = || start_server(programs, path, ports, node_ports);
-        let mut server = serve();
-        until_ready(&self.client, path, &mut server, serve).await;
-        self.server = server;
-        self.controllers = start_controllers(&self.programs, path);
+        self.0.start_server().await.expect("it starts again");
     }
 
     /// A new namespace, ready for pods, with a kubelet for all of it.
@@ -220,86 +109,8 @@ impl ControlPlane {
     }
 
     /// Ends everything, and waits for it.
-    pub(crate) async fn stop(mut self) {
-        for child in [&mut self.controllers, &mut self.server, &mut self.etcd] {
-            child.kill().await.expect("it runs");
-        }
-    }
-}
-
-fn start_server(programs: &Path, path: &Path, (etcd_port, port): (u16, u16), node_ports: &str) -> Child {
-    let key = path.join("accounts.key");
-    start(
-        &programs.join("kube-apiserver"),
-        path,
-        &[
-            format!("--etcd-servers=http://127.0.0.1:{etcd_port}"),
-            format!("--secure-port={port}"),
-            "--bind-address=127.0.0.1".to_owned(),
-            "--advertise-address=127.0.0.1".to_owned(),
-            format!("--cert-dir={}", path.join("server").display()),
-            format!("--token-auth-file={}", path.join("tokens.csv").display()),
-            "--authorization-mode=Node,RBAC".to_owned(),
-            format!(
-                "--service-account-key-file={}",
-                path.join("accounts.pub").display()
-            ),
-            format!("--service-account-signing-key-file={}", key.display()),
-            "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
-            "--service-cluster-ip-range=10.0.0.0/16".to_owned(),
-            format!("--service-node-port-range={node_ports}"),
-            "--endpoint-reconciler-type=none".to_owned(),
-        ],
-    )
-}
-
-fn start_controllers(programs: &Path, path: &Path) -> Child {
-    let program = programs.join("kube-controller-manager");
-    start(
-        &program,
-        path,
-        &[
-            format!("--kubeconfig={}", path.join("kubeconfig").display()),
-            "--secure-port=0".to_owned(),
-            format!(
-                "--service-account-private-key-file={}",
-                path.join("accounts.key").display()
-            ),
-            "--leader-elect=false".to_owned(),
-            "--controllers=job-controller,garbage-collector-controller,serviceaccount-controller".to_owned(),
-        ],
-    )
-}
-
-fn kubeconfig_text(port: u16) -> String {
-    let server = format!("https://127.0.0.1:{port}");
-    json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "test",
-        "clusters": [{ "name": "test", "cluster": { "server": server, "insecure-skip-tls-verify": true } }],
-        "users": [{ "name": "test", "user": { "token": TOKEN } }],
-        "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
-    })
-    .to_string()
-}
-
-/// Waits until the API server is ready. One that ends by itself is started again, as its supervisor would: it does
-/// when a Service is made at the moment in which it counts the addresses of all.
-async fn until_ready(client: &Client, folder: &Path, server: &mut Child, again: impl Fn() -> Child) {
-    let deadline = Instant::now() + START_PATIENCE;
-    loop {
-        let request = http::Request::get("/readyz").body(Vec::new()).expect("a request");
-        match client.request_text(request).await {
-            Ok(_) => return,
-            Err(error) => assert!(
-                Instant::now() < deadline,
-                "the API server is not ready ({error}): {}",
-                std::fs::read_to_string(folder.join("kube-apiserver.log")).unwrap_or_default()
-            ),
-        }
-        if server.try_wait().expect("it is ours").is_some() {
-            *server = again();
-        }
-        sleep(ASK_EVERY).await;
+    pub(crate) async fn stop(self) {
+        self.0.stop().await.expect("it runs");
     }
 }
 
