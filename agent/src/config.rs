@@ -23,6 +23,7 @@ pub use checked::Config;
 pub use layers::{Origin, Origins};
 pub use written::Written;
 
+use coordinator::join::Admission;
 use layers::Layers;
 
 /// Read when no other file is named; it may be missing.
@@ -116,6 +117,11 @@ pub fn read(sources: &Sources) -> Result<(Written, Origins), Error> {
         layers.put(&Origin::Flag("--data".to_owned()), "data", value);
     }
     let (mut written, origins) = layers.finish()?;
+    if written.host.id.is_none()
+        && let Ok(Some(admission)) = Admission::read(&checked::certificates_folder(&written.data))
+    {
+        written.host.id = Some(admission.server.to_string());
+    }
     written.fill_in(&written::Machine::this());
     Ok((written, origins))
 }

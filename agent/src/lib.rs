@@ -10,6 +10,7 @@ pub mod gpu;
 pub mod host_plane;
 pub mod link;
 pub mod local;
+pub mod nodes;
 pub mod processes;
 pub mod proof_plane;
 pub mod registry;

@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 mod doctor;
+mod enter;
 mod recover;
 mod restore;
 mod setup;
@@ -61,6 +62,9 @@ enum Command {
     Init,
     /// Join the cluster that a token of `chutes-miner host invite` invites to
     Join(setup::Invitation),
+    /// As a node of a Kubernetes cluster that several hosts share: found the cluster, or enter it. Leaves a host that
+    /// belongs to it
+    Enter,
     /// Find what is wrong around this host
     #[command(subcommand)]
     Doctor(DoctorCommand),
@@ -144,6 +148,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
         Command::Join(invitation) => setup::join(&settings.sources(), &invitation),
+        Command::Enter => enter::enter(&settings.sources()),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),

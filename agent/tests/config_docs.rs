@@ -35,6 +35,7 @@ fn sections() -> Vec<(&'static str, &'static str, &'static str)> {
         ("miner", written, "Miner"),
         ("host", written, "Host"),
         ("coordinator", written, "Coordinator"),
+        ("nodes", written, "Nodes"),
         ("backup", written, "Backup"),
         ("proof", written, "Proof"),
         ("registry", include_str!("../src/registry.rs"), "RawConfig"),

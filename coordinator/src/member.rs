@@ -24,7 +24,7 @@ use crate::door;
 use crate::executor::Validators;
 use crate::host_link::{Hub, headers, session};
 use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, key_hash, read_text};
-use crate::join::{Admission, Gate, gate};
+use crate::join::{Admission, Gate, Nodes, gate, node};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership;
@@ -99,7 +99,8 @@ pub enum Error {
     Strategy(String, String),
 }
 
-/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns.
+/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. `nodes` is the Kubernetes
+/// cluster whose nodes enter by themselves, if there is one.
 ///
 /// # Errors
 /// [`Error`] when it cannot start, and [`Error::Failed`] when the replicated state fails later.
@@ -107,6 +108,7 @@ pub async fn run(
     config: Config,
     signer: Arc<dyn Sign>,
     clock: Arc<dyn Clock>,
+    nodes: Option<Arc<dyn Nodes>>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     if *signer.hotkey() != config.miner {
@@ -242,12 +244,20 @@ pub async fn run(
             endpoint: endpoint.clone(),
             identity: config.identity.clone(),
             joins: Arc::new(Semaphore::new(gate::JOINS_MAX)),
+            nodes: nodes.clone(),
         },
     };
     // Raft needs the door until the lead is handed over: it closes after the rest.
     let close_door = CancellationToken::new();
     let door = tokio::spawn(door::serve(endpoint, at_the_door, close_door.clone()));
 
+    if let Some(nodes) = nodes {
+        let (store, leadership, stop) = (store.clone(), replica.leadership(), stop.clone());
+        let (cluster, miner) = (admission.cluster.clone(), config.miner.clone());
+        services.spawn(async move {
+            node::keep(nodes.as_ref(), &store, (&cluster, &miner), leadership, stop).await;
+        });
+    }
     let leader = Leader {
         store: store.clone(),
         signer,

@@ -19,7 +19,7 @@ use super::written::{self, ProofBackend, RuntimeKind, Written};
 use crate::gpu::worker::Limits;
 use crate::host_plane::facts::Identity;
 use crate::proof_plane::Backend;
-use crate::{cache, data_plane, egress, host_plane, link, proof_plane, registry, signer, telemetry};
+use crate::{cache, data_plane, egress, host_plane, link, nodes, proof_plane, registry, signer, telemetry};
 use ::runtime::manifest::{NODE_CHARACTERS_MAX, Settings};
 
 /// The longest path of a Unix socket, less some room for the names that stand for a socket not yet there.
@@ -45,6 +45,8 @@ pub struct Member {
     pub signer: signer::Config,
     /// The member itself.
     pub coordinator: coordinator::config::Config,
+    /// The cluster whose nodes enter by themselves.
+    pub nodes: Option<nodes::Config>,
 }
 
 /// What runs on a host.
@@ -229,6 +231,7 @@ fn member(
         checker.complain("coordinator.cluster", "coordinator.cluster must not be empty");
     }
     let backup = backup::check(written, checker);
+    let nodes = checker.take_named("nodes.config_map", nodes(written));
     Some(Member {
         signer: signer::Config {
             seed_file: keys.seed_file.clone()?,
@@ -261,6 +264,7 @@ fn member(
             allow_plain_legacy_writes: settings.allow_plain_legacy_writes,
             backup: backup?,
         },
+        nodes: nodes?,
     })
 }
 
@@ -345,6 +349,34 @@ pub fn joining(written: &Written) -> Result<Joining, String> {
             written.host.address.clone().unwrap_or_default()
         },
     })
+}
+
+/// The cluster whose nodes enter by themselves, if there is one.
+///
+/// # Errors
+/// What is missing, naming the key.
+pub fn nodes(written: &Written) -> Result<Option<nodes::Config>, String> {
+    let settings = &written.nodes;
+    let given = |text: &Option<String>| text.clone().filter(|text| !text.trim().is_empty());
+    let Some(config_map) = given(&settings.config_map) else {
+        return Ok(None);
+    };
+    let required = |key: &str, text: &Option<String>| {
+        given(text).ok_or_else(|| format!("nodes.{key} is missing: nodes.config_map needs it"))
+    };
+    let config = nodes::Config {
+        config_map,
+        namespace: required("namespace", &settings.namespace)?,
+        member_account: required("member_account", &settings.member_account)?,
+        host_account: required("host_account", &settings.host_account)?,
+        audience: required("audience", &settings.audience)?,
+        token_file: settings.token_file.clone(),
+        kubeconfig: written.runtime.kubeconfig.clone(),
+    };
+    if config.member_account == config.host_account {
+        return Err("nodes.member_account and nodes.host_account must be two: the account says who votes".to_owned());
+    }
+    Ok(Some(config))
 }
 
 /// Where others reach the member's door.

@@ -6,7 +6,7 @@ use serde::forward_to_deserialize_any;
 
 use coordinator::validator::directory::ValidatorSettings;
 
-use super::written::{Backup, Coordinator, Host, Log, Miner, Proof, Raft, Runtime, Written};
+use super::written::{Backup, Coordinator, Host, Log, Miner, Nodes, Proof, Raft, Runtime, Written};
 use crate::{cache, egress, registry};
 
 /// Notes the names of a struct's fields instead of reading one.
@@ -51,6 +51,7 @@ pub fn of_section(section: &str) -> Option<&'static [&'static str]> {
         "validators" => fields::<ValidatorSettings>(),
         "host" => fields::<Host>(),
         "coordinator" => fields::<Coordinator>(),
+        "nodes" => fields::<Nodes>(),
         "backup" => fields::<Backup>(),
         "proof" => fields::<Proof>(),
         "registry" => fields::<registry::RawConfig>(),

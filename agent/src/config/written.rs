@@ -26,6 +26,8 @@ pub struct Written {
     pub host: Host,
     /// This machine as a member of the coordinator.
     pub coordinator: Coordinator,
+    /// The Kubernetes cluster whose nodes enter by themselves, if this host is one of them.
+    pub nodes: Nodes,
     /// Snapshots of the state that a member puts away elsewhere, encrypted.
     pub backup: Backup,
     /// The GPU proof, which validators ask for.
@@ -52,6 +54,7 @@ impl Default for Written {
             miner: Miner::default(),
             host: Host::default(),
             coordinator: Coordinator::default(),
+            nodes: Nodes::default(),
             backup: Backup::default(),
             proof: Proof::default(),
             registry: registry::RawConfig::default(),
@@ -87,8 +90,8 @@ pub struct Host {
     pub enabled: bool,
     /// Name that people use; the machine's name when absent.
     pub name: Option<String>,
-    /// Identity of this host, also in its certificate: letters, digits, `-` and `.`. Made from the name and
-    /// the machine's id when absent; must not change afterwards.
+    /// Identity of this host, also in its certificate: letters, digits, `-` and `.`. When absent the one under which it
+    /// has joined, and before that made from the name and the machine's id; must not change afterwards.
     pub id: Option<String>,
     /// Address under which validators reach this host from outside. Required on hosts.
     pub address: Option<String>,
@@ -168,6 +171,26 @@ impl Default for Coordinator {
             allow_plain_legacy_writes: false,
         }
     }
+}
+
+/// `[nodes]`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Nodes {
+    /// Name of the `ConfigMap` that says which cluster there is and where its members are. `chutes-agent enter` makes
+    /// or follows it, and the leader keeps it right. Nodes enter by themselves where it is set; the rest of this
+    /// section is required then.
+    pub config_map: Option<String>,
+    /// Its namespace, which is also that of the two accounts.
+    pub namespace: Option<String>,
+    /// Service account of the pods whose hosts become members.
+    pub member_account: Option<String>,
+    /// Service account of all other pods of the agent: their hosts get no vote.
+    pub host_account: Option<String>,
+    /// For whom pods' tokens are made that are shown on entering: a word that nothing else uses.
+    pub audience: Option<String>,
+    /// File with the token of this pod, which is read again each time. Needed by `chutes-agent enter` only.
+    pub token_file: Option<PathBuf>,
 }
 
 /// Rules of pay by the year in which they came.

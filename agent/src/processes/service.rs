@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use coordinator::clock::WallClock;
+use coordinator::join::Nodes;
 use coordinator::signer::{Patience, SignerClient};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::Part;
 use crate::config::checked::{Config, HostServices, Member};
 use crate::config::{self, Sources};
-use crate::{data_plane, host_plane, proof_plane, signer, telemetry};
+use crate::{data_plane, host_plane, nodes, proof_plane, signer, telemetry};
 
 /// Arguments of a child.
 #[derive(Debug, Clone, clap::Args)]
@@ -112,5 +113,9 @@ async fn coordinate(member: Member, shutdown: CancellationToken) -> anyhow::Resu
         None => return Ok(()),
     };
     let (signer, clock) = (Arc::new(signer), Arc::new(WallClock));
-    Ok(coordinator::member::run(member.coordinator, signer, clock, shutdown).await?)
+    let nodes: Option<Arc<dyn Nodes>> = match member.nodes {
+        Some(config) => Some(Arc::new(nodes::Cluster::connect(config).await?)),
+        None => None,
+    };
+    Ok(coordinator::member::run(member.coordinator, signer, clock, nodes, shutdown).await?)
 }

@@ -56,7 +56,7 @@ const ORDERS: &[Order] = &[
     Order {
         source: "agent/src",
         rows: &[
-            &["main", "doctor", "recover", "restore", "snapshots"],
+            &["main", "doctor", "enter", "recover", "restore", "snapshots"],
             &["setup"],
             &["dev"],
             &["processes"],
@@ -66,7 +66,7 @@ const ORDERS: &[Order] = &[
             &["telemetry"],
             &["config::written"],
             &["host_plane", "proof_plane", "data_plane"],
-            &["workloads", "link", "gpu", "registry", "cache", "signer"],
+            &["workloads", "link", "gpu", "registry", "cache", "signer", "nodes"],
             &["egress"],
             &["config::units"],
             &["clock"],

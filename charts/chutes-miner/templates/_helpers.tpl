@@ -16,8 +16,62 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- if contains "chutes-miner" .Release.Name }}{{ .Release.Name | trunc 50 }}{{ else }}{{ .Release.Name | trunc 37 }}-chutes-miner{{ end }}
 {{- end }}
 
+{{/* The kinds of pods that run the agent: one on nodes of their own, two in a cluster that several hosts share. What
+     depends on the kind stands below `kind`, and what does not is as it is elsewhere. */}}
+{{- define "chutes-miner.kinds" -}}
+{{- if .Values.cluster.shared }}
+- {suffix: -members, component: member, member: true, host: {{ and .Values.host.enabled .Values.coordinator.chutes }}}
+{{- if .Values.host.enabled }}
+- {suffix: -hosts, component: host, member: false, host: true}
+{{- end }}
+{{- else }}
+- {suffix: "", component: "", member: {{ .Values.coordinator.enabled }}, host: {{ .Values.host.enabled }}}
+{{- end }}
+{{- end }}
+
+{{- define "chutes-miner.pod" -}}
+{{ include "chutes-miner.name" . }}{{ .kind.suffix }}
+{{- end }}
+
+{{/* Labels by which the pods of one kind are found. They never change. */}}
+{{- define "chutes-miner.kind-selector" -}}
+{{ include "chutes-miner.selector" . }}
+{{- with .kind.component }}
+app.kubernetes.io/component: {{ . }}
+{{- end }}
+{{- end }}
+
+{{/* The ConfigMap that says which cluster there is, and for whom the tokens are made that are shown to it. */}}
+{{- define "chutes-miner.notice" -}}
+{{ include "chutes-miner.name" . }}-cluster
+{{- end }}
+{{- define "chutes-miner.audience" -}}
+chutes-miner:{{ .Values.miner.hotkey }}:{{ .Release.Namespace }}/{{ include "chutes-miner.name" . }}
+{{- end }}
+
+{{/* What a shared cluster needs, and what has no meaning there. */}}
+{{- define "chutes-miner.check-shared" -}}
+{{- $values := .Values }}
+{{- if $values.cluster.shared }}
+{{- if not $values.miner.hotkey }}{{ fail "cluster.shared: miner.hotkey is missing, the SS58 address that you mine with" }}{{ end }}
+{{- if not $values.miner.seedSecret }}{{ fail "cluster.shared: miner.seedSecret is missing, a Secret with the seed for the members" }}{{ end }}
+{{- if or $values.cluster.found $values.cluster.tokenSecret }}{{ fail "cluster.shared: nodes enter by themselves, so that cluster.found and cluster.tokenSecret must be left empty" }}{{ end }}
+{{- if or $values.coordinator.advertise $values.host.address }}{{ fail "cluster.shared: each node is reached at its own address, so that coordinator.advertise and host.address must be left empty" }}{{ end }}
+{{- $guarded := false }}
+{{- range $label, $value := $values.coordinator.nodeSelector }}
+{{- if hasPrefix "node-restriction.kubernetes.io/" $label }}{{ $guarded = true }}{{ end }}
+{{- end }}
+{{- if not $guarded }}{{ fail "cluster.shared: coordinator.nodeSelector needs a label that begins with node-restriction.kubernetes.io/, which a node cannot give to itself: the nodes with it get the seed" }}{{ end }}
+{{- end }}
+{{- end }}
+
 {{- define "chutes-miner.image" -}}
 {{- with .Values.image }}{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}{{ end }}
+{{- end }}
+
+{{/* Something where the pods of this kind get the seed: in a shared cluster those of members only. */}}
+{{- define "chutes-miner.has-seed" -}}
+{{- if or .kind.member (not .Values.cluster.shared) }}{{ .Values.miner.seedSecret }}{{ end }}
 {{- end }}
 
 {{/* Arguments before the command. */}}
@@ -48,16 +102,16 @@ env:
   {{- if .Values.metrics.enabled }}
   - name: NODE_ADDRESS
     valueFrom: {fieldRef: {fieldPath: status.hostIP}}
-  {{- if .Values.host.enabled }}
+  {{- if .kind.host }}
   - name: CHUTES_AGENT__HOST__METRICS_LISTEN
     value: $(NODE_ADDRESS):{{ int .Values.metrics.hostPort }}
   {{- end }}
-  {{- if .Values.coordinator.enabled }}
+  {{- if .kind.member }}
   - name: CHUTES_AGENT__COORDINATOR__METRICS_LISTEN
     value: $(NODE_ADDRESS):{{ int .Values.metrics.memberPort }}
   {{- end }}
   {{- end }}
-  {{- if eq .Values.proof.backend "cuda" }}
+  {{- if and (eq .Values.proof.backend "cuda") (or .kind.host (not .Values.cluster.shared)) }}
   - name: NVIDIA_VISIBLE_DEVICES
     value: all
   - name: NVIDIA_DRIVER_CAPABILITIES
@@ -78,7 +132,7 @@ volumeMounts:
   - {name: data, mountPath: /var/lib/chutes-agent}
   - {name: cache, mountPath: {{ .Values.cache.directory }}}
   - {name: tmp, mountPath: /tmp}
-  {{- if .Values.miner.seedSecret }}
+  {{- if include "chutes-miner.has-seed" . }}
   - {name: seed, mountPath: /etc/chutes-agent/seed, readOnly: true}
   {{- end }}
 {{- end }}

@@ -179,11 +179,11 @@ impl Bearer {
     }
 }
 
-/// Trusts a member whose chain ends in the authority with a given fingerprint: all that an invited host knows of
-/// the cluster. The authority that was shown is kept for later.
+/// Trusts a member whose chain ends in an authority with one of the given fingerprints: all that an invited host
+/// knows of the cluster. The authority that was shown is kept for later.
 #[derive(Debug)]
 pub struct JoinVerifier {
-    fingerprint: [u8; 32],
+    fingerprints: Vec<[u8; 32]>,
 }
 
 impl JoinVerifier {
@@ -191,12 +191,12 @@ impl JoinVerifier {
     ///
     /// # Errors
     /// [`IdentityError::Tls`].
-    pub fn quic_client(fingerprint: [u8; 32], protocol: &[u8]) -> Result<QuicClientConfig> {
+    pub fn quic_client(fingerprints: Vec<[u8; 32]>, protocol: &[u8]) -> Result<QuicClientConfig> {
         let mut config = rustls::ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| tls_error(&error))?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Self { fingerprint }))
+            .with_custom_certificate_verifier(Arc::new(Self { fingerprints }))
             .with_no_client_auth();
         config.alpn_protocols = vec![protocol.to_vec()];
         QuicClientConfig::try_from(config).map_err(|error| tls_error(&error))
@@ -213,11 +213,16 @@ impl ServerCertVerifier for JoinVerifier {
         now: UnixTime,
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
         let refused = |reason: &str| rustls::Error::General(reason.to_owned());
-        let authority = intermediates
-            .iter()
-            .find(|certificate| <[u8; 32]>::from(Sha256::digest(certificate)) == self.fingerprint)
-            .ok_or_else(|| refused("this member belongs to another cluster than the invitation"))?;
-        let roots = roots(&[authority.clone().into_owned()]).map_err(|error| refused(&error.to_string()))?;
+        let is_known = |certificate: &&CertificateDer<'_>| {
+            let hash: [u8; 32] = Sha256::digest(certificate).into();
+            self.fingerprints.contains(&hash)
+        };
+        let known = intermediates.iter().filter(is_known);
+        let known: Vec<CertificateDer<'static>> = known.map(|it| it.clone().into_owned()).collect();
+        if known.is_empty() {
+            return Err(refused("this member belongs to another cluster than the invitation"));
+        }
+        let roots = roots(&known).map_err(|error| refused(&error.to_string()))?;
         let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
             .build()
             .map_err(|error| refused(&error.to_string()))?;

@@ -8,7 +8,7 @@ use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{
-    Authority, CA_CERTIFICATE, HOST_CERTIFICATE, HostKey, IdentityError, LIFE_MS, Names, read_text,
+    Authority, CA_CERTIFICATE, CA_KEY, HOST_CERTIFICATE, HostKey, IdentityError, LIFE_MS, Names, read_text,
     write_secret,
 };
 
@@ -35,6 +35,12 @@ pub struct Admission {
 }
 
 impl Admission {
+    /// True for a cluster that its founder has made, and that has never run.
+    #[must_use]
+    pub fn never_ran(&self, folder: &Path) -> bool {
+        self.member == Some(FIRST_MEMBER) && !self.opened && folder.join(CA_KEY).exists()
+    }
+
     /// Reads the admission of a folder; none if the host has not joined.
     ///
     /// # Errors
@@ -92,6 +98,24 @@ pub fn found(
     };
     admission.write(folder)?;
     Ok(Some(admission))
+}
+
+/// Throws away what a host that belongs to no cluster, or that founded one which never ran, has of it: all but its own
+/// key. In this order, so that a crash in between leaves nothing that could be taken for whole.
+///
+/// # Errors
+/// [`IdentityError::File`].
+pub fn discard(folder: &Path) -> Result<(), IdentityError> {
+    for name in [FILE, HOST_CERTIFICATE, CA_CERTIFICATE, CA_KEY] {
+        let path = folder.join(name);
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(IdentityError::File { path, source });
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Keeps what a member answered: certificates first, the admission last. Who trusts a new authority has its

@@ -10,7 +10,7 @@ use quinn::{ClientConfig, Endpoint};
 use tokio::time::timeout;
 
 use super::wire::{ALPN, Answer, Granted, Question, read, write};
-use super::{Admission, Token, admission};
+use super::{Admission, Notice, Token, admission};
 use crate::identity::{COORDINATOR_NAME, Identity, IdentityError, JoinVerifier, LIFE_MS};
 use protocol::time::UnixMillis;
 
@@ -36,8 +36,17 @@ pub enum Error {
 /// # Errors
 /// [`Error`].
 pub async fn join(token: &Token, question: &Question) -> Result<Granted, Error> {
-    let tls = JoinVerifier::quic_client(token.authority, ALPN)?;
+    let tls = JoinVerifier::quic_client(vec![token.authority], ALPN)?;
     granted(ask(&token.doors, tls, question).await?)
+}
+
+/// Asks as a node that has read the notice.
+///
+/// # Errors
+/// [`Error`].
+pub async fn enter(notice: &Notice, question: &Question) -> Result<Granted, Error> {
+    let tls = JoinVerifier::quic_client(notice.authorities.clone(), ALPN)?;
+    granted(ask(&notice.doors, tls, question).await?)
 }
 
 /// Asks with the certificate in `folder`.

@@ -5,14 +5,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coordinator_core::state_machine::host::{HostRecord, InviteId, NewHost, Standing};
+use coordinator_core::state_machine::host::{Entered, HostRecord, Invite, InviteId, NewHost, Standing};
 use coordinator_core::state_machine::{Command, Reply};
+use protocol::hotkey::Hotkey;
+use protocol::time::UnixMillis;
 use quinn::{Connection, ConnectionError, Endpoint};
+use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::wire::{Answer, Granted, Join, Question, read, write};
-use super::{Admission, authority, token};
+use super::wire::{Answer, Enter, Granted, Join, Question, read, write};
+use super::{Admission, Nodes, authority, node, token};
 use crate::identity::{Bearer, COORDINATOR_NAME, Identity, LIFE_MS, Names, key_hash};
 use crate::signer::Sign;
 use crate::store::{Error as StoreError, Store};
@@ -23,6 +26,8 @@ const QUESTION_MAX: Duration = Duration::from_secs(10);
 const CLOCK_OFFSET_MAX_MS: u64 = 20_000;
 /// How long a probe may take.
 const PROBE_MAX: Duration = Duration::from_secs(4);
+/// How long an invitation is good that is used in the next moment, in ms.
+const AT_ONCE_MS: u64 = 60_000;
 /// Characters of a name or an address.
 const WORD_MAX: usize = 255;
 
@@ -41,6 +46,8 @@ pub struct Gate {
     pub identity: PathBuf,
     /// Limits how many join at a time.
     pub joins: Arc<Semaphore>,
+    /// The Kubernetes cluster whose nodes enter by themselves.
+    pub nodes: Option<Arc<dyn Nodes>>,
 }
 
 /// A limit for [`Gate::joins`].
@@ -78,8 +85,29 @@ impl From<authority::Error> for No {
     }
 }
 
+impl From<node::Error> for No {
+    fn from(error: node::Error) -> Self {
+        match error {
+            node::Error::Refused(reason) => Self::Refused(reason),
+            node::Error::Unavailable(reason) => Self::Unavailable(reason),
+        }
+    }
+}
+
 fn refused(reason: impl Into<String>) -> No {
     No::Refused(reason.into())
+}
+
+/// Refuses what would break a list or a log.
+fn are_words(words: &[(&str, &str)]) -> Result<(), No> {
+    for (what, word) in words {
+        if word.len() > WORD_MAX || word.chars().any(char::is_control) {
+            return Err(refused(format!(
+                "the host's {what} is no word of at most {WORD_MAX} bytes"
+            )));
+        }
+    }
+    Ok(())
 }
 
 impl Gate {
@@ -102,6 +130,7 @@ impl Gate {
     async fn answer(&self, question: Question, bearer: Option<&Bearer>) -> Answer {
         let granted = match question {
             Question::Join(join) => self.join(*join).await,
+            Question::Enter(enter) => self.enter(*enter).await,
             Question::Renew => self.renew(bearer).await,
             Question::Rejoin => self.rejoin(bearer).await,
             Question::Probe => match self.known(bearer).await {
@@ -124,25 +153,12 @@ impl Gate {
     }
 
     async fn join(&self, join: Join) -> Result<Granted, No> {
-        let now = self.store.clock().now();
-        let offset_ms = now.0.abs_diff(join.clock.0);
-        if offset_ms > CLOCK_OFFSET_MAX_MS {
-            return Err(refused(format!(
-                "the host's clock is {} s off: run a time service (chrony) on it, then join again",
-                offset_ms / 1000
-            )));
-        }
-        for (what, word) in [
+        let now = self.clocks_agree(join.clock)?;
+        are_words(&[
             ("name", &join.name),
             ("site", &join.site),
             ("address", &join.address),
-        ] {
-            if word.len() > WORD_MAX || word.chars().any(char::is_control) {
-                return Err(refused(format!(
-                    "the host's {what} is no word of at most {WORD_MAX} bytes"
-                )));
-            }
-        }
+        ])?;
         let few = self.joins.try_acquire();
         let _few = few.map_err(|_| No::Unavailable("too many hosts join at this moment".to_owned()))?;
         self.store.linearizable().await?;
@@ -154,21 +170,12 @@ impl Gate {
                 .map(|invite| invite.eligible)
         });
         let eligible = known.map_err(|rejection| refused(rejection.to_string()))?;
-        match &join.hotkey {
-            Some(hotkey) if hotkey != self.signer.hotkey() => {
-                return Err(refused(format!(
-                    "this cluster belongs to the miner {}, and the host is configured for {hotkey}: one cluster is \
-                     one hotkey",
-                    self.signer.hotkey()
-                )));
-            }
-            None if eligible => {
-                return Err(refused(
-                    "the invitation makes the host a member, which needs the miner's seed: set miner.seed_file and \
-                     coordinator.enabled = true, or invite it without --eligible",
-                ));
-            }
-            Some(_) | None => {}
+        self.is_one_miner(join.hotkey.as_ref())?;
+        if eligible && join.hotkey.is_none() {
+            return Err(refused(
+                "the invitation makes the host a member, which needs the miner's seed: set miner.seed_file and \
+                 coordinator.enabled = true, or invite it without --eligible",
+            ));
         }
         let command = Command::JoinHost {
             id: invite,
@@ -181,16 +188,125 @@ impl Gate {
                 key_hash: key_hash(&join.public_key),
             },
         };
-        let member = match self.store.propose(command).await? {
-            Reply::Joined { member } => member,
-            other => return Err(refused(format!("unexpected reply {other:?}"))),
-        };
+        let member = self.joined(command).await?;
         tracing::info!(server = %join.server, ?member, "a host has joined");
         let names = Names {
             server: join.server,
             member,
         };
         self.grant(names, &join.public_key).await
+    }
+
+    /// Lets a node in that shows the token of its agent's pod.
+    async fn enter(&self, enter: Enter) -> Result<Granted, No> {
+        let nodes = self.nodes.as_ref().ok_or_else(|| {
+            refused(
+                "this member knows of no Kubernetes cluster whose nodes enter by themselves: set nodes.config_map on \
+                 it, or join with a token of `chutes-miner host invite`",
+            )
+        })?;
+        let now = self.clocks_agree(enter.clock)?;
+        are_words(&[("site", &enter.site), ("address", &enter.address)])?;
+        let few = self.joins.try_acquire();
+        let _few = few.map_err(|_| No::Unavailable("too many hosts join at this moment".to_owned()))?;
+        // First: nothing else is told to a stranger.
+        let node = nodes.review(&enter.token).await?;
+        self.is_one_miner(enter.hotkey.as_ref())?;
+        if node.member && enter.hotkey.is_none() {
+            return Err(refused(format!(
+                "the pod on the node {} has the account of members, which need the miner's seed: set miner.seed_file \
+                 and coordinator.enabled = true there",
+                node.name
+            )));
+        }
+        self.store.linearizable().await?;
+        let server = node.server();
+        let host = NewHost {
+            server: server.clone(),
+            name: node.name.clone(),
+            site: enter.site,
+            address: enter.address,
+            key_hash: key_hash(&enter.public_key),
+        };
+        let member = match self.store.read(|state| state.entered(&host)) {
+            Entered::Before { member } => member,
+            Entered::OtherKey => {
+                return Err(refused(format!(
+                    "the node {0} has entered before, with a key that it has lost: remove what it was with \
+                     `chutes-miner host remove {0}`, then it enters by itself",
+                    node.name
+                )));
+            }
+            Entered::NameTaken(other) => {
+                return Err(refused(format!(
+                    "the name {0} belongs to the host {other}, which is not this node: if the node was deleted and \
+                     made again, remove what it was with `chutes-miner host remove {0}`, then it enters by itself",
+                    node.name
+                )));
+            }
+            Entered::NotYet => {
+                let (invite, secret_hash) = self.invite_at_once(node.member, now).await?;
+                let command = Command::JoinHost {
+                    id: invite,
+                    secret_hash,
+                    host,
+                };
+                self.joined(command).await?
+            }
+        };
+        tracing::info!(%server, node = node.name, uid = node.uid, ?member, "a node has entered");
+        self.grant(Names { server, member }, &enter.public_key).await
+    }
+
+    /// An invitation that is used in the next moment, and that nobody else learns of.
+    async fn invite_at_once(&self, eligible: bool, now: UnixMillis) -> Result<(InviteId, [u8; 32]), No> {
+        let mut random = [0; 48];
+        let none = |_| No::Unavailable("this machine has no random numbers".to_owned());
+        SystemRandom::new().fill(&mut random).map_err(none)?;
+        let (secret, id) = random.split_at(32);
+        let id = InviteId(u128::from_be_bytes(id.try_into().expect("48 bytes less 32")));
+        let secret_hash = token::secret_hash(secret.try_into().expect("the first 32 bytes"));
+        let invite = Invite {
+            secret_hash,
+            expires_at: now + AT_ONCE_MS,
+            eligible,
+            site: None,
+            used_by: None,
+        };
+        self.store.propose(Command::InviteHost { id, invite }).await?;
+        Ok((id, secret_hash))
+    }
+
+    async fn joined(&self, command: Command) -> Result<Option<u64>, No> {
+        match self.store.propose(command).await? {
+            Reply::Joined { member } => Ok(member),
+            other => Err(refused(format!("unexpected reply {other:?}"))),
+        }
+    }
+
+    /// The time, if the host's clock shows about the same.
+    fn clocks_agree(&self, clock: UnixMillis) -> Result<UnixMillis, No> {
+        let now = self.store.clock().now();
+        let offset_ms = now.0.abs_diff(clock.0);
+        if offset_ms > CLOCK_OFFSET_MAX_MS {
+            return Err(refused(format!(
+                "the host's clock is {} s off: run a time service (chrony) on it, then join again",
+                offset_ms / 1000
+            )));
+        }
+        Ok(now)
+    }
+
+    /// Refuses a host that has another miner's seed.
+    fn is_one_miner(&self, hotkey: Option<&Hotkey>) -> Result<(), No> {
+        let own = self.signer.hotkey();
+        match hotkey {
+            Some(hotkey) if hotkey != own => Err(refused(format!(
+                "this cluster belongs to the miner {own}, and the host is configured for {hotkey}: one cluster is \
+                 one hotkey"
+            ))),
+            Some(_) | None => Ok(()),
+        }
     }
 
     async fn renew(&self, bearer: Option<&Bearer>) -> Result<Granted, No> {
@@ -213,10 +329,7 @@ impl Gate {
         let command = Command::RejoinHost {
             server: server.clone(),
         };
-        let member = match self.store.propose(command).await? {
-            Reply::Joined { member } => member,
-            other => return Err(refused(format!("unexpected reply {other:?}"))),
-        };
+        let member = self.joined(command).await?;
         tracing::info!(%server, ?member, "a member comes back without its store");
         self.grant(Names { server, member }, &bearer.public_key).await
     }

@@ -14,7 +14,8 @@ use super::Admission;
 /// Protocol name of the gate in the TLS handshake.
 pub const ALPN: &[u8] = b"chutes-join/1";
 
-/// A question to a member. All but the first need the certificate of a host.
+/// A question to a member. All but those to be let in need the certificate of a host. New ones go to the end: the
+/// position is what is sent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
     /// Let me in.
@@ -27,6 +28,8 @@ pub enum Question {
     Probe,
     /// I trust the authorities with these fingerprints, and the last one has signed the certificate that I carry.
     Trusts(Vec<[u8; 32]>),
+    /// Let me in: my pod's token says which node of the shared Kubernetes cluster I am.
+    Enter(Box<Enter>),
 }
 
 /// A host that wants to join.
@@ -57,6 +60,32 @@ impl std::fmt::Debug for Join {
         f.debug_struct("Join")
             .field("invite", &format_args!("{:032x}", self.invite))
             .field("server", &self.server)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A node of a Kubernetes cluster that wants to join. It says neither its name nor its id: its token does.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Enter {
+    /// Token of the service account of its agent's pod, made for this alone.
+    pub token: String,
+    /// Provider or place; empty if it has none.
+    pub site: String,
+    /// `host:port` where members would reach it.
+    pub address: String,
+    /// A point of P-256, uncompressed.
+    pub public_key: Vec<u8>,
+    /// Whose seed it has; none without one.
+    pub hotkey: Option<Hotkey>,
+    /// Its wall clock.
+    pub clock: UnixMillis,
+}
+
+impl std::fmt::Debug for Enter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Enter")
+            .field("token", &"hidden")
+            .field("address", &self.address)
             .finish_non_exhaustive()
     }
 }
@@ -134,4 +163,33 @@ pub async fn read<T: DeserializeOwned>(stream: &mut RecvStream) -> Result<T, Err
         }
     }
     Err(Error::Lost("it ended in the middle of a message".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hosts and members of different versions speak with each other: what a question is sent as never changes.
+    #[test]
+    fn questions_are_sent_as_they_always_were() {
+        let enter = Enter {
+            token: "t".to_owned(),
+            site: "s".to_owned(),
+            address: "a:1".to_owned(),
+            public_key: vec![4, 5],
+            hotkey: None,
+            clock: UnixMillis(300),
+        };
+        assert!(!format!("{enter:?}").contains("\"t\""), "{enter:?}");
+        for (question, bytes) in [
+            (Question::Renew, "01"),
+            (Question::Rejoin, "02"),
+            (Question::Probe, "03"),
+            (Question::Trusts(Vec::new()), "0400"),
+            (Question::Enter(Box::new(enter)), "0501740173 03613a31 020405 00 ac02"),
+        ] {
+            let sent = postcard::to_stdvec(&question).expect("it can be sent");
+            assert_eq!(hex::encode(sent), bytes.replace(' ', ""), "{question:?}");
+        }
+    }
 }

@@ -135,6 +135,22 @@ pub struct Invite {
     pub used_by: Option<KeyHash>,
 }
 
+/// What the state holds against a host that enters, or for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entered {
+    /// Nothing.
+    NotYet,
+    /// It is in already, with this very key.
+    Before {
+        /// Its member id, if it is eligible.
+        member: Option<u64>,
+    },
+    /// It is in already, with another key.
+    OtherKey,
+    /// Another host has its name.
+    NameTaken(ServerId),
+}
+
 /// What is known of the owner of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing<'a> {

@@ -4,7 +4,7 @@ use protocol::id::ServerId;
 use protocol::time::UnixMillis;
 
 use super::command::{Answer, Rejection, Reply};
-use super::host::{Cluster, FIRST_MEMBER, HostRecord, Invite, InviteId, KeyHash, NewHost, Pin, Standing};
+use super::host::{Cluster, Entered, FIRST_MEMBER, HostRecord, Invite, InviteId, KeyHash, NewHost, Pin, Standing};
 use super::state::State;
 use super::table::Table;
 
@@ -93,6 +93,22 @@ impl State {
             }
         }
         Standing::Unknown
+    }
+
+    /// Whether a host may enter that is known for sure, so that it needs nobody's invitation.
+    #[must_use]
+    pub fn entered(&self, host: &NewHost) -> Entered {
+        let mut hosts = self.hosts.values().filter(|record| record.is_in());
+        match self.hosts.get(&host.server).filter(|record| record.is_in()) {
+            Some(record) if record.host.key_hash == host.key_hash => Entered::Before {
+                member: record.member,
+            },
+            Some(_) => Entered::OtherKey,
+            None => match hosts.find(|other| other.host.name == host.name) {
+                Some(other) => Entered::NameTaken(other.host.server.clone()),
+                None => Entered::NotYet,
+            },
+        }
     }
 
     pub(crate) fn found_cluster(
@@ -390,6 +406,29 @@ mod tests {
         assert!(matches!(world.0.standing(&[3; 32]), Standing::In(_)));
         assert!(world.0.is_removed(&id("b"), &[2; 32]));
         assert!(!world.0.is_removed(&id("b"), &[3; 32]));
+    }
+
+    #[test]
+    fn a_host_that_is_known_for_sure_enters_once_under_its_name() {
+        let mut world = World::founded("founder");
+        world.invite(1, true);
+        assert_eq!(world.at(3000, join(1, "b", 2)), joined(Some(2)));
+        assert_eq!(world.0.entered(&host("c", 3)), Entered::NotYet);
+        assert_eq!(
+            world.0.entered(&host("b", 2)),
+            Entered::Before { member: Some(2) },
+            "the answer was lost"
+        );
+        assert_eq!(world.0.entered(&host("b", 3)), Entered::OtherKey);
+        let mut again = host("c", 3);
+        again.name = "b".to_owned();
+        assert_eq!(world.0.entered(&again), Entered::NameTaken(id("b")));
+        world
+            .at(4000, Command::RemoveHost { server: id("b") })
+            .expect("it goes");
+        for host in [host("b", 2), host("b", 3), again] {
+            assert_eq!(world.0.entered(&host), Entered::NotYet);
+        }
     }
 
     #[test]
