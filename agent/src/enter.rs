@@ -79,7 +79,10 @@ impl Place<'_> {
         let notice = match (cluster.notice().await?, &own) {
             (Some(notice), _) => notice,
             (None, Some(own)) if own.member.is_none() => {
-                return say(&format!("this host belongs to the cluster {} already", own.cluster));
+                return say(&format!(
+                    "this host belongs to the cluster {} already",
+                    own.cluster
+                ));
             }
             (None, None) if !wants_to_vote => {
                 say(&format!(
@@ -100,7 +103,12 @@ impl Place<'_> {
                     doors: own.doors,
                 };
                 if cluster.found(&notice).await? {
-                    return say(&format!("the cluster {} is founded", own.cluster));
+                    let what = if own.opened {
+                        format!("the {} is made again for the", self.nodes.notice_name())
+                    } else {
+                        "founded the".to_owned()
+                    };
+                    return say(&format!("{what} cluster {}", own.cluster));
                 }
                 let other = cluster.notice().await?;
                 other.with_context(|| format!("the {} went away again", self.nodes.notice_name()))?
@@ -115,7 +123,10 @@ impl Place<'_> {
         );
         match Admission::read(self.folder)? {
             Some(own) if own.cluster == notice.cluster => {
-                say(&format!("this host belongs to the cluster {} already", own.cluster))?;
+                say(&format!(
+                    "this host belongs to the cluster {} already",
+                    own.cluster
+                ))?;
                 if own.member.is_none() && wants_to_vote {
                     say(
                         "it was let in without a vote: to make it a member, drain it, remove it with `chutes-miner \

@@ -234,8 +234,16 @@ fn owner(config: &Config, status: TokenReviewStatus) -> Result<Node, Error> {
         ));
     }
     // An API server that knows nothing of audiences says none.
-    if !status.audiences.iter().flatten().any(|one| *one == config.audience) {
-        return refused(format!("the token of the pod is not made for the audience {}", config.audience));
+    if !status
+        .audiences
+        .iter()
+        .flatten()
+        .any(|one| *one == config.audience)
+    {
+        return refused(format!(
+            "the token of the pod is not made for the audience {}",
+            config.audience
+        ));
     }
     let user = status.user.unwrap_or_default();
     let name = user.username.unwrap_or_default();
@@ -328,7 +336,12 @@ mod tests {
 
     #[test]
     fn everything_that_the_api_server_does_not_say_is_a_refusal() {
-        for other in ["system:serviceaccount:other:hosts", "system:serviceaccount:miner:default", "hosts", ""] {
+        for other in [
+            "system:serviceaccount:other:hosts",
+            "system:serviceaccount:miner:default",
+            "hosts",
+            "",
+        ] {
             assert!(refusal(status(other)).contains("may enter"), "{other}");
         }
         let mut none = status(HOST);
@@ -340,7 +353,11 @@ mod tests {
             other.audiences = audiences;
             assert!(refusal(other).contains("not made for the audience us"));
         }
-        for (key, why) in [(POD, "not bound to a pod"), (NODE, "names no node"), (NODE_UID, "names no node")] {
+        for (key, why) in [
+            (POD, "not bound to a pod"),
+            (NODE, "names no node"),
+            (NODE_UID, "names no node"),
+        ] {
             let mut without = status(HOST);
             let extra = without.user.as_mut().and_then(|user| user.extra.as_mut());
             extra.expect("it has some").remove(key);

@@ -374,7 +374,9 @@ pub fn nodes(written: &Written) -> Result<Option<nodes::Config>, String> {
         kubeconfig: written.runtime.kubeconfig.clone(),
     };
     if config.member_account == config.host_account {
-        return Err("nodes.member_account and nodes.host_account must be two: the account says who votes".to_owned());
+        return Err(
+            "nodes.member_account and nodes.host_account must be two: the account says who votes".to_owned(),
+        );
     }
     Ok(Some(config))
 }

@@ -300,17 +300,17 @@ pub(crate) fn rows<'a>(state: &'a Value, table: &str) -> &'a [Value] {
 
 /// Where the doors of a host are.
 #[derive(Debug, Clone, Copy)]
-struct Ports {
-    hosts: SocketAddr,
-    api: SocketAddr,
-    proof: SocketAddr,
-    registry: SocketAddr,
-    egress: SocketAddr,
+pub(crate) struct Ports {
+    pub(crate) hosts: SocketAddr,
+    pub(crate) api: SocketAddr,
+    pub(crate) proof: SocketAddr,
+    pub(crate) registry: SocketAddr,
+    pub(crate) egress: SocketAddr,
 }
 
 impl Ports {
     /// Free ports on an address that no other host of this or another test process has.
-    fn free() -> Self {
+    pub(crate) fn free() -> Self {
         static NEXT: AtomicU8 = AtomicU8::new(2);
         let [_, _, high, low] = std::process::id().to_be_bytes();
         let ip = Ipv4Addr::new(127, 64 | (high & 63), low, NEXT.fetch_add(1, Ordering::Relaxed));

@@ -1,5 +1,6 @@
 //! The whole miner with real processes against validator stand-ins in this process: several validators, the
-//! legacy flow, private chutes, jobs whose workload dies, chutes as Jobs of a Kubernetes cluster.
+//! legacy flow, private chutes, jobs whose workload dies, chutes as Jobs of a Kubernetes cluster, nodes that enter by
+//! themselves.
 //!
 //! `cluster.rs` runs the hosts and asks the management API, `stand_in.rs` runs the validators; the other
 //! rooms are the tests. Each test has a whole miner of its own, so they run one after the other.
@@ -14,6 +15,7 @@ mod jobs;
 mod kubernetes;
 mod legacy;
 mod logs;
+mod nodes;
 mod private_chutes;
 #[path = "../processes/signed.rs"]
 mod signed;

@@ -220,7 +220,9 @@ impl ServerCertVerifier for JoinVerifier {
         let known = intermediates.iter().filter(is_known);
         let known: Vec<CertificateDer<'static>> = known.map(|it| it.clone().into_owned()).collect();
         if known.is_empty() {
-            return Err(refused("this member belongs to another cluster than the invitation"));
+            return Err(refused(
+                "this member belongs to another cluster than the invitation",
+            ));
         }
         let roots = roots(&known).map_err(|error| refused(&error.to_string()))?;
         let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())

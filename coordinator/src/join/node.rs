@@ -27,7 +27,7 @@ use crate::store::{BoxFuture, Store};
 /// Between two looks at what the notice should say.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Between two writes that change nothing: somebody may have deleted the notice. Also after one that failed.
-const WRITE_EVERY: Duration = Duration::from_secs(60);
+const WRITE_EVERY: Duration = Duration::from_secs(30);
 /// Letters of the node's name in an id: with what follows them they are one part of a DNS name.
 const ID_LETTERS_MAX: usize = 46;
 /// Digits of the digest in an id.
@@ -156,7 +156,11 @@ pub async fn keep(
                 }
             }
         }
-        if cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+        if cancel
+            .run_until_cancelled(tokio::time::sleep(pause))
+            .await
+            .is_none()
+        {
             return;
         }
     }
@@ -189,7 +193,10 @@ mod tests {
         for name in ["n", "-", "", "a.b", &"long.".repeat(50)] {
             let id = id(name, "u");
             assert!((1..=63).contains(&id.len()), "{id}");
-            assert!(!id.starts_with('-') && !id.ends_with('-') && !id.contains('.'), "{id}");
+            assert!(
+                !id.starts_with('-') && !id.ends_with('-') && !id.contains('.'),
+                "{id}"
+            );
         }
     }
 }

@@ -186,7 +186,10 @@ mod tests {
             (Question::Rejoin, "02"),
             (Question::Probe, "03"),
             (Question::Trusts(Vec::new()), "0400"),
-            (Question::Enter(Box::new(enter)), "0501740173 03613a31 020405 00 ac02"),
+            (
+                Question::Enter(Box::new(enter)),
+                "0501740173 03613a31 020405 00 ac02",
+            ),
         ] {
             let sent = postcard::to_stdvec(&question).expect("it can be sent");
             assert_eq!(hex::encode(sent), bytes.replace(' ', ""), "{question:?}");

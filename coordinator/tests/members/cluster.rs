@@ -145,7 +145,13 @@ impl Host {
     pub(crate) async fn refused(&self) -> Error {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
         let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
-        let run = member::run(self.config(), Arc::new(signer), clock, None, CancellationToken::new());
+        let run = member::run(
+            self.config(),
+            Arc::new(signer),
+            clock,
+            None,
+            CancellationToken::new(),
+        );
         let ended = tokio::time::timeout(PATIENCE, Box::pin(run)).await;
         let ended = ended.expect("it ends at once, and does not serve");
         ended.expect_err("it must not start")
@@ -155,7 +161,13 @@ impl Host {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
         let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
         let stop = CancellationToken::new();
-        let running = Box::pin(member::run(self.config(), Arc::new(signer), clock, None, stop.clone()));
+        let running = Box::pin(member::run(
+            self.config(),
+            Arc::new(signer),
+            clock,
+            None,
+            stop.clone(),
+        ));
         let name = self.name();
         let task = tokio::spawn(async move {
             let ended = running.await;

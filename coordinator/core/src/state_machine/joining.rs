@@ -4,7 +4,9 @@ use protocol::id::ServerId;
 use protocol::time::UnixMillis;
 
 use super::command::{Answer, Rejection, Reply};
-use super::host::{Cluster, Entered, FIRST_MEMBER, HostRecord, Invite, InviteId, KeyHash, NewHost, Pin, Standing};
+use super::host::{
+    Cluster, Entered, FIRST_MEMBER, HostRecord, Invite, InviteId, KeyHash, NewHost, Pin, Standing,
+};
 use super::state::State;
 use super::table::Table;
 
