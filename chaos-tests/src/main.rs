@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use chaos_tests::members::{self, Outcome};
-use chaos_tests::{faults, sim, storm};
+use chaos_tests::{faults, kubernetes, sim, storm};
 use clap::{Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -34,6 +34,8 @@ enum Command {
     Links(members::Links),
     /// Counts elections that nothing calls for, on slow disks and a busy machine.
     Elections(members::Elections),
+    /// Runs the miner on a Kubernetes API server with many nodes, and kills the API server.
+    Kubernetes(kubernetes::Options),
     /// Tries each fault tool; fails if one is missing.
     Probe,
 }
@@ -52,6 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Pause(options) => conclude(options.run()),
         Command::Links(options) => conclude(options.run()),
         Command::Elections(options) => conclude(options.run()),
+        Command::Kubernetes(options) => conclude(options.run()),
         Command::Probe => probe(),
     }
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::storm::cluster::agent_beside_us;
 
-mod cluster;
+pub(crate) mod cluster;
 mod elections;
 mod leaders;
 mod links;
@@ -57,11 +57,11 @@ impl From<crate::storm::Report> for Outcome {
 }
 
 impl Common {
-    fn seed(&self) -> u64 {
+    pub(crate) fn seed(&self) -> u64 {
         self.seed.unwrap_or_else(|| fastrand::u64(..))
     }
 
-    fn executable(&self) -> anyhow::Result<PathBuf> {
+    pub(crate) fn executable(&self) -> anyhow::Result<PathBuf> {
         match &self.agent {
             Some(path) => path.canonicalize().with_context(|| path.display().to_string()),
             None => agent_beside_us(),

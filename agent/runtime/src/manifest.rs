@@ -42,7 +42,8 @@ pub const FIELD_MANAGER: &str = "chutes-agent";
 /// The container with the chute itself.
 pub const CHUTE_CONTAINER: &str = "chute";
 const CODE_LABEL: (&str, &str) = ("chutes/code", "true");
-const CHUTE_LABEL: &str = "chutes/chute-id";
+/// Label with the chute that an object belongs to.
+pub const CHUTE_LABEL: &str = "chutes/chute-id";
 const VERSION_LABEL: &str = "chutes/version";
 /// The longest value of a label, and so of a node's name.
 pub const NODE_CHARACTERS_MAX: usize = 63;

@@ -91,12 +91,20 @@ pub(super) fn free_network() -> anyhow::Result<u8> {
         .context("all networks below 127.77 are in use")
 }
 
-/// Starts the stand-in; its data are in `data`.
-pub(super) async fn start_stand_in(plan: &Plan) -> anyhow::Result<Child> {
-    let folder = plan.data.join("validator-stand-in");
+/// Starts the stand-in with its data below `data`; the development scenario when no file of another is named.
+pub(crate) async fn start_stand_in(
+    agent: &Path,
+    data: &Path,
+    scenario: Option<&Path>,
+) -> anyhow::Result<Child> {
+    let folder = data.join("validator-stand-in");
     std::fs::create_dir_all(&folder)?;
-    let mut command = Command::new(&plan.agent);
-    command.args(["validator-stand-in", "--listen", "127.0.0.1:0", "--data"]);
+    let mut command = Command::new(agent);
+    command.args(["validator-stand-in", "--listen", "127.0.0.1:0"]);
+    if let Some(scenario) = scenario {
+        command.arg("--scenario").arg(scenario);
+    }
+    command.arg("--data");
     command
         .arg(&folder)
         .arg("--ready-file")
@@ -105,7 +113,7 @@ pub(super) async fn start_stand_in(plan: &Plan) -> anyhow::Result<Child> {
         .spawn()
         .context("start the stand-in")?;
     let deadline = Instant::now() + START_PATIENCE;
-    while doors::ready(&plan.data).is_err() {
+    while doors::ready(data).is_err() {
         anyhow::ensure!(Instant::now() < deadline, "the stand-in does not serve");
         sleep(ASK_EVERY).await;
     }

@@ -84,7 +84,7 @@ impl Place {
         };
         Ok(Self {
             network: cluster::free_network()?,
-            stand_in: cluster::start_stand_in(&plan).await?,
+            stand_in: cluster::start_stand_in(&plan.agent, &plan.data, None).await?,
             plan,
             folder,
             seed: common.seed(),
