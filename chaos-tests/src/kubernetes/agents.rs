@@ -19,6 +19,7 @@ use std::time::Duration;
 use agent::config::{self, Sources};
 use agent::{host_plane, proof_plane};
 use anyhow::Context;
+use futures_util::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Container, HostPathVolumeSource, Pod, Secret, Volume};
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
@@ -28,6 +29,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+/// Label that says whether a pod's host is a member.
+const COMPONENT: &str = "app.kubernetes.io/component";
 /// Pods are started so many at a time.
 const AT_A_TIME: usize = 8;
 const ASK_EVERY: Duration = Duration::from_millis(200);
@@ -86,7 +89,7 @@ impl Agents {
     ) -> anyhow::Result<()> {
         let pods: Api<Pod> = Api::namespaced(plane.client.clone(), namespace);
         let deadline = Instant::now() + patience;
-        let all = loop {
+        let mut all = loop {
             let all = pods.list(&ListParams::default()).await?.items;
             let runs = |pod: &&Pod| {
                 pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
@@ -102,19 +105,16 @@ impl Agents {
             );
             sleep(ASK_EVERY).await;
         };
+        // Hosts wait for members: started so many at a time, they would wait for ever.
+        let waits = |pod: &Pod| pod.labels().get(COMPONENT).map(String::as_str) != Some("member");
+        all.sort_by_key(waits);
         let mut machines = Vec::new();
         for pod in all {
             machines.push(self.prepare(plane, namespace, pod).await?);
         }
-        let mut entering: futures_util::stream::FuturesUnordered<_> =
-            futures_util::stream::FuturesUnordered::new();
-        for machine in machines {
-            if entering.len() >= AT_A_TIME {
-                futures_util::StreamExt::next(&mut entering).await.transpose()?;
-            }
-            entering.push(self.enter(machine));
-        }
-        while let Some(entered) = futures_util::StreamExt::next(&mut entering).await {
+        let entering = stream::iter(machines).map(|machine| self.enter(machine));
+        let mut entering = entering.buffer_unordered(AT_A_TIME);
+        while let Some(entered) = entering.next().await {
             entered?;
         }
         Ok(())

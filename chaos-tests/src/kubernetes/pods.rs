@@ -123,9 +123,13 @@ impl Pods {
                     self.see(pod, &mut containers);
                 }
                 Ok(watcher::Event::InitDone) => {
-                    let running = Self::lock(&self.running);
-                    let gone = running.iter().filter(|(uid, _)| !listed.contains(uid));
-                    gone.for_each(|(_, one)| one.end.cancel());
+                    Self::lock(&self.running).retain(|uid, one| {
+                        let stays = listed.contains(uid);
+                        if !stays {
+                            one.end.cancel();
+                        }
+                        stays
+                    });
                 }
                 Ok(watcher::Event::Delete(pod)) => self.end(&pod),
                 // The API server may be away; the watch begins anew.

@@ -116,17 +116,21 @@ impl Scheduler {
         let mut changes = self.store.changes();
         let mut next_tick = Instant::now();
         let mut room = 0;
+        let mut look_at = None;
         loop {
             let trigger = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return,
                 () = sleep_until(next_tick) => Trigger::Tick,
                 Some(trigger) = triggered.recv() => trigger,
-                () = changes.changed() => {
+                // A trigger never waits for this: what an event recorded is a change, too.
+                () = changes.changed(), if look_at.is_none() => {
+                    look_at = Some(Instant::now() + LOOK_EVERY);
+                    continue;
+                }
+                () = sleep_until(look_at.unwrap_or(next_tick)), if look_at.is_some() => {
+                    look_at = None;
                     // Room that has appeared is worth a pass; anything else waits for the next one.
-                    if cancel.run_until_cancelled(tokio::time::sleep(LOOK_EVERY)).await.is_none() {
-                        return;
-                    }
                     let before = std::mem::replace(&mut room, self.store.read(free_gpus));
                     if room <= before {
                         continue;
@@ -273,6 +277,34 @@ fn thousandths(milli: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::WallClock;
+    use coordinator_core::state_machine::command::Command;
+
+    /// What an event records is a change of the state, too: the trigger behind it waited for the pause between looks.
+    #[tokio::test]
+    async fn a_trigger_does_not_wait_for_the_next_look_at_changes() {
+        let store = Store::in_memory(Arc::new(WallClock));
+        let (triggers, triggered) = Triggers::channel();
+        let scheduler = Scheduler {
+            store: store.clone(),
+            listings: Listings::default(),
+            scheduling: Scheduling::new(strategy::NAMES[0], Duration::from_secs(3600)).unwrap(),
+            random: fastrand::Rng::with_seed(1),
+        };
+        let running = tokio::spawn(scheduler.run(triggered, CancellationToken::new()));
+        let turns = async || {
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        };
+        turns().await;
+        store.propose(Command::PassTime).await.unwrap();
+        turns().await;
+        triggers.ask(Trigger::Job(protocol::id::JobId::parse("job-1").unwrap()));
+        turns().await;
+        assert_eq!(triggers.queue.capacity(), TRIGGERS_MAX, "it still waits");
+        running.abort();
+    }
 
     #[test]
     fn deployment_names_are_uuids_of_version_4() {
