@@ -42,6 +42,8 @@ const HOURLY_COST_USD: f64 = 0.01;
 /// Hosts whose GPUs are verified at a time.
 const VERIFIED_AT_A_TIME: usize = 8;
 const START_PATIENCE: Duration = Duration::from_secs(300);
+/// How long what events alone end may take.
+const EVENTS_PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Clock ticks of `/proc` in a second.
 const TICKS: u64 = 100;
@@ -67,6 +69,8 @@ pub(super) struct Fleet {
     looks: u64,
     pods_max: usize,
     pods_kept: usize,
+    /// Deployments that an operator had to stop at the end.
+    stopped_by_hand: usize,
     install_ms: u64,
     folder: TempDir,
 }
@@ -133,6 +137,7 @@ impl Fleet {
             looks: 0,
             pods_max: 0,
             pods_kept: 0,
+            stopped_by_hand: 0,
             install_ms: 0,
             plane,
             folder,
@@ -424,6 +429,9 @@ impl Fleet {
             let chute = chute["name"].as_str().unwrap_or_default().to_owned();
             self.act(Action::DeleteChute { chute }).await?;
         }
+        if self.settle(EVENTS_PATIENCE).await.is_err() {
+            self.stop_what_the_budget_left().await?;
+        }
         self.settle(super::CALM_PATIENCE).await?;
         let deadline = Instant::now() + super::CALM_PATIENCE;
         loop {
@@ -445,6 +453,22 @@ impl Fleet {
             .filter(|gpu| !gpu["holder"].is_null())
             .count();
         anyhow::ensure!(held == 0, "{held} GPUs are held by nothing");
+        Ok(())
+    }
+
+    /// What an operator does when events were lost with the leader that had received them: listings say so, too, but what
+    /// they alone say away stays within a budget.
+    async fn stop_what_the_budget_left(&mut self) -> anyhow::Result<()> {
+        let state = self.look().await?;
+        let live = rows(&state, "deployments")
+            .iter()
+            .filter(|row| row["live"] == true);
+        let left: Vec<&Value> = live.map(|row| &row["deployment_id"]).collect();
+        self.stopped_by_hand += left.len();
+        if !left.is_empty() {
+            let body = json!({ "deployments": left, "reason": "its chute is gone", "allow_loss": true, "budgeted": false });
+            self.doors.write("/v1/stop", &body).await?;
+        }
         Ok(())
     }
 
@@ -511,6 +535,7 @@ impl Fleet {
             "instances_activated": activated,
             "pods_max": self.pods_max,
             "pods_kept": self.pods_kept,
+            "stopped_by_hand": self.stopped_by_hand,
             "doubled": self.doubled.len(),
             "invariant_violations": self.violations.len(),
             "looks": self.looks,

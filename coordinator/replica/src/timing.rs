@@ -33,8 +33,9 @@ const ECHOES: usize = 5;
 const ECHOES_MIN: usize = 3;
 /// Slowest heartbeat, for ways of up to 600 ms.
 const HEARTBEAT_MS_MAX: u64 = 1800;
-/// Rounds in a row that must find the pace too slow before it gets faster.
-const FASTER_AFTER: u32 = 60;
+/// How long the pace must have been found too slow before it gets faster. A machine that is busy now and then makes the
+/// ways look longer: a leader that followed each change would hand over all the time.
+const FASTER_AFTER: Duration = Duration::from_secs(600);
 
 /// What is known of the way to one member.
 #[derive(Debug, Default)]
@@ -173,7 +174,7 @@ impl Inner {
 
 /// Measures for as long as the replica is there, and adapts.
 pub(crate) async fn watch_ways(inner: Weak<Inner>, timing: Timing) {
-    let (mut rounds, mut too_slow) = (0u32, 0);
+    let (mut rounds, mut too_slow_since) = (0u32, None);
     loop {
         let leads = match inner.upgrade() {
             Some(inner) if !inner.queue.is_closed() => inner.leadership.borrow().leader == Some(inner.member),
@@ -195,13 +196,13 @@ pub(crate) async fn watch_ways(inner: Weak<Inner>, timing: Timing) {
         }
         let now = pace_of(inner.raft.borrow().config());
         let wanted = wanted(now, inner.ways.worst(&members));
-        too_slow = if wanted.heartbeat_ms < now.heartbeat_ms {
-            too_slow + 1
-        } else {
-            0
-        };
-        if wanted.heartbeat_ms > now.heartbeat_ms || too_slow >= FASTER_AFTER {
-            too_slow = 0;
+        if wanted.heartbeat_ms >= now.heartbeat_ms {
+            too_slow_since = None;
+        }
+        let faster = wanted.heartbeat_ms < now.heartbeat_ms
+            && too_slow_since.get_or_insert_with(Instant::now).elapsed() >= FASTER_AFTER;
+        if wanted.heartbeat_ms > now.heartbeat_ms || faster {
+            too_slow_since = None;
             let replica = Replica(inner);
             if let Err(error) = replica.change_pace(wanted, &members).await {
                 tracing::warn!(%error, "the timing could not be changed");
