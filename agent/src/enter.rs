@@ -15,6 +15,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use agent::config::checked::{self, certificates_folder, joining, run_folder};
+use agent::config::units::parse_duration;
 use agent::config::written::Written;
 use agent::config::{self, Sources};
 use agent::nodes::{self, Cluster};
@@ -32,16 +33,22 @@ use tokio::time::{Instant, sleep};
 
 use crate::setup::{runtime, say};
 
-/// How long members may be out of reach: they start at the same time as this.
-const PATIENCE: Duration = Duration::from_secs(180);
 /// Between two tries.
 const TRY_EVERY: Duration = Duration::from_secs(2);
+
+/// How it is entered.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// How long members may be out of reach before it gives up, such as 30s: they may start at the same time as this
+    #[arg(long, value_name = "TIME", default_value = "3m", value_parser = parse_duration)]
+    patience: Duration,
+}
 
 /// Enters the cluster, or founds it.
 ///
 /// # Errors
 /// With a chain of reasons; run again it goes on from where it was.
-pub(crate) fn enter(sources: &Sources) -> anyhow::Result<()> {
+pub(crate) fn enter(sources: &Sources, arguments: &Arguments) -> anyhow::Result<()> {
     let (written, _) = config::read(sources)?;
     let nodes = checked::nodes(&written).map_err(anyhow::Error::msg)?;
     let nodes = nodes.context(
@@ -60,6 +67,7 @@ pub(crate) fn enter(sources: &Sources) -> anyhow::Result<()> {
             written: &written,
             nodes: &nodes,
             folder: &folder,
+            patience: arguments.patience,
         };
         Box::pin(place.enter(&cluster)).await
     })
@@ -70,6 +78,7 @@ struct Place<'a> {
     written: &'a Written,
     nodes: &'a nodes::Config,
     folder: &'a Path,
+    patience: Duration,
 }
 
 impl Place<'_> {
@@ -205,7 +214,7 @@ impl Place<'_> {
             Some(_) | None => None,
         };
         let public_key = HostKey::open_or_make(self.folder)?.public();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let mut told = None;
         loop {
             let question = Question::Enter(Box::new(Enter {

@@ -64,7 +64,7 @@ enum Command {
     Join(setup::Invitation),
     /// As a node of a Kubernetes cluster that several hosts share: found the cluster, or enter it. Leaves a host that
     /// belongs to it
-    Enter,
+    Enter(enter::Arguments),
     /// Find what is wrong around this host
     #[command(subcommand)]
     Doctor(DoctorCommand),
@@ -148,7 +148,7 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Config(ConfigCommand::Check) => check(&settings.sources()),
         Command::Init => setup::init(settings.sources()),
         Command::Join(invitation) => setup::join(&settings.sources(), &invitation),
-        Command::Enter => enter::enter(&settings.sources()),
+        Command::Enter(arguments) => enter::enter(&settings.sources(), &arguments),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),

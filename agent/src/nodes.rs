@@ -79,7 +79,7 @@ impl Cluster {
 
     /// What the API server did not do, in words.
     fn trouble(&self, doing: &str, error: &kube::Error) -> Error {
-        let what = format!("{doing} {}: {error}", self.config.notice_name());
+        let what = format!("{doing} {}: {}", self.config.notice_name(), words(error));
         match error {
             kube::Error::Api(status) if status.code == 403 => {
                 Error::Refused(format!("{what}: is the chart's role in place?"))
@@ -215,7 +215,8 @@ impl Cluster {
         let answer = in_time(api.create(&how, &review)).await?;
         let answer = answer.map_err(|error| {
             Error::Unavailable(format!(
-                "the API server does not say whose token this is: {error}"
+                "the API server does not say whose token this is: {}",
+                words(&error)
             ))
         })?;
         owner(&self.config, answer.status.unwrap_or_default())
@@ -266,6 +267,14 @@ fn owner(config: &Config, status: TokenReviewStatus) -> Result<Node, Error> {
     match (said(NODE), said(NODE_UID)) {
         (Some(name), Some(uid)) => Ok(Node { name, uid, member }),
         _ => refused("the token names no node: Kubernetes 1.30 or newer is needed".to_owned()),
+    }
+}
+
+/// What went wrong, without all that the API server adds.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} ({} {})", status.message, status.code, status.reason),
+        other => other.to_string(),
     }
 }
 

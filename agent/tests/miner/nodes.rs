@@ -80,7 +80,11 @@ impl Home {
 
     /// What it says, and whether it goes well.
     async fn enter(&self) -> (bool, String) {
-        let done = timeout(PATIENCE * 2, self.entering().output()).await;
+        self.enter_with(&[]).await
+    }
+
+    async fn enter_with(&self, arguments: &[&str]) -> (bool, String) {
+        let done = timeout(PATIENCE * 2, self.entering().args(arguments).output()).await;
         let done = done.expect("it ends").expect("the program runs");
         let said = [done.stdout, done.stderr].concat();
         (done.status.success(), String::from_utf8_lossy(&said).into_owned())
@@ -93,7 +97,7 @@ impl Home {
     }
 
     async fn is_refused(&self, why: &str) {
-        let (well, said) = self.enter().await;
+        let (well, said) = self.enter_with(&["--patience", "1s"]).await;
         assert!(!well && said.contains(why), "not for {why:?}: {said}");
         assert_eq!(self.admission(), None);
     }
@@ -341,6 +345,7 @@ async fn nodes_of_a_shared_cluster_enter_by_themselves() {
     let second = shared.host("member-2", MEMBERS).await;
     let plain = shared.host("gpu-1", HOSTS).await;
     Box::pin(forbidden(&shared)).await;
+    Box::pin(interrupted(&shared)).await;
 
     let (founder, follower, running) = Box::pin(race(&shared, &first, &second, &plain)).await;
     let cluster = founder.admission().expect("it has founded").cluster;
@@ -414,6 +419,51 @@ async fn nodes_of_a_shared_cluster_enter_by_themselves() {
     assert!(after.enters().await.contains(&cluster), "with two authorities");
     drop(running);
     shared.plane.stop().await;
+}
+
+/// Founding may end at any moment and goes on from there; a founder without its disk founds nothing.
+async fn interrupted(shared: &Shared) {
+    let home = shared.host("member-0", MEMBERS).await;
+    assert!(home.enters().await.contains("founded the cluster"));
+    let founded = home.admission().expect("it has founded");
+    // After everything was done.
+    assert!(home.enters().await.contains("already"));
+    // Between the cluster on the disk and the notice.
+    let maps: Api<ConfigMap> = shared.api();
+    maps.delete(NOTICE, &DeleteParams::default())
+        .await
+        .expect("the operator may");
+    assert!(home.enters().await.contains(&founded.cluster));
+    assert_eq!(home.admission(), Some(founded.clone()));
+    // Between the authority and the admission: nobody knows of what was made by then.
+    maps.delete(NOTICE, &DeleteParams::default())
+        .await
+        .expect("the operator may");
+    std::fs::remove_file(home.folder.join("data/host/admission.json")).expect("our own file");
+    assert!(home.enters().await.contains("founded the cluster"));
+    let again = home.admission().expect("it has founded");
+    assert_ne!(again.cluster, founded.cluster);
+
+    let empty = shared.home("without-disk", "member-0", MEMBERS).await;
+    empty.is_refused("no second one is founded beside it").await;
+    let notice = shared
+        .until_notice("doors", 1)
+        .await
+        .data
+        .expect("it says something");
+    assert_eq!(notice["cluster"], again.cluster);
+    // Of another miner.
+    let mut other: toml::Table = std::fs::read_to_string(empty.folder.join("config.toml"))
+        .expect("it is there")
+        .parse()
+        .expect("good TOML");
+    let stranger = Signer::from_seed(&[9; 32]).hotkey().to_string();
+    other["miner"]["hotkey"] = stranger.into();
+    std::fs::write(empty.folder.join("config.toml"), other.to_string()).expect("our own folder");
+    empty.is_refused("one cluster is one hotkey").await;
+    maps.delete(NOTICE, &DeleteParams::default())
+        .await
+        .expect("the operator may");
 }
 
 /// A plain node waits, then two members' nodes start at the same moment. The founder, the other one, their agents.
@@ -495,28 +545,21 @@ async fn bad_tokens(shared: &Shared) {
         .await
         .expect("it works");
     let pods: Api<Pod> = shared.api();
-    let other = object(json!({
-        "metadata": { "name": "other" },
-        "spec": { "serviceAccountName": "other", "nodeName": "gpu-2", "containers": [{ "name": "c", "image": "i" }] },
-    }));
-    pods.create(&PostParams::default(), &other)
-        .await
-        .expect("it works");
+    for (name, account) in [("other", "other"), ("gone", HOSTS)] {
+        let pod = object(json!({
+            "metadata": { "name": name },
+            "spec": { "serviceAccountName": account, "nodeName": "gpu-2", "containers": [{ "name": "c", "image": "i" }] },
+        }));
+        pods.create(&PostParams::default(), &pod).await.expect("it works");
+    }
     home.give(&shared.token("other", Some("other"), audience).await);
     home.is_refused("may enter").await;
-
-    // Signed anew without a change it is good: the refusals above were for what was changed.
-    let (as_good, gone) = (
-        signed_anew(&good, &key, |_| {}),
-        shared.token_of("gpu-2", HOSTS).await,
-    );
-    shared.forget("gpu-2", HOSTS).await;
-    home.give(&gone);
+    home.give(&shared.token(HOSTS, Some("gone"), audience).await);
+    let now = DeleteParams::default().grace_period(0);
+    pods.delete("gone", &now).await.expect("it goes");
     home.is_refused(not_taken).await;
-    drop(as_good);
 
     // A host that says that it is a member, with the seed and all, is none.
-    shared.pod("gpu-2", HOSTS).await;
     let mut config = std::fs::read_to_string(home.folder.join("config.toml")).expect("it is there");
     let seed = home.folder.join("seed");
     config = config.replace("enabled = false", "enabled = true").replace(
@@ -524,7 +567,7 @@ async fn bad_tokens(shared: &Shared) {
         &format!("[miner]\nseed_file = \"{}\"\n", seed.display()),
     );
     std::fs::write(home.folder.join("config.toml"), config).expect("our own folder");
-    let good = shared.token_of("gpu-2", HOSTS).await;
+    // Signed anew without a change it is good: the refusals above were for what was changed.
     home.give(&signed_anew(&good, &key, |_| {}));
     let said = home.enters().await;
     assert!(said.contains("as a host without a vote"), "{said}");

@@ -28,6 +28,8 @@ const CLOCK_OFFSET_MAX_MS: u64 = 20_000;
 const PROBE_MAX: Duration = Duration::from_secs(4);
 /// How long an invitation is good that is used in the next moment, in ms.
 const AT_ONCE_MS: u64 = 60_000;
+/// Bytes of a pod's token.
+const TOKEN_MAX: usize = 16 * 1024;
 /// Characters of a name or an address.
 const WORD_MAX: usize = 255;
 
@@ -207,6 +209,11 @@ impl Gate {
         })?;
         let now = self.clocks_agree(enter.clock)?;
         are_words(&[("site", &enter.site), ("address", &enter.address)])?;
+        if enter.token.len() > TOKEN_MAX {
+            return Err(refused(format!(
+                "the token of a pod has at most {TOKEN_MAX} bytes"
+            )));
+        }
         let few = self.joins.try_acquire();
         let _few = few.map_err(|_| No::Unavailable("too many hosts join at this moment".to_owned()))?;
         // First: nothing else is told to a stranger.

@@ -9,7 +9,7 @@ use coordinator::clock::{Clock, WallClock};
 use coordinator::config::Config;
 use coordinator::identity::HostKey;
 use coordinator::join::wire::{Granted, Join, Question};
-use coordinator::join::{Token, admission, client};
+use coordinator::join::{Nodes, Token, admission, client};
 use coordinator::member::{self, Error};
 use coordinator::signer::{Key, LocalSigner, Seed};
 use coordinator::validator::Directory;
@@ -38,6 +38,8 @@ pub(crate) struct Host {
     /// Where the validator's socket is: nobody listens there unless the test does.
     pub(crate) socket: SocketAddr,
     pub(crate) found_observing: bool,
+    /// The Kubernetes cluster whose nodes enter.
+    pub(crate) nodes: Option<Arc<dyn Nodes>>,
     running: Option<Running>,
 }
 
@@ -63,6 +65,7 @@ impl Host {
             api: api.local_addr().expect("bound"),
             socket: NO_VALIDATOR,
             found_observing: false,
+            nodes: None,
             running: None,
         }
     }
@@ -165,7 +168,7 @@ impl Host {
             self.config(),
             Arc::new(signer),
             clock,
-            None,
+            self.nodes.clone(),
             stop.clone(),
         ));
         let name = self.name();

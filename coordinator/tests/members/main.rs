@@ -1,10 +1,10 @@
 //! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back, going on alone, another
-//! authority;
-//! and what is refused at the door.
+//! authority, nodes that enter by themselves; and what is refused at the door.
 
 mod cluster;
 mod door;
 mod joining;
+mod nodes;
 mod observing;
 mod recovery;
 mod rotation;

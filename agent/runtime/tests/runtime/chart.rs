@@ -204,6 +204,27 @@ async fn every_set_of_values(plane: &ControlPlane) {
             "settings.backup\\.keep=5",
             "agent.nodeSelector.gpu=here",
         ],
+        &["cluster.shared=true", "miner.seedSecret=seed", &hotkey],
+        &[
+            "cluster.shared=true",
+            "miner.seedSecret=seed",
+            &hotkey,
+            "coordinator.chutes=false",
+            "coordinator.nodeSelector.role=member",
+            "agent.nodeSelector.gpu=here",
+            "podDisruptionBudget.minAvailable=2",
+            "metrics.enabled=true",
+            "metrics.serviceMonitor=true",
+            "runtime.namespace=default",
+        ],
+        &[
+            "cluster.shared=true",
+            "miner.seedSecret=seed",
+            &hotkey,
+            "host.enabled=false",
+            "admissionPolicy.enabled=false",
+            "networkPolicy.enabled=false",
+        ],
         &[
             "runtime.namespace=default",
             "cache.directory=/srv/cache",
@@ -241,6 +262,26 @@ async fn every_set_of_values(plane: &ControlPlane) {
     for (value, named) in bad {
         let refused = plane.helm(&["template", "bad", CHART, "--set", value]).await;
         assert!(refused.is_err_and(|why| why.contains(named)), "{value}");
+    }
+    // What makes no sense where nodes enter by themselves, or would hand out the seed.
+    let shared = format!("cluster.shared=true,miner.seedSecret=seed,{hotkey}");
+    let unguarded = "coordinator.nodeSelector.node-restriction\\.kubernetes\\.io/chutes-member=null,\
+                     coordinator.nodeSelector.role=member";
+    for (values, named) in [
+        ("miner.hotkey=", "miner.hotkey is missing"),
+        ("miner.seedSecret=", "miner.seedSecret is missing"),
+        ("cluster.found=true", "cluster.found"),
+        ("cluster.tokenSecret=token", "cluster.tokenSecret"),
+        ("coordinator.advertise=192.0.2.1:4433", "coordinator.advertise"),
+        ("host.address=192.0.2.1", "host.address"),
+        (unguarded, "cannot give to itself"),
+    ] {
+        let arguments = ["template", "bad", CHART, "--set", &shared, "--set", values];
+        let refused = plane.helm(&arguments).await;
+        assert!(
+            refused.as_ref().is_err_and(|why| why.contains(named)),
+            "{values}: {refused:?}"
+        );
     }
 }
 
