@@ -145,9 +145,9 @@ impl Place<'_> {
                 return Ok(());
             }
             Some(own) if !own.never_ran(self.folder) => bail!(
-                "this host belongs to the cluster {}, and the {} names {}. If the latter is no more, as after \
-                 `chutes-agent restore`, delete the {1}, and the member makes it anew. If this host is to leave, \
-                 remove it there, and delete {}",
+                "this host belongs to the cluster {}, and the {} names {}: one of them is of former times. If it is the \
+                 host's, remove it there, if that cluster still is, and delete {}; if it is the {1}, delete that, and a \
+                 member makes it anew",
                 own.cluster,
                 self.nodes.notice_name(),
                 notice.cluster,
