@@ -183,6 +183,26 @@ impl Shared {
         let set = sets.get(account).await.expect("one of the release");
         let spec = set.spec.and_then(|spec| spec.template.spec).expect("it has one");
         assert_eq!(spec.service_account_name.as_deref(), Some(account));
+        let init = spec
+            .init_containers
+            .iter()
+            .flatten()
+            .next()
+            .expect("it enters first");
+        let last = init.args.iter().flatten().next_back();
+        assert_eq!(last.map(String::as_str), Some("enter"));
+        let volumes = json!(spec.volumes);
+        let has = |text: &str| volumes.to_string().contains(text);
+        assert!(has(&format!("\"audience\":\"{}\"", self.audience)), "{volumes}");
+        assert_eq!(has("\"secretName\":\"seed\""), account == MEMBERS, "{volumes}");
+        let (chosen, kept_off) = (json!(spec.node_selector), json!(spec.affinity));
+        let place = if account == MEMBERS { chosen } else { kept_off };
+        let place = place.to_string();
+        assert!(
+            place.contains("node-restriction.kubernetes.io/chutes-member"),
+            "{place}"
+        );
+        assert!(account == MEMBERS || place.contains("\"NotIn\""), "{place}");
         let pod = object(json!({
             "metadata": { "name": format!("{account}-{node}") },
             "spec": { "serviceAccountName": account, "nodeName": node, "containers": [{ "name": "agent", "image": "a" }] },

@@ -74,29 +74,21 @@ pub(crate) async fn chart(plane: &ControlPlane) {
     plane.helm(&install).await.expect("it installs");
     plane.helm(&install).await.expect("it upgrades");
 
-    let client = agent_on(plane, "node-1").await;
-    let operator = plane.space(CHUTES).await;
-    let before = operator.remains().await;
-    let space = operator.with_client(client.clone());
-    let mut elsewhere = Settings::for_node("node-2");
-    elsewhere.namespace.clone_from(&operator.name);
-    let foreign = manifest::job(&spec("elsewhere"), FENCE, &elsewhere, &[]);
-    space.until_refused(&foreign).await;
-    let mut config = operator.config("node-1");
-    config.reserved_ports.clear();
-    let runtime = Kubernetes::start(client.clone(), config);
-    until_known(&runtime).await;
-    let running = spec("installed");
-    start(&operator, &runtime, &running).await;
-    let refused = Box::pin(forbidden(&client, &operator, &running)).await;
-    write_line(&format!(
-        "kubernetes: {refused} forbidden actions of an agent were refused"
-    ));
-    assert!(refused >= 20, "{refused}");
-    stop(&runtime, &running).await;
-    drop(space);
-    assert_eq!(operator.remains().await, before);
-
+    Box::pin(what_an_agent_may(plane, ACCOUNT)).await;
+    plane
+        .helm(&["uninstall", "gpu", "--namespace", MINER])
+        .await
+        .expect("it goes");
+    let shared = format!("cluster.shared=true,miner.seedSecret=seed,{namespace},{hotkey}");
+    let install: Vec<&str> = install[..7].iter().copied().chain(["--set", &shared]).collect();
+    plane
+        .helm(&install)
+        .await
+        .expect("it installs for a shared cluster");
+    plane.helm(&install).await.expect("it upgrades");
+    for kind in ["members", "hosts"] {
+        Box::pin(what_an_agent_may(plane, &format!("{ACCOUNT}-{kind}"))).await;
+    }
     plane
         .helm(&["uninstall", "gpu", "--namespace", MINER])
         .await
@@ -115,6 +107,32 @@ pub(crate) async fn chart(plane: &ControlPlane) {
         kept.is_some_and(|kept| kept.metadata.deletion_timestamp.is_none()),
         "chutes outlive a release"
     );
+}
+
+/// What the agent of a node does with the rights of its account, and what it must not do.
+async fn what_an_agent_may(plane: &ControlPlane, account: &str) {
+    let client = agent_on(plane, "node-1", account).await;
+    let operator = plane.space(CHUTES).await;
+    let before = operator.remains().await;
+    let space = operator.with_client(client.clone());
+    let mut elsewhere = Settings::for_node("node-2");
+    elsewhere.namespace.clone_from(&operator.name);
+    let foreign = manifest::job(&spec(&format!("elsewhere-{account}")), FENCE, &elsewhere, &[]);
+    space.until_refused(&foreign).await;
+    let mut config = operator.config("node-1");
+    config.reserved_ports.clear();
+    let runtime = Kubernetes::start(client.clone(), config);
+    until_known(&runtime).await;
+    let running = spec(&format!("installed-{account}"));
+    start(&operator, &runtime, &running).await;
+    let refused = Box::pin(forbidden(&client, &operator, &running, account)).await;
+    write_line(&format!(
+        "kubernetes: {refused} forbidden actions of {account} were refused"
+    ));
+    assert!(refused >= 20, "{refused}");
+    stop(&runtime, &running).await;
+    drop(space);
+    assert_eq!(operator.remains().await, before);
 }
 
 /// The kinds of the Prometheus operator, as far as the API server needs to know them: what is in such an object is not
@@ -286,27 +304,27 @@ async fn every_set_of_values(plane: &ControlPlane) {
 }
 
 /// A client with the token that the agent's pod on a node is given.
-async fn agent_on(plane: &ControlPlane, node: &str) -> Client {
+async fn agent_on(plane: &ControlPlane, node: &str, account: &str) -> Client {
     let pods: Api<Pod> = Api::namespaced(plane.client.clone(), MINER);
     let pod = object(json!({
-        "metadata": { "name": format!("agent-{node}") },
-        "spec": { "serviceAccountName": ACCOUNT, "nodeName": node, "containers": [{ "name": "agent", "image": "a" }] },
+        "metadata": { "name": format!("{account}-{node}") },
+        "spec": { "serviceAccountName": account, "nodeName": node, "containers": [{ "name": "agent", "image": "a" }] },
     }));
     pods.create(&PostParams::default(), &pod).await.expect("it works");
     let accounts: Api<ServiceAccount> = Api::namespaced(plane.client.clone(), MINER);
-    let bound = json!({ "kind": "Pod", "apiVersion": "v1", "name": format!("agent-{node}") });
+    let bound = json!({ "kind": "Pod", "apiVersion": "v1", "name": format!("{account}-{node}") });
     let wanted: TokenRequest =
         object(json!({ "metadata": {}, "spec": { "audiences": [], "boundObjectRef": bound } }));
     let token = accounts
-        .create_token_request(ACCOUNT, &PostParams::default(), &wanted)
+        .create_token_request(account, &PostParams::default(), &wanted)
         .await;
     let token = token.expect("it works").status.expect("it was given").token;
     plane.client_of(&token).expect("a good configuration")
 }
 
 /// Tries what an agent must not be able to do; how much of it was refused. All of it must be.
-async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usize {
-    let other = spec("of-node-2");
+async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec, account: &str) -> usize {
+    let other = spec(&format!("of-node-2-{account}"));
     let settings = |node: &str| {
         let mut settings = Settings::for_node(node);
         settings.namespace.clone_from(&operator.name);
@@ -363,7 +381,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usi
     );
     let label =
         |value: &str| Patch::Merge(json!({ "metadata": { "labels": { "chutes-agent/node": value } } }));
-    let (new, of_two) = (spec("new"), settings("node-2"));
+    let (new, of_two) = (spec(&format!("new-{account}")), settings("node-2"));
     let mut lies = manifest::job(&new, FENCE, &settings("node-1"), &[]);
     let template = lies.spec.as_mut().and_then(|spec| spec.template.spec.as_mut());
     template.expect("it has one").node_name = Some("node-2".to_owned());
@@ -423,7 +441,11 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usi
         ("create a pod", drop_value(pods.create(&post, &plain_pod).await)),
         (
             "read the log of the miner's pods",
-            drop_value(miner_pods.logs("agent-node-1", &Default::default()).await),
+            drop_value(
+                miner_pods
+                    .logs(&format!("{account}-node-1"), &Default::default())
+                    .await,
+            ),
         ),
         (
             "evict a pod",
@@ -485,7 +507,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec) -> usi
         ),
         (
             "read the miner's configuration",
-            drop_value(miner_maps.get(ACCOUNT).await),
+            drop_value(miner_maps.get(account).await),
         ),
         ("list the miner's Jobs", drop_value(miner_jobs.list(&list).await)),
         ("list DaemonSets", drop_value(sets.list(&list).await)),
