@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use agent::config::{self, Config, Error, Loaded, Sources, example};
+use coordinator::join::admission;
+use protocol::id::ServerId;
+use protocol::time::UnixMillis;
 
 const HOTKEY: &str = "5CcyqxXnJucaCnQQvvUg5EPzj1uoNAxACZvzArHw5aVDvgNH";
 const VALIDATOR: &str = "5Dt7HZ7Zpw4DppPxFM7Ke3Cm7sDAWhsZXmM5ZAmE7dSVJbcQ";
@@ -318,6 +321,51 @@ fn services_get_what_was_written() {
     case.edit("[host]", "[host]\nenabled = false")
         .edit("seed_on_gpu_host = true", "");
     assert!(case.load().config.host.is_none());
+}
+
+const NODES: &str = r#"[nodes]
+config_map = "gpu-cluster"
+namespace = "miner"
+member_account = "gpu-members"
+host_account = "gpu-hosts"
+audience = "us"
+[host]"#;
+
+#[test]
+fn the_cluster_whose_nodes_enter_is_named_whole_or_not_at_all() {
+    let nodes = |case: &Case| case.load().config.member.expect("enabled").nodes;
+    assert_eq!(nodes(&Case::new()), None);
+    let case = Case::new();
+    case.edit("[host]", NODES);
+    let config = nodes(&case).expect("it is named");
+    assert_eq!(config.notice_name(), "ConfigMap miner/gpu-cluster");
+    for key in ["namespace", "member_account", "host_account", "audience"] {
+        let case = Case::new();
+        case.edit("[host]", NODES)
+            .edit(&format!("\n{key} = \""), &format!("\n{key} = \"\" # "));
+        let lines = case.refused().join("\n");
+        assert!(lines.contains(&format!("nodes.{key} is missing")), "{lines}");
+    }
+    let case = Case::new();
+    case.edit("[host]", NODES)
+        .edit("\"gpu-hosts\"", "\"gpu-members\"");
+    assert!(case.refused().join("\n").contains("the account says who votes"));
+}
+
+#[test]
+fn a_host_that_has_joined_goes_on_under_the_id_that_it_was_given() {
+    let case = Case::new();
+    let data = case.folder.path().join("data");
+    let host = data.join("host");
+    std::fs::create_dir_all(&host).expect("our own folder");
+    let id = ServerId::parse("node-1-given").expect("an id");
+    let now = UnixMillis(1_800_000_000_000);
+    admission::found(&host, "chutes", &id, "192.0.2.1:4433", now).expect("it can");
+    case.edit("/srv/chutes", &data.display().to_string());
+    let written_wins = case.load().written.host.id;
+    assert_eq!(written_wins.as_deref(), Some("host-1.example"));
+    case.edit("id = \"host-1.example\"", "");
+    assert_eq!(case.load().written.host.id.as_deref(), Some("node-1-given"));
 }
 
 #[test]
