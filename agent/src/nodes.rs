@@ -100,49 +100,7 @@ impl Cluster {
     /// It cannot be read, or says something else.
     pub async fn notice(&self) -> Result<Option<Notice>, Error> {
         let map = self.read().await?;
-        map.map(|map| self.parse(&map)).transpose()
-    }
-
-    fn parse(&self, map: &ConfigMap) -> Result<Notice, Error> {
-        let damaged = |key: &str| {
-            let name = self.config.notice_name();
-            Error::Refused(format!(
-                "{name} has no good {key}: it is not one of chutes-agent, or somebody has changed it. If it is to be \
-                 kept, name another one (nodes.config_map); if not, delete it, and a member writes it anew"
-            ))
-        };
-        let data = map.data.as_ref();
-        let of = |key: &str| data.and_then(|data| data.get(key)).ok_or_else(|| damaged(key));
-        let lines = |text: &String| -> Vec<String> { text.lines().map(str::to_owned).collect() };
-        let authorities = lines(of("authorities")?).into_iter().map(|line| {
-            let mut hash = [0; 32];
-            let read = hex::decode_to_slice(line.trim(), &mut hash);
-            read.map(|()| hash).map_err(|_| damaged("authorities"))
-        });
-        Ok(Notice {
-            cluster: of("cluster")?.clone(),
-            miner: Hotkey::parse(of("miner")?).map_err(|_| damaged("miner"))?,
-            authorities: authorities.collect::<Result<_, _>>()?,
-            doors: lines(of("doors")?),
-        })
-    }
-
-    fn map(&self, notice: &Notice) -> ConfigMap {
-        let authorities: Vec<String> = notice.authorities.iter().map(hex::encode).collect();
-        let data = [
-            ("cluster", notice.cluster.clone()),
-            ("miner", notice.miner.to_string()),
-            ("authorities", authorities.join("\n")),
-            ("doors", notice.doors.join("\n")),
-        ];
-        ConfigMap {
-            metadata: ObjectMeta {
-                name: Some(self.config.config_map.clone()),
-                ..ObjectMeta::default()
-            },
-            data: Some(data.map(|(key, text)| (key.to_owned(), text)).into()),
-            ..ConfigMap::default()
-        }
+        map.map(|map| parse(&self.config, &map)).transpose()
     }
 
     /// Waits until there is a notice.
@@ -154,7 +112,7 @@ impl Cluster {
         let mut seen = watcher::watch_object(api, name).default_backoff().boxed();
         loop {
             match seen.try_next().await {
-                Ok(Some(Some(map))) => return self.parse(&map),
+                Ok(Some(Some(map))) => return parse(&self.config, &map),
                 // It is watched again, after a pause.
                 Ok(Some(None)) | Err(_) => {}
                 Ok(None) => return Err(Error::Unavailable("the watch has ended".to_owned())),
@@ -167,7 +125,11 @@ impl Cluster {
     /// # Errors
     /// It cannot be made.
     pub async fn found(&self, notice: &Notice) -> Result<bool, Error> {
-        let (api, map, how) = (self.notices(), self.map(notice), PostParams::default());
+        let (api, map, how) = (
+            self.notices(),
+            written(&self.config, notice),
+            PostParams::default(),
+        );
         match in_time(api.create(&how, &map)).await? {
             Ok(_) => Ok(true),
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
@@ -180,20 +142,12 @@ impl Cluster {
             self.found(notice).await?;
             return Ok(());
         };
-        let says = self.parse(&present)?;
-        if says.cluster != notice.cluster || says.miner != notice.miner {
-            return Err(Error::Refused(format!(
-                "{} is of the cluster {} of the miner {}, and this one is {}: if that one is no more, delete it",
-                self.config.notice_name(),
-                says.cluster,
-                says.miner,
-                notice.cluster
-            )));
-        }
+        let says = parse(&self.config, &present)?;
+        is_ours(&self.config, &says, notice)?;
         if says == *notice {
             return Ok(());
         }
-        let mut wanted = self.map(notice);
+        let mut wanted = written(&self.config, notice);
         // Whoever changed it in between has looked as well.
         wanted.metadata.resource_version = present.metadata.resource_version;
         let (api, how) = (self.notices(), PostParams::default());
@@ -221,6 +175,64 @@ impl Cluster {
         })?;
         owner(&self.config, answer.status.unwrap_or_default())
     }
+}
+
+/// What a notice says.
+fn parse(config: &Config, map: &ConfigMap) -> Result<Notice, Error> {
+    let damaged = |key: &str| {
+        let name = config.notice_name();
+        Error::Refused(format!(
+            "{name} has no good {key}: it is not one of chutes-agent, or somebody has changed it. If it is to be \
+             kept, name another one (nodes.config_map); if not, delete it, and a member writes it anew"
+        ))
+    };
+    let data = map.data.as_ref();
+    let of = |key: &str| data.and_then(|data| data.get(key)).ok_or_else(|| damaged(key));
+    let lines = |text: &String| -> Vec<String> { text.lines().map(str::to_owned).collect() };
+    let authorities = lines(of("authorities")?).into_iter().map(|line| {
+        let mut hash = [0; 32];
+        let read = hex::decode_to_slice(line.trim(), &mut hash);
+        read.map(|()| hash).map_err(|_| damaged("authorities"))
+    });
+    Ok(Notice {
+        cluster: of("cluster")?.clone(),
+        miner: Hotkey::parse(of("miner")?).map_err(|_| damaged("miner"))?,
+        authorities: authorities.collect::<Result<_, _>>()?,
+        doors: lines(of("doors")?),
+    })
+}
+
+/// A notice that says this.
+fn written(config: &Config, notice: &Notice) -> ConfigMap {
+    let authorities: Vec<String> = notice.authorities.iter().map(hex::encode).collect();
+    let data = [
+        ("cluster", notice.cluster.clone()),
+        ("miner", notice.miner.to_string()),
+        ("authorities", authorities.join("\n")),
+        ("doors", notice.doors.join("\n")),
+    ];
+    ConfigMap {
+        metadata: ObjectMeta {
+            name: Some(config.config_map.clone()),
+            ..ObjectMeta::default()
+        },
+        data: Some(data.map(|(key, text)| (key.to_owned(), text)).into()),
+        ..ConfigMap::default()
+    }
+}
+
+/// Refuses to write over what is not this cluster's.
+fn is_ours(config: &Config, says: &Notice, notice: &Notice) -> Result<(), Error> {
+    if says.cluster == notice.cluster && says.miner == notice.miner {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "{} is of the cluster {} of the miner {}, and this one is {}: if that one is no more, delete it",
+        config.notice_name(),
+        says.cluster,
+        says.miner,
+        notice.cluster
+    )))
 }
 
 /// The node whose agent has this token, by what the API server says of it.
@@ -327,6 +339,51 @@ mod tests {
 
     fn refusal(status: TokenReviewStatus) -> String {
         owner(&config(), status).expect_err("it is refused").to_string()
+    }
+
+    fn notice() -> Notice {
+        Notice {
+            cluster: "chutes-1".to_owned(),
+            miner: Hotkey::parse("5GrwvaEF5zXb26Fz9rcQpDWS57CtERHpNehXCPcNoHGKutQY").expect("a hotkey"),
+            authorities: vec![[1; 32], [0xab; 32]],
+            doors: vec!["192.0.2.1:4433".to_owned(), "[2001:db8::1]:4433".to_owned()],
+        }
+    }
+
+    #[test]
+    fn a_notice_is_read_as_it_was_written() {
+        let map = written(&config(), &notice());
+        assert_eq!(parse(&config(), &map), Ok(notice()));
+        for key in ["cluster", "miner", "authorities", "doors"] {
+            let mut without = map.clone();
+            without.data.as_mut().expect("it has some").remove(key);
+            let why = parse(&config(), &without).expect_err("it is damaged").to_string();
+            assert!(why.contains("ConfigMap miner/map") && why.contains(key), "{why}");
+        }
+        for (key, text) in [
+            ("miner", "5abc"),
+            ("authorities", "ab"),
+            ("authorities", "not hexadecimal"),
+        ] {
+            let mut damaged = map.clone();
+            let data = damaged.data.as_mut().expect("it has some");
+            data.insert(key.to_owned(), text.to_owned());
+            let why = parse(&config(), &damaged).expect_err("it is damaged").to_string();
+            assert!(why.contains(key), "{why}");
+        }
+    }
+
+    #[test]
+    fn the_notice_of_another_cluster_is_left_as_it_is() {
+        let mut moved = notice();
+        moved.doors.pop();
+        assert_eq!(is_ours(&config(), &notice(), &moved), Ok(()));
+        let mut other = notice();
+        other.cluster = "chutes-2".to_owned();
+        let why = is_ours(&config(), &other, &notice())
+            .expect_err("it is another's")
+            .to_string();
+        assert!(why.contains("chutes-2") && why.contains("delete it"), "{why}");
     }
 
     const HOST: &str = "system:serviceaccount:miner:hosts";
