@@ -101,7 +101,7 @@ impl Fleet {
             ..Settings::default()
         };
         let plane = ControlPlane::start(programs, settings).await?;
-        let network = fastrand::u8(80..=120);
+        let network = nodes::free_network()?;
         let members = MEMBERS.min(options.nodes);
         nodes::register(&plane.client, network, (options.nodes, members), options.gpus).await?;
         let file = data.join("scenario.toml");

@@ -16,6 +16,18 @@ pub(super) fn name(number: usize) -> String {
     format!("gpu-{number}")
 }
 
+/// A network that nobody uses now. Clusters on one machine have networks of their own.
+pub(super) fn free_network() -> anyhow::Result<u8> {
+    let mut networks: Vec<u8> = (80..=126).collect();
+    fastrand::shuffle(&mut networks);
+    let free = |network: &u8| {
+        let door = address(*network, 1).map(|address| (address, super::API_PORT));
+        door.is_ok_and(|door| std::net::TcpListener::bind(door).is_ok())
+    };
+    let found = networks.into_iter().find(free);
+    found.context("all networks from 127.80 to 127.126 are in use")
+}
+
 /// The address of a node of the cluster with this network.
 pub(super) fn address(network: u8, number: usize) -> anyhow::Result<Ipv4Addr> {
     let number = u16::try_from(number)?;
