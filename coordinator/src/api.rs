@@ -6,7 +6,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`, `import.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `snapshots.rs`, `upgrade.rs`, and
+//! `operate.rs`, `import.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `hotkey.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
@@ -50,6 +50,7 @@ mod enrolment;
 mod error;
 mod explain;
 mod hosts;
+mod hotkey;
 mod import;
 mod leader;
 mod metrics;
@@ -107,7 +108,7 @@ impl Default for Limits {
 /// Settings of the API.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Whose key signs.
+    /// Whose key signs, as long as the state does not say it.
     pub miner: Hotkey,
     /// Name of this member, for people.
     pub member: String,
@@ -187,11 +188,7 @@ pub struct Routes {
 
 /// All routes.
 pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
-    let door = auth::Door::new(
-        config.miner.clone(),
-        config.allow_plain_legacy_writes,
-        store.clock().now(),
-    );
+    let door = auth::Door::new(config.allow_plain_legacy_writes, store.clock().now());
     let api = Arc::new(Api {
         config,
         store,
@@ -217,6 +214,7 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         .route("/v1/audits", get(timeline::audits))
         .route("/v1/explain", get(explain::explain))
         .route("/v1/ca", get(authority::status))
+        .route("/v1/hotkey", get(hotkey::status))
         .route("/v1/bans", get(operate::bans))
         .route("/v1/upgrade", get(upgrade::show))
         .route("/v1/deployments/{deployment}/log", get(workload::log))
@@ -240,6 +238,7 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         .route("/v1/upgrade/finalize", post(upgrade::finalize))
         .route("/v1/ca/rotate", post(authority::rotate))
         .route("/v1/ca/finish", post(authority::finish))
+        .route("/v1/hotkey", post(hotkey::replace))
         .route("/v1/connection", post(connection::open))
         .route("/v1/stop", post(operate::stop))
         .route("/v1/observing", put(operate::set_observing))
@@ -379,7 +378,7 @@ async fn admit(
     };
     let caller = api
         .door
-        .admit(&asked, access, api.store.clock().now())
+        .admit(&asked, access, &api.miner(), api.store.clock().now())
         .inspect_err(|refusal| {
             tracing::warn!(peer = %peer.0, method = %head.method, path = head.uri.path(), ?refusal,
                 "a request is not let in");
@@ -434,6 +433,12 @@ async fn with_slash(_: Method, uri: Uri, headers: axum::http::HeaderMap) -> Resp
 }
 
 impl Api {
+    /// Whose key signs: a hotkey that was replaced opens nothing any more, on any member.
+    fn miner(&self) -> Hotkey {
+        let known = self.store.read(|record| record.settings().miner.clone());
+        known.unwrap_or_else(|| self.config.miner.clone())
+    }
+
     /// Looks up what a write is about. Before it says no, it looks again with every acknowledged write in sight; a
     /// yes that has become wrong is noticed by the command.
     async fn find<T>(&self, look: impl Fn(&Record) -> error::Result<T>) -> error::Result<T> {

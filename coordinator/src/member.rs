@@ -11,10 +11,11 @@ use tokio_util::task::TaskTracker;
 
 use coordinator_core::state_machine::codec::Row;
 use coordinator_core::state_machine::host::NewHost;
-use coordinator_core::state_machine::{Command, Faults};
+use coordinator_core::state_machine::{Command, Faults, Rejection};
 use futures_util::FutureExt as _;
 
 mod certificate;
+mod miner;
 
 use crate::api;
 use crate::backup::{Keeper, Snapshots};
@@ -172,6 +173,7 @@ pub async fn run(
     let (header_sets, header_sets_followed) = watch::channel(Vec::new());
     let (doors, doors_followed) = watch::channel(Vec::new());
     let (in_touch, in_touch_followed) = watch::channel(true);
+    let (serving, serving_followed) = watch::channel(true);
     let names = config
         .validators
         .iter()
@@ -186,6 +188,12 @@ pub async fn run(
     ));
     services.spawn(follow_doors(store.clone(), doors, stop.clone()));
     services.spawn(asking.clone().tell(hub.clone(), in_touch, stop.clone()));
+    let watched = miner::Watch {
+        own: config.miner.clone(),
+        store: store.clone(),
+        asking: asking.clone(),
+    };
+    services.spawn(watched.keep(in_touch_followed, serving, stop.clone()));
     let certificate = certificate::Keeper {
         endpoint: endpoint.clone(),
         folder: config.identity.clone(),
@@ -227,7 +235,7 @@ pub async fn run(
             hub: hub.clone(),
             headers: header_sets_followed,
             doors: doors_followed,
-            in_touch: in_touch_followed,
+            in_touch: serving_followed,
             way: None,
         },
         replica: replica.clone(),
@@ -235,6 +243,7 @@ pub async fn run(
             hub: hub.clone(),
             replica: replica.clone(),
             clock: Arc::clone(&clock),
+            hotkey: config.miner.clone(),
             requests: routes.members,
         },
         gate: Gate {
@@ -403,7 +412,8 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
 }
 
 /// Leads whenever this member is the leader, until `stop`. Before anything else the cluster is founded, unless it was,
-/// and what the configuration says is written down.
+/// and what the configuration says is written down. With the seed of another miner than the cluster's it only keeps
+/// the members right: the hotkey was replaced, and its host has not followed yet.
 pub async fn lead(
     mut leader: Leader,
     founding: Vec<Command>,
@@ -422,14 +432,24 @@ pub async fn lead(
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
         let this_time = leader.next_time();
+        let (store, own) = (leader.store.clone(), leader.signer.hotkey().clone());
         let leading = async {
-            if write_first(&this_time.store, &founding, &configure, &ended).await {
-                let members = membership::keep(leader.store.clone(), replica.clone(), ended.clone());
-                // Neither goes on without the other: leading begins anew when one of them ends.
-                let end_with = ended.clone().drop_guard();
-                let run = this_time.run(ended.clone()).map(|()| drop(end_with));
-                let end_with = ended.clone().drop_guard();
-                tokio::join!(run, members.map(|()| drop(end_with)));
+            let members = membership::keep(store.clone(), replica.clone(), ended.clone());
+            match write_first(&store, &founding, &configure, &ended).await {
+                First::Written => {
+                    // None goes on without the others: leading begins anew when one of them ends.
+                    let end_with = ended.clone().drop_guard();
+                    let run = this_time.run(ended.clone()).map(|()| drop(end_with));
+                    let end_with = ended.clone().drop_guard();
+                    let led = async { tokio::join!(run, members.map(|()| drop(end_with))) };
+                    tokio::select! {
+                        biased;
+                        () = miner::replaced(&store, &own) => {}
+                        _ = led => {}
+                    }
+                }
+                First::OtherMiner => members.await,
+                First::Cancelled => {}
             }
         };
         let mut lost = leadership.clone();
@@ -452,21 +472,32 @@ pub async fn lead(
     }
 }
 
-/// Writes what comes first into the state; false if that was cancelled.
+/// What became of [`write_first`].
+enum First {
+    Written,
+    /// The cluster belongs to another miner than this member's seed.
+    OtherMiner,
+    Cancelled,
+}
+
+/// Writes what comes first into the state.
 async fn write_first(
     store: &Store,
     founding: &[Command],
     configure: &Command,
     cancel: &CancellationToken,
-) -> bool {
+) -> First {
     while let Err(error) = try_write_first(store, founding, configure).await {
+        if matches!(error, store::Error::Rejected(Rejection::OtherMiner(_))) {
+            return First::OtherMiner;
+        }
         tracing::warn!(%error, "the configuration is not recorded yet");
         let pause = tokio::time::sleep(Duration::from_millis(200));
         if cancel.run_until_cancelled(pause).await.is_none() {
-            return false;
+            return First::Cancelled;
         }
     }
-    true
+    First::Written
 }
 
 async fn try_write_first(

@@ -4,16 +4,19 @@
 //!   judges who is silent, and none of it goes through the log. The answer also shows the member that it is in touch
 //!   with a leader; a member that is not turns its hosts away, since it could tell them nothing new.
 //! - A request to the management API that only the leader can answer is passed on to it (`Request`).
+//! - Whose seed a member runs with (`Hotkey`): while the miner's hotkey is replaced they differ.
 //! - A question to a host that is connected to another member is asked through that one (`Host`).
 //!
 //! Frames are postcard with the version in front, as on the host link.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
+use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use protocol::link::Versioned;
 use protocol::logs::{HostAnswer, HostQuestion};
@@ -31,6 +34,8 @@ use crate::host_link::{Heard, Hub};
 const TELL_EVERY: Duration = Duration::from_secs(2);
 /// How long the leader may take to answer that.
 const TELL_MAX: Duration = Duration::from_secs(2);
+/// How long a member may take to say whose seed it has.
+const HOTKEY_MAX: Duration = Duration::from_secs(2);
 /// How long a host may take with a question that another member asks through this one.
 const HOST_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// A member that was not in touch with a leader for so long turns its hosts away.
@@ -65,6 +70,7 @@ enum Question {
     Heard(Vec<Heard>),
     Request(Request),
     Host(ServerId, HostQuestion),
+    Hotkey,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -72,6 +78,7 @@ enum Answer {
     Heard,
     Response(Response),
     Host(HostAnswer),
+    Hotkey(Hotkey),
 }
 
 /// Answers a request of the management API on the leader.
@@ -86,6 +93,8 @@ pub struct Answering {
     pub replica: Replica,
     /// The time.
     pub clock: Arc<dyn Clock>,
+    /// Whose seed this member's signer holds.
+    pub hotkey: Hotkey,
     /// The management API.
     pub requests: Arc<AnswerRequest>,
 }
@@ -118,6 +127,7 @@ impl Answering {
                 let asked = asked.ok_or_else(|| "the host is not connected to this member".to_owned())?;
                 encode(&Answer::Host(asked.await?))
             }
+            Question::Hotkey => encode(&Answer::Hotkey(self.hotkey)),
             Question::Heard(_) | Question::Request(_) if !self.replica.leads_now() => {
                 Err("this member does not lead".to_owned())
             }
@@ -191,7 +201,9 @@ impl Asking {
     pub async fn pass_on(&self, request: Request, within: Duration) -> Result<Response, String> {
         match self.ask(&Question::Request(request), within).await? {
             Answer::Response(response) => Ok(response),
-            Answer::Heard | Answer::Host(_) => Err("the leader answered another question".to_owned()),
+            Answer::Heard | Answer::Host(_) | Answer::Hotkey(_) => {
+                Err("the leader answered another question".to_owned())
+            }
         }
     }
 
@@ -216,7 +228,7 @@ impl Asking {
                     let answer = self.peers.ask(*member, address, question, within).await?;
                     match decode(&answer)? {
                         Answer::Host(answer) => Ok(answer),
-                        Answer::Heard | Answer::Response(_) => {
+                        Answer::Heard | Answer::Response(_) | Answer::Hotkey(_) => {
                             Err("a member answered another question".to_owned())
                         }
                     }
@@ -231,6 +243,26 @@ impl Asking {
             }
         }
         Err(why.join("; "))
+    }
+
+    async fn hotkey_of(&self, member: u64, address: &str) -> Option<Hotkey> {
+        let question = encode(&Question::Hotkey).ok()?;
+        let answer = self.peers.ask(member, address, question, HOTKEY_MAX).await.ok()?;
+        match decode(&answer).ok()? {
+            Answer::Hotkey(hotkey) => Some(hotkey),
+            Answer::Heard | Answer::Response(_) | Answer::Host(_) => None,
+        }
+    }
+
+    /// Whose seed each other member runs with; none for those that did not answer.
+    pub async fn hotkeys(&self) -> BTreeMap<u64, Option<Hotkey>> {
+        let membership = self.replica.membership();
+        let members = membership.voters.iter().chain(&membership.learners);
+        let others = members.filter(|(member, _)| **member != self.replica.member());
+        let asked: FuturesUnordered<_> = others
+            .map(|(member, address)| async move { (*member, self.hotkey_of(*member, address).await) })
+            .collect();
+        asked.collect().await
     }
 
     /// Tells the leader what `hub` hears, until cancelled, and keeps `in_touch` right.

@@ -25,6 +25,7 @@ pub mod wire;
 
 pub use client::{Patience, SignerClient};
 pub use key::{Key, Seed};
+pub use protocol::sealing::SealedKind;
 
 /// A route whose signature covers the request's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -131,32 +132,6 @@ impl MessageKind {
             Self::Body { sha256, .. } => return hex::encode(sha256),
         };
         purpose.as_str().to_owned()
-    }
-}
-
-/// What a sealed value is. A value sealed as one kind does not open as another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub enum SealedKind {
-    /// Private key of the cluster's certificate authority.
-    ClusterCaKey,
-    /// Launch token of a deployment.
-    LaunchToken,
-    /// Kubeconfig of a worker.
-    Kubeconfig,
-    /// Credentials for pulling images.
-    PullSecret,
-}
-
-impl SealedKind {
-    /// The label bound into the sealed bytes. Never changes.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::ClusterCaKey => "cluster-ca-key",
-            Self::LaunchToken => "launch-token",
-            Self::Kubeconfig => "kubeconfig",
-            Self::PullSecret => "pull-secret",
-        }
     }
 }
 

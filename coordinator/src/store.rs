@@ -12,6 +12,7 @@ use coordinator_core::state_machine::codec::{
 };
 use coordinator_core::state_machine::command::RequestId;
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
+use protocol::hotkey::Hotkey;
 use tokio::sync::Notify;
 
 use crate::clock::Clock;
@@ -242,6 +243,12 @@ impl Store {
     /// Reads the state as it is applied on this member. Keep it short: it holds up applying.
     pub fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
         self.machine.read(read)
+    }
+
+    /// The miner that the cluster belongs to, if it is another one than `own`: its hotkey was replaced.
+    #[must_use]
+    pub fn other_miner(&self, own: &Hotkey) -> Option<Hotkey> {
+        self.read(|state| state.settings().miner.clone().filter(|miner| miner != own))
     }
 
     /// Changes whenever something was applied.

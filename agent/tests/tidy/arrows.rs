@@ -26,6 +26,7 @@ const ORDERS: &[Order] = &[
                 "upgrading",
                 "recovery",
                 "rotation",
+                "hotkey",
                 "taking_over",
             ],
             &["placement"],

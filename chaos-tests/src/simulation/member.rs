@@ -315,6 +315,7 @@ impl Member {
         Door {
             replica: replica.clone(),
             answering: Answering {
+                hotkey: self.0.parts.signer.hotkey().clone(),
                 hub,
                 replica: replica.clone(),
                 clock,

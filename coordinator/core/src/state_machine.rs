@@ -33,6 +33,7 @@ mod testing;
 pub mod upgrading;
 
 mod enrolment;
+mod hotkey;
 mod joining;
 mod lifecycle;
 mod observe;

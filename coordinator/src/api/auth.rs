@@ -60,7 +60,6 @@ pub(super) struct Asked<'a> {
 /// The door.
 #[derive(Debug)]
 pub(super) struct Door {
-    miner: Hotkey,
     allow_plain_legacy_writes: bool,
     /// What was read before is not in `reads`, so a write may not be older.
     opened_at: UnixMillis,
@@ -69,7 +68,7 @@ pub(super) struct Door {
 }
 
 impl Door {
-    pub(super) fn new(miner: Hotkey, allow_plain_legacy_writes: bool, opened_at: UnixMillis) -> Self {
+    pub(super) fn new(allow_plain_legacy_writes: bool, opened_at: UnixMillis) -> Self {
         if allow_plain_legacy_writes {
             tracing::warn!(
                 "allow_plain_legacy_writes is on: whoever sees a request of an original client on the network \
@@ -77,24 +76,27 @@ impl Door {
             );
         }
         Self {
-            miner,
             allow_plain_legacy_writes,
             opened_at,
             reads: Mutex::new(BTreeMap::new()),
         }
     }
 
-    /// Lets a request in, or says why not.
+    /// Lets a request in that `miner` has signed, or says why not.
     pub(super) fn admit(
         &self,
         asked: &Asked<'_>,
         access: Access,
+        miner: &Hotkey,
         now: UnixMillis,
     ) -> Result<Caller, ApiError> {
         let header = |name: &str| asked.headers.get(name).and_then(|value| value.to_str().ok());
         if let Some(sequence) = header(SEQUENCE_HEADER) {
             let never_opened = Connection::default();
-            asked.connection.unwrap_or(&never_opened).take(sequence, now)?;
+            asked
+                .connection
+                .unwrap_or(&never_opened)
+                .take(sequence, miner, now)?;
             return Ok(Caller {
                 guard: None,
                 is_bound: true,
@@ -107,15 +109,15 @@ impl Door {
                 path_and_query: asked.path_and_query,
                 body: asked.body,
             }
-            .check(header, &self.miner, now, MINER_NONCE_WINDOW_SECONDS)
+            .check(header, miner, now, MINER_NONCE_WINDOW_SECONDS)
             .map_err(|refusal| ApiError::unauthorised(format!("go away: {refusal}")))?;
         } else {
             let tail = match *asked.method {
                 Method::POST | Method::PUT | Method::PATCH => Tail::Body(asked.body),
                 _ => Tail::Purpose(Purpose::Management),
             };
-            let miner = std::slice::from_ref(&self.miner);
-            check_request_to_miner(header, &self.miner, miner, now, MINER_NONCE_WINDOW_SECONDS, &tail)
+            let signers = std::slice::from_ref(miner);
+            check_request_to_miner(header, miner, signers, now, MINER_NONCE_WINDOW_SECONDS, &tail)
                 .map_err(original_words)?;
         }
         let signature = header(SIGNATURE_HEADER).and_then(|text| hex::decode(text).ok());

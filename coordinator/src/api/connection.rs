@@ -7,6 +7,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use coordinator_core::state_machine::Command;
+use protocol::hotkey::Hotkey;
 use protocol::signing::SEQUENCE_HEADER;
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
@@ -24,22 +25,24 @@ pub struct Connection(Arc<Mutex<Option<Opened>>>);
 
 #[derive(Debug)]
 struct Opened {
+    by: Hotkey,
     next: u64,
     ends_at: UnixMillis,
 }
 
 impl Connection {
-    fn open(&self, now: UnixMillis) -> UnixMillis {
+    fn open(&self, by: Hotkey, now: UnixMillis) -> UnixMillis {
         let ends_at = now + LIFE_MS;
-        let opened = Opened { next: 1, ends_at };
+        let opened = Opened { by, next: 1, ends_at };
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(opened);
         ends_at
     }
 
-    /// Lets a request with this number in, once.
-    pub(super) fn take(&self, sequence: &str, now: UnixMillis) -> Result<(), ApiError> {
+    /// Lets a request with this number in, once, if it was `miner` who opened the connection.
+    pub(super) fn take(&self, sequence: &str, miner: &Hotkey, now: UnixMillis) -> Result<(), ApiError> {
         let mut opened = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(opened) = opened.as_mut().filter(|opened| now < opened.ends_at) else {
+        let is_open = |opened: &&mut Opened| now < opened.ends_at && opened.by == *miner;
+        let Some(opened) = opened.as_mut().filter(is_open) else {
             return Err(ApiError::unauthorised(format!(
                 "go away: {SEQUENCE_HEADER} without an open connection: POST /v1/connection on it first, signed"
             )));
@@ -76,6 +79,6 @@ pub(super) async fn open(
     };
     // The signature is good for one connection: whoever saw it cannot open another.
     api.propose(&caller, Command::PassTime).await?;
-    let ends_at = connection.open(api.store.clock().now());
+    let ends_at = connection.open(api.miner(), api.store.clock().now());
     Ok(Json(json!({ "next": 1, "ends_at": ends_at.iso8601() })))
 }

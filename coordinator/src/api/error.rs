@@ -74,6 +74,8 @@ impl From<Rejection> for ApiError {
             | Rejection::NotFinalized { .. }
             | Rejection::NotObserving
             | Rejection::Adoption(_)
+            | Rejection::OtherMiner(_)
+            | Rejection::HotkeyInUse(_)
             | Rejection::WrongPhase { .. } => StatusCode::CONFLICT,
         };
         Self::new(status, rejection.to_string())

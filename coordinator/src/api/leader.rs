@@ -2,6 +2,7 @@
 //! member checks the signature, passes the rest on, and gives back what the leader said.
 //! The way to the other members is also the one to hosts that are connected to them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use http_body_util::BodyExt as _;
+use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use protocol::logs::{HostAnswer, HostQuestion};
 use tower_service::Service as _;
@@ -36,6 +38,9 @@ pub trait OtherMembers: fmt::Debug + Send + Sync {
         server: &'a ServerId,
         question: &'a HostQuestion,
     ) -> BoxFuture<'a, Result<HostAnswer, String>>;
+
+    /// Whose seed each of them runs with; none for those that did not answer.
+    fn hotkeys(&self) -> BoxFuture<'_, BTreeMap<u64, Option<Hotkey>>>;
 }
 
 /// Of a member without others.
@@ -56,6 +61,10 @@ impl OtherMembers for Alone {
         _: &'a HostQuestion,
     ) -> BoxFuture<'a, Result<HostAnswer, String>> {
         Box::pin(std::future::ready(Err("there is no other member".to_owned())))
+    }
+
+    fn hotkeys(&self) -> BoxFuture<'_, BTreeMap<u64, Option<Hotkey>>> {
+        Box::pin(std::future::ready(BTreeMap::new()))
     }
 }
 
@@ -79,6 +88,10 @@ impl OtherMembers for member_link::Asking {
     ) -> BoxFuture<'a, Result<HostAnswer, String>> {
         let asked = member_link::Asking::ask_host(self, server, question, super::HOST_ANSWER_MAX);
         Box::pin(asked)
+    }
+
+    fn hotkeys(&self) -> BoxFuture<'_, BTreeMap<u64, Option<Hotkey>>> {
+        Box::pin(member_link::Asking::hotkeys(self))
     }
 }
 

@@ -63,7 +63,8 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>, request: Request) -> Re
             peer,
             connection: None,
         };
-        api.door.admit(&asked, Access::Read, api.store.clock().now())?;
+        api.door
+            .admit(&asked, Access::Read, &api.miner(), api.store.clock().now())?;
     }
     all_of(&api)
 }

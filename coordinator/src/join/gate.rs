@@ -130,6 +130,14 @@ impl Gate {
     }
 
     async fn answer(&self, question: Question, bearer: Option<&Bearer>) -> Answer {
+        let signs = matches!(question, Question::Join(_) | Question::Renew | Question::Rejoin);
+        if let Some(miner) = self.store.other_miner(self.signer.hotkey()).filter(|_| signs) {
+            // Only a member with that one's seed can open the authority's key.
+            return Answer::Unavailable(format!(
+                "this member runs with the seed of {}, and the cluster belongs to the miner {miner} by now",
+                self.signer.hotkey()
+            ));
+        }
         let granted = match question {
             Question::Join(join) => self.join(*join).await,
             Question::Enter(enter) => self.enter(*enter).await,

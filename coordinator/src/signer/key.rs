@@ -1,29 +1,18 @@
-//! The seed and what is derived from it: the signing key, and by HKDF-SHA256 the sealing key.
-//!
-//! A sealed value is `version 1 | 12 bytes nonce | ChaCha20-Poly1305 ciphertext and tag`; its associated
-//! data binds the version and the label of its kind. Old versions are read for ever.
+//! The seed and what is derived from it: the signing key and the sealing key ([`protocol::sealing`]).
 
 use std::fmt;
 use std::sync::Mutex;
 
 use protocol::hotkey::{Hotkey, InvalidKey, Signer, seed_from_hex, seed_from_hotkey_file};
+use protocol::sealing::{NONCE_BYTES, SealingKey};
 use protocol::signing::{
     HOTKEY_HEADER, Headers, MINER_HEADER, NONCE_HEADER, SIGNATURE_HEADER, VALIDATOR_HEADER,
 };
 use protocol::time::UnixMillis;
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
-use ring::hkdf::{HKDF_SHA256, Salt};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use super::{Error, MessageKind, PLAINTEXT_BYTES_MAX, Result, SealedKind};
-
-/// Version byte of the values sealed today.
-const SEAL_VERSION: u8 = 1;
-/// Salt of the derivation: separates these keys from any other use of the seed.
-const SEAL_SALT: &[u8] = b"chutes-miner sealing";
-/// Domain label of version 1.
-const SEAL_INFO: &[u8] = b"chacha20-poly1305 v1";
 
 /// The 32 bytes that everything is derived from. Overwritten when dropped, never printed.
 pub struct Seed([u8; 32]);
@@ -101,7 +90,7 @@ enum Nonces {
 /// Signing key and sealing key.
 pub struct Key {
     signer: Signer,
-    sealing: LessSafeKey,
+    sealing: SealingKey,
     nonces: Nonces,
 }
 
@@ -109,14 +98,9 @@ impl Key {
     /// Derives both keys.
     #[must_use]
     pub fn new(seed: &Seed) -> Self {
-        let okm = Salt::new(HKDF_SHA256, SEAL_SALT).extract(&seed.0);
-        let sealing = okm
-            .expand(&[SEAL_INFO], &CHACHA20_POLY1305)
-            .map(UnboundKey::from)
-            .expect("32 bytes are a legal length for HKDF-SHA256");
         Self {
             signer: Signer::from_seed(&seed.0),
-            sealing: LessSafeKey::new(sealing),
+            sealing: SealingKey::from_seed(&seed.0),
             nonces: Nonces::System(SystemRandom::new()),
         }
     }
@@ -158,7 +142,7 @@ impl Key {
         if plaintext.len() > PLAINTEXT_BYTES_MAX {
             return Err(Error::TooLong(plaintext.len()));
         }
-        let mut nonce = [0; NONCE_LEN];
+        let mut nonce = [0; NONCE_BYTES];
         match &self.nonces {
             Nonces::System(random) => random
                 .fill(&mut nonce)
@@ -168,19 +152,8 @@ impl Key {
                 .unwrap_or_else(std::sync::PoisonError::into_inner)
                 .fill(&mut nonce),
         }
-        let mut body = plaintext.to_vec();
-        self.sealing
-            .seal_in_place_append_tag(
-                Nonce::assume_unique_for_key(nonce),
-                Aad::from(associated_data(SEAL_VERSION, kind)),
-                &mut body,
-            )
-            .map_err(|_| Error::TooLong(plaintext.len()))?;
-        let mut sealed = Vec::with_capacity(1 + NONCE_LEN + body.len());
-        sealed.push(SEAL_VERSION);
-        sealed.extend_from_slice(&nonce);
-        sealed.extend_from_slice(&body);
-        Ok(sealed)
+        let sealed = self.sealing.seal(kind, nonce, plaintext);
+        sealed.ok_or(Error::TooLong(plaintext.len()))
     }
 
     /// Opens a sealed value.
@@ -188,21 +161,8 @@ impl Key {
     /// # Errors
     /// [`Error::NotOpened`].
     pub fn unseal(&self, kind: SealedKind, sealed: &[u8]) -> Result<Vec<u8>> {
-        let failed = || Error::NotOpened(kind.label());
-        let (&version, rest) = sealed.split_first().ok_or_else(failed)?;
-        if version != SEAL_VERSION {
-            return Err(failed());
-        }
-        let (nonce, body) = rest.split_at_checked(NONCE_LEN).ok_or_else(failed)?;
-        let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| failed())?;
-        let mut body = body.to_vec();
-        let plain = self
-            .sealing
-            .open_in_place(nonce, Aad::from(associated_data(version, kind)), &mut body)
-            .map_err(|_| failed())?
-            .len();
-        body.truncate(plain);
-        Ok(body)
+        let opened = self.sealing.unseal(kind, sealed);
+        opened.ok_or(Error::NotOpened(kind.label()))
     }
 }
 
@@ -210,12 +170,6 @@ impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Key({})", self.hotkey())
     }
-}
-
-fn associated_data(version: u8, kind: SealedKind) -> Vec<u8> {
-    let mut data = vec![version];
-    data.extend_from_slice(kind.label().as_bytes());
-    data
 }
 
 #[cfg(test)]

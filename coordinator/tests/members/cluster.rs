@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{PATIENCE, until};
 
-pub(crate) const SEED: [u8; 32] = [1; 32];
+const SEED: [u8; 32] = [1; 32];
 const NO_VALIDATOR: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 9);
 
 /// A host on which a member may run.
@@ -40,16 +40,14 @@ pub(crate) struct Host {
     pub(crate) found_observing: bool,
     /// The Kubernetes cluster whose nodes enter.
     pub(crate) nodes: Option<Arc<dyn Nodes>>,
+    /// The miner's, as this host has it; its operator signs with it too.
+    pub(crate) seed: [u8; 32],
     running: Option<Running>,
 }
 
 struct Running {
     task: JoinHandle<Result<(), Error>>,
     stop: CancellationToken,
-}
-
-pub(crate) fn miner() -> Hotkey {
-    Signer::from_seed(&SEED).hotkey().clone()
 }
 
 impl Host {
@@ -66,8 +64,13 @@ impl Host {
             socket: NO_VALIDATOR,
             found_observing: false,
             nodes: None,
+            seed: SEED,
             running: None,
         }
+    }
+
+    pub(crate) fn miner(&self) -> Hotkey {
+        Signer::from_seed(&self.seed).hotkey().clone()
     }
 
     pub(crate) fn name(&self) -> String {
@@ -104,7 +107,7 @@ impl Host {
             site: format!("site-{}", self.number),
             address: self.door.to_string(),
             public_key: HostKey::open_or_make(&self.identity()).expect("a key").public(),
-            hotkey: Some(miner()),
+            hotkey: Some(self.miner()),
             clock: WallClock.now(),
         }
     }
@@ -129,7 +132,7 @@ impl Host {
             site: format!("site-{}", self.number),
             advertise: self.door.to_string(),
             timing: replica::Timing::Lan,
-            miner: miner(),
+            miner: self.miner(),
             validators: Directory::check(&[validator]).expect("good settings"),
             hosts_listen: self.door,
             api_listen: self.api,
@@ -147,7 +150,7 @@ impl Host {
     /// Why the member does not start.
     pub(crate) async fn refused(&self) -> Error {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
-        let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
+        let signer = LocalSigner::new(Key::new(&Seed::new(self.seed)), Arc::clone(&clock));
         let run = member::run(
             self.config(),
             Arc::new(signer),
@@ -162,7 +165,7 @@ impl Host {
 
     pub(crate) fn start(&mut self) {
         let clock: Arc<dyn Clock> = Arc::new(WallClock);
-        let signer = LocalSigner::new(Key::new(&Seed::new(SEED)), Arc::clone(&clock));
+        let signer = LocalSigner::new(Key::new(&Seed::new(self.seed)), Arc::clone(&clock));
         let stop = CancellationToken::new();
         let running = Box::pin(member::run(
             self.config(),
@@ -205,7 +208,11 @@ impl Host {
             path_and_query: path,
             body: &body,
         };
-        let headers = bound.sign(&Signer::from_seed(&SEED), WallClock.now(), fastrand::u128(..));
+        let headers = bound.sign(
+            &Signer::from_seed(&self.seed),
+            WallClock.now(),
+            fastrand::u128(..),
+        );
         let http = reqwest::Client::builder().no_proxy().build().expect("a client");
         let mut request = http.request(method, format!("http://{}{path}", self.api));
         for (name, value) in headers {
@@ -256,7 +263,11 @@ impl Host {
 
 /// Members that have joined one after the other, all of them voters.
 pub(crate) async fn three() -> [Host; 3] {
-    let mut hosts = [1, 2, 3].map(Host::new);
+    cluster_of([1, 2, 3].map(Host::new)).await
+}
+
+/// The same, of these hosts.
+pub(crate) async fn cluster_of(mut hosts: [Host; 3]) -> [Host; 3] {
     let [first, others @ ..] = &mut hosts;
     first.found();
     first.start();

@@ -1,8 +1,9 @@
 //! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back, going on alone, another
-//! authority, nodes that enter by themselves; and what is refused at the door.
+//! authority, another hotkey, nodes that enter by themselves; and what is refused at the door.
 
 mod cluster;
 mod door;
+mod hotkey;
 mod joining;
 mod nodes;
 mod observing;

@@ -51,6 +51,9 @@ impl State {
                     self.outbox.remove(oldest);
                 }
                 let settings = &self.settings;
+                if let Some(other) = settings.miner.as_ref().filter(|other| **other != miner) {
+                    return Err(Rejection::OtherMiner(other.clone()));
+                }
                 if settings.miner.as_ref() == Some(&miner)
                     && settings.validators == validators
                     && settings.pay_profile == pay_profile
@@ -180,6 +183,7 @@ impl State {
             Command::FinishRotation { new } => self.finish_rotation(&new),
             Command::SetObserving { observing } => self.set_observing(observing),
             Command::AdoptServer(adoption) => self.adopt_server(adoption),
+            Command::ReplaceHotkey { old, new, sealed_key } => self.replace_hotkey(&old, new, sealed_key),
         }
     }
 

@@ -406,6 +406,15 @@ pub enum Command {
     },
     /// A server with what runs on it is taken over from another miner.
     AdoptServer(Adoption),
+    /// The miner has another hotkey from now on.
+    ReplaceHotkey {
+        /// The one that it has.
+        old: Hotkey,
+        /// The one that it gets.
+        new: Hotkey,
+        /// The key of the cluster's authority, sealed with the seed of the new one.
+        sealed_key: Vec<u8>,
+    },
 }
 
 impl Command {
@@ -559,6 +568,12 @@ pub enum Rejection {
     /// What cannot be taken over.
     #[error("{}", .0.join("; "))]
     Adoption(Vec<String>),
+    /// One cluster is one hotkey.
+    #[error("this cluster belongs to the miner {0}: one cluster is one hotkey")]
+    OtherMiner(Hotkey),
+    /// Something of the old hotkey would be left to nobody.
+    #[error("the hotkey cannot be replaced yet: {}", .0.join("; "))]
+    HotkeyInUse(Vec<String>),
 }
 
 /// What a proposal is answered with.
