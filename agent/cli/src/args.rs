@@ -307,6 +307,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: CaCommand,
     },
+    /// Shows the miner's hotkey and which host has its seed, replaces it by another one
+    Hotkey {
+        #[command(subcommand)]
+        command: HotkeyCommand,
+    },
     /// Lets the cluster only watch, while another miner acts with this hotkey, or act again
     Observe {
         #[command(subcommand)]
@@ -459,6 +464,26 @@ pub(crate) enum CaCommand {
         /// Drop the old one; refused while a host still carries a certificate of it
         #[arg(long)]
         finish: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum HotkeyCommand {
+    /// Shows the miner's hotkey, whose seed each member runs with, and what keeps the hotkey from being replaced
+    Status {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Gives the miner another hotkey; refused while validators know GPUs or instances of the old one
+    Replace {
+        #[command(flatten)]
+        miner: Miner,
+        /// Hotkey file of the new one: JSON with ss58Address and secretSeed; its seed does not leave this machine
+        #[arg(long, value_name = "PATH")]
+        new_hotkey: PathBuf,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
     },
 }
 

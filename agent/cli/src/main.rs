@@ -14,6 +14,7 @@ mod cluster;
 mod deployments;
 mod export;
 mod hosts;
+mod hotkey;
 mod import;
 mod inventory;
 mod logs;
@@ -125,6 +126,7 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Upgrade { command } => upgrade::upgrade(printer, command).await,
         Command::Observe { command } => cluster::observe(printer, command).await,
         Command::Ca { command } => authority::ca(printer, command).await,
+        Command::Hotkey { command } => hotkey::hotkey(printer, command).await,
         Command::Ban {
             miner,
             chute,

@@ -30,9 +30,14 @@ pub(crate) fn now() -> UnixMillis {
 
 /// Reads the key, and says so if others can read it too.
 pub(crate) fn signer(path: &Path) -> Result<Signer> {
+    Ok(Signer::from_seed(&seed(path, "--hotkey or HOTKEY")?))
+}
+
+/// Reads the seed out of a hotkey file that an option names.
+pub(crate) fn seed(path: &Path, option: &str) -> Result<[u8; 32]> {
     let shown = path.display();
     let text = fs::read_to_string(path)
-        .with_context(|| format!("read the hotkey file {shown} (--hotkey or HOTKEY names it)"))?;
+        .with_context(|| format!("read the hotkey file {shown} ({option} names it)"))?;
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
@@ -41,8 +46,7 @@ pub(crate) fn signer(path: &Path) -> Result<Signer> {
             warn(&format!("Warning: others can read {shown}: chmod 600 {shown}"));
         }
     }
-    let seed = seed_from_hotkey_file(&text).with_context(|| format!("read the hotkey file {shown}"))?;
-    Ok(Signer::from_seed(&seed))
+    seed_from_hotkey_file(&text).with_context(|| format!("read the hotkey file {shown}"))
 }
 
 /// A client whose connections and answers have limits; `answer_max` is for the whole answer.

@@ -1,5 +1,7 @@
 //! The command as users and scripts run it, against a miner and a validator that check every signature.
 
+#[path = "command_line/hotkey.rs"]
+mod hotkey;
 #[path = "command_line/kept.rs"]
 mod kept;
 #[path = "command_line/world.rs"]

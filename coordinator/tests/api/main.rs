@@ -8,6 +8,7 @@ mod diff;
 mod enrolment;
 mod fixture;
 mod hosts;
+mod hotkey;
 mod import;
 mod kept;
 mod limits;
