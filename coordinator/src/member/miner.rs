@@ -46,21 +46,9 @@ impl Watch {
         cancel: CancellationToken,
     ) {
         let both = async {
-            tokio::join!(self.tell(in_touch, serving), self.give_way());
+            tokio::join!(tell(&self.store, &self.own, in_touch, serving), self.give_way());
         };
         cancel.run_until_cancelled(both).await;
-    }
-
-    async fn tell(&self, mut in_touch: watch::Receiver<bool>, serving: watch::Sender<bool>) {
-        let mut changes = self.store.changes();
-        loop {
-            let now = *in_touch.borrow_and_update() && self.store.other_miner(&self.own).is_none();
-            serving.send_if_modified(|before| std::mem::replace(before, now) != now);
-            tokio::select! {
-                changed = in_touch.changed() => if changed.is_err() { return },
-                () = changes.changed() => {}
-            }
-        }
     }
 
     async fn give_way(&self) {
@@ -99,5 +87,63 @@ impl Watch {
             Ok(()) => tracing::info!(member, "the lead goes to a member with the miner's seed"),
             Err(error) => tracing::info!(member, %error, "the lead was not handed over; it is tried again"),
         }
+    }
+}
+
+/// Keeps `serving` right: in touch with a leader, and the seed is the miner's.
+async fn tell(
+    store: &Store,
+    own: &Hotkey,
+    mut in_touch: watch::Receiver<bool>,
+    serving: watch::Sender<bool>,
+) {
+    let mut changes = store.changes();
+    loop {
+        let now = *in_touch.borrow_and_update() && store.other_miner(own).is_none();
+        serving.send_if_modified(|before| std::mem::replace(before, now) != now);
+        tokio::select! {
+            changed = in_touch.changed() => if changed.is_err() { return },
+            () = changes.changed() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::sync::Arc;
+
+    use coordinator_core::state_machine::Command;
+    use coordinator_core::state_machine::command::PayProfile;
+    use protocol::hotkey::Signer;
+
+    use super::*;
+    use crate::clock::WallClock;
+
+    #[tokio::test]
+    async fn hosts_are_served_in_touch_and_with_the_right_seed_only() {
+        let store = Store::in_memory(Arc::new(WallClock));
+        let (own, other) = ([1; 32], [2; 32]);
+        let hotkey = |seed| Signer::from_seed(seed).hotkey().clone();
+        let (touch, in_touch) = watch::channel(true);
+        let (serving, mut served) = watch::channel(true);
+        let (told_by, own) = (store.clone(), hotkey(&own));
+        tokio::spawn(async move { tell(&told_by, &own, in_touch, serving).await });
+        let mut becomes = async |wanted: bool| {
+            let waited = served.wait_for(|served| *served == wanted);
+            let waited = tokio::time::timeout(Duration::from_secs(30), waited).await;
+            waited.expect("in time").expect("it is told on");
+        };
+        touch.send_replace(false);
+        becomes(false).await;
+        touch.send_replace(true);
+        becomes(true).await;
+        let configure = Command::Configure {
+            miner: hotkey(&other),
+            validators: BTreeSet::new(),
+            pay_profile: PayProfile::Of2026,
+        };
+        store.propose(configure).await.expect("it is the first");
+        becomes(false).await;
     }
 }

@@ -1,13 +1,16 @@
 //! The miner gets another hotkey while its members run: each host gets the new seed after the other, and none of them
 //! does anything in the name of the old one meanwhile.
 
+use futures_util::{SinkExt as _, StreamExt as _};
 use protocol::hotkey::{Hotkey, Signer};
 use protocol::sealing::{NONCE_BYTES, SealedKind, SealingKey};
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt as _;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_tungstenite::accept_async;
+use tokio_tungstenite::tungstenite::Message;
 
 use super::cluster::{Host, cluster_of};
 use super::{PATIENCE, until};
@@ -16,6 +19,62 @@ const NEW: [u8; 32] = [7; 32];
 
 fn hotkey(seed: &[u8; 32]) -> Hotkey {
     Signer::from_seed(seed).hotkey().clone()
+}
+
+/// What a validator sees of those who open its socket.
+#[derive(Debug, PartialEq, Eq)]
+enum Session {
+    /// One has authenticated, as this miner.
+    Of(Hotkey),
+    /// It has ended.
+    Ended,
+}
+
+/// A validator that lets everybody in and never ends a session.
+fn validator(listener: TcpListener) -> mpsc::Receiver<Session> {
+    let (seen, sessions) = mpsc::channel(64);
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                if serve(stream, &seen).await.is_some() {
+                    let _ = seen.send(Session::Ended).await;
+                }
+            });
+        }
+    });
+    sessions
+}
+
+/// One session, until it ends; who had it, if anybody has authenticated.
+async fn serve(stream: TcpStream, seen: &mpsc::Sender<Session>) -> Option<Hotkey> {
+    let mut peer = accept_async(stream).await.ok()?;
+    let open =
+        r#"0{"sid":"x","upgrades":[],"pingTimeout":600000,"pingInterval":600000,"maxPayload":1000000}"#;
+    peer.send(Message::text(open)).await.ok()?;
+    let mut miner = None;
+    while let Some(Ok(message)) = peer.next().await {
+        let Message::Text(text) = message else { continue };
+        if text.as_str() == "40" {
+            peer.send(Message::text(r#"40{"sid":"abc"}"#)).await.ok()?;
+        } else if let Some(event) = text.strip_prefix("42") {
+            let event: Value = serde_json::from_str(event).ok()?;
+            // It authenticates again and again.
+            if event[0] == "authenticate" && miner.is_none() {
+                let hotkey: Hotkey = serde_json::from_value(event[1]["X-Chutes-Hotkey"].clone()).ok()?;
+                miner = Some(hotkey.clone());
+                seen.send(Session::Of(hotkey)).await.ok()?;
+                let success = r#"42["auth_success",{"message":"Authenticated"}]"#;
+                peer.send(Message::text(success)).await.ok()?;
+            }
+        }
+    }
+    miner
+}
+
+async fn next(sessions: &mut mpsc::Receiver<Session>) -> Session {
+    let next = timeout(PATIENCE, sessions.recv()).await;
+    next.expect("in time").expect("the validator listens")
 }
 
 async fn status(host: &Host) -> Value {
@@ -46,19 +105,15 @@ async fn seeds(host: &Host) -> Vec<Hotkey> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_hotkey_of_running_members_is_replaced_and_the_new_seed_takes_over() {
-    let mut listeners = Vec::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let mut hosts = [1, 2, 3].map(Host::new);
     for host in &mut hosts {
-        let validator = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        host.socket = validator.local_addr().expect("bound");
-        listeners.push(validator);
+        host.socket = listener.local_addr().expect("bound");
     }
+    let mut sessions = validator(listener);
     let [mut first, mut second, mut third] = cluster_of(hosts).await;
     let old = first.seed;
-    let (mut socket, _) = timeout(PATIENCE, listeners[0].accept())
-        .await
-        .expect("the founder leads")
-        .expect("it opens the validator's socket");
+    assert_eq!(next(&mut sessions).await, Session::Of(hotkey(&old)));
     assert_eq!(status(&second).await["hotkey"], json!(hotkey(&old)));
     assert_eq!(seeds(&third).await, [hotkey(&old), hotkey(&old), hotkey(&old)]);
 
@@ -77,11 +132,7 @@ async fn the_hotkey_of_running_members_is_replaced_and_the_new_seed_takes_over()
     assert_eq!(replaced, json!({ "hotkey": hotkey(&NEW), "changed": true }));
 
     // Nobody acts in the name of the old one, nor takes its word.
-    let ended = async {
-        let mut bytes = [0; 1024];
-        while !matches!(socket.read(&mut bytes).await, Ok(0) | Err(_)) {}
-    };
-    timeout(PATIENCE, ended).await.expect("the socket is left");
+    assert_eq!(next(&mut sessions).await, Session::Ended);
     for host in [&first, &second, &third] {
         until("the old key opens nothing", async || {
             let answer = host.ask(Method::GET, "/v1/hotkey", &Value::Null).await;
@@ -107,8 +158,8 @@ async fn the_hotkey_of_running_members_is_replaced_and_the_new_seed_takes_over()
         (third.leader().await? == "host-3").then_some(())
     })
     .await;
-    let called = timeout(PATIENCE, listeners[2].accept()).await;
-    called.expect("it acts").expect("it opens the validator's socket");
+    let began = next(&mut sessions).await;
+    assert_eq!(began, Session::Of(hotkey(&NEW)), "nobody came meanwhile");
     fourth.join(&token).await.expect("the token is still good");
 
     // The others follow.
