@@ -14,6 +14,7 @@ use coordinator_core::state_machine::host::NewHost;
 use coordinator_core::state_machine::{Command, Faults, Rejection};
 use futures_util::FutureExt as _;
 
+mod address;
 mod certificate;
 mod miner;
 
@@ -201,6 +202,13 @@ pub async fn run(
         store: store.clone(),
     };
     services.spawn(certificate.keep(stop.clone()));
+    let address = address::Keeper {
+        address: config.advertise.clone(),
+        server: admission.server.clone(),
+        folder: config.identity.clone(),
+        store: store.clone(),
+    };
+    services.spawn(address.keep(stop.clone()));
 
     let api_config = api::Config {
         miner: config.miner.clone(),

@@ -62,9 +62,10 @@ pub fn roles(replica: &Replica) -> Roles {
             .borrow()
             .leader
             .unwrap_or_else(|| replica.member()),
-        voters: membership.voters.into_keys().collect(),
-        learners: membership.learners.into_keys().collect(),
+        voters: membership.voters.keys().copied().collect(),
+        learners: membership.learners.keys().copied().collect(),
         changing: membership.changing,
+        addresses: membership.voters.into_iter().chain(membership.learners).collect(),
     }
 }
 
@@ -80,7 +81,9 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) {
         };
         tracing::info!(?step, "the members change");
         let done = match step.clone() {
-            Step::AddLearner(member, address) => replica.add_learner(member, address).await,
+            Step::AddLearner(member, address) | Step::Move(member, address) => {
+                replica.add_learner(member, address).await
+            }
             Step::SetVoters(voters) => replica.set_voters(voters).await,
             Step::Transfer(member) => replica.transfer(Some(member)).await,
             Step::Remove(member) => replica.remove_member(member).await,

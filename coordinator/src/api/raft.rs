@@ -183,6 +183,7 @@ fn sites(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> 
         leader: roles.own,
         voters: roles.voters.clone(),
         learners: roles.learners.clone(),
+        addresses: BTreeMap::new(),
         changing: false,
     };
     json!(losses(&candidates, &known))

@@ -113,6 +113,17 @@ pub async fn change_over(folder: &Path, wanted: &[[u8; 32]]) -> Result<(), Error
     }
 }
 
+/// Tells the cluster where the host with the certificate in `folder` is to be found from now on.
+///
+/// # Errors
+/// [`Error`].
+pub async fn tell_address(doors: &[String], folder: &Path, address: &str) -> Result<(), Error> {
+    match ask_as_host(doors, folder, &Question::Moved(address.to_owned())).await? {
+        Answer::Noted => Ok(()),
+        other => granted(other).map(drop),
+    }
+}
+
 /// Asks one member after the other until one decides.
 async fn ask(doors: &[String], tls: QuicClientConfig, question: &Question) -> Result<Answer, Error> {
     let config = ClientConfig::new(Arc::new(tls));

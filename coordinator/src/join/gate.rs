@@ -147,6 +147,10 @@ impl Gate {
                 Ok((record, _)) => return self.probe(record.host.address).await,
                 Err(no) => Err(no),
             },
+            Question::Moved(address) => match self.moved(bearer, address).await {
+                Ok(()) => return Answer::Noted,
+                Err(no) => Err(no),
+            },
             Question::Trusts(trusted) => match self.note(bearer, trusted).await {
                 Ok(()) => return Answer::Noted,
                 Err(no) => Err(no),
@@ -365,6 +369,18 @@ impl Gate {
                 "the cluster's authorities are others by now: renew the certificate once more",
             )),
         }
+    }
+
+    /// Records where a host is to be found.
+    async fn moved(&self, bearer: Option<&Bearer>, address: String) -> Result<(), No> {
+        let (record, _) = self.known(bearer).await?;
+        are_words(&[("address", &address)])?;
+        let server = record.host.server;
+        tracing::info!(%server, before = record.host.address, address, "a host has moved");
+        self.store
+            .propose(Command::RecordAddress { server, address })
+            .await?;
+        Ok(())
     }
 
     /// Dials a host at the address that it told. Any answer shows that UDP goes there and back, be it a refusal.

@@ -30,6 +30,8 @@ pub enum Question {
     Trusts(Vec<[u8; 32]>),
     /// Let me in: my pod's token says which node of the shared Kubernetes cluster I am.
     Enter(Box<Enter>),
+    /// I am to be found at this `host:port` from now on.
+    Moved(String),
 }
 
 /// A host that wants to join.
@@ -190,6 +192,7 @@ mod tests {
                 Question::Enter(Box::new(enter)),
                 "0501740173 03613a31 020405 00 ac02",
             ),
+            (Question::Moved("a:1".to_owned()), "0603613a31"),
         ] {
             let sent = postcard::to_stdvec(&question).expect("it can be sent");
             assert_eq!(hex::encode(sent), bytes.replace(' ', ""), "{question:?}");

@@ -34,6 +34,8 @@ pub struct Roles {
     pub voters: BTreeSet<u64>,
     /// Those that only follow.
     pub learners: BTreeSet<u64>,
+    /// Where the members of the log are looked for; none where that is not asked.
+    pub addresses: BTreeMap<u64, String>,
     /// A change of voters has begun and not ended; until then `voters` are the old and the new ones.
     pub changing: bool,
 }
@@ -43,6 +45,8 @@ pub struct Roles {
 pub enum Step {
     /// Let it follow the log.
     AddLearner(u64, String),
+    /// Look for it elsewhere: it has moved.
+    Move(u64, String),
     /// Let exactly these vote; all of them follow the log already.
     SetVoters(BTreeSet<u64>),
     /// Lead no more, since another set of voters is wanted without this leader.
@@ -68,6 +72,14 @@ pub fn next_step(candidates: &[Candidate], roles: &Roles) -> Option<Step> {
     let known = |member: &u64| roles.voters.contains(member) || roles.learners.contains(member);
     if let Some(new) = candidates.iter().find(|c| !known(&c.member)) {
         return Some(Step::AddLearner(new.member, new.address.clone()));
+    }
+    let has_moved = |c: &&Candidate| {
+        let known = roles.addresses.get(&c.member);
+        known.is_some_and(|known| *known != c.address)
+    };
+    // Also one that does not answer: that is what comes of having moved.
+    if let Some(moved) = candidates.iter().find(has_moved) {
+        return Some(Step::Move(moved.member, moved.address.clone()));
     }
     let wanted = wanted(candidates, roles);
     if roles.changing {
@@ -181,6 +193,7 @@ mod tests {
             leader: voters[0],
             voters: voters.iter().copied().collect(),
             learners: learners.iter().copied().collect(),
+            addresses: BTreeMap::new(),
             changing: false,
         }
     }
@@ -198,6 +211,9 @@ mod tests {
             match step {
                 Step::AddLearner(member, _) => {
                     roles.learners.insert(member);
+                }
+                Step::Move(member, address) => {
+                    roles.addresses.insert(member, address);
                 }
                 Step::SetVoters(voters) => {
                     roles.learners.extend(roles.voters.difference(&voters));
@@ -234,6 +250,20 @@ mod tests {
         assert_eq!(next_step(&candidates, &roles(&[1], &[2, 3])), None);
         candidates[2].caught_up = true;
         assert_eq!(next_step(&candidates, &roles(&[1], &[2, 3])), voters(&[1, 2, 3]));
+    }
+
+    #[test]
+    fn a_member_that_moved_is_looked_for_at_its_new_address_before_it_is_replaced() {
+        let mut candidates: Vec<_> = (1..=4).map(candidate).collect();
+        let mut now = roles(&[1, 2, 3], &[4]);
+        now.addresses = candidates.iter().map(|c| (c.member, c.address.clone())).collect();
+        assert_eq!(next_step(&candidates, &now), None);
+        candidates[1].address = "10.9.9.9:4433".to_owned();
+        candidates[1].alive = false;
+        let step = next_step(&candidates, &now);
+        assert_eq!(step, Some(Step::Move(2, "10.9.9.9:4433".to_owned())));
+        now.changing = true;
+        assert_eq!(next_step(&candidates, &now), step, "the change needs it");
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub(crate) struct Host {
     pub(crate) found_observing: bool,
     /// The Kubernetes cluster whose nodes enter.
     pub(crate) nodes: Option<Arc<dyn Nodes>>,
+    /// Where it says that it is; at its door unless the test wants otherwise.
+    pub(crate) advertise: Option<String>,
     /// The miner's, as this host has it; its operator signs with it too.
     pub(crate) seed: [u8; 32],
     running: Option<Running>,
@@ -64,6 +66,7 @@ impl Host {
             socket: NO_VALIDATOR,
             found_observing: false,
             nodes: None,
+            advertise: None,
             seed: SEED,
             running: None,
         }
@@ -130,7 +133,7 @@ impl Host {
             identity: self.identity(),
             name: self.name(),
             site: format!("site-{}", self.number),
-            advertise: self.door.to_string(),
+            advertise: self.advertise.clone().unwrap_or_else(|| self.door.to_string()),
             timing: replica::Timing::Lan,
             miner: self.miner(),
             validators: Directory::check(&[validator]).expect("good settings"),
@@ -184,6 +187,12 @@ impl Host {
             ended
         });
         self.running = Some(Running { task, stop });
+    }
+
+    /// Gives the host another address; for one that does not run.
+    pub(crate) fn move_away(&mut self) {
+        let door = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+        self.door = door.local_addr().expect("bound");
     }
 
     /// Stops the member in order.

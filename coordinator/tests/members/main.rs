@@ -1,10 +1,12 @@
-//! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back, going on alone, another
-//! authority, another hotkey, nodes that enter by themselves; and what is refused at the door.
+//! Members as they run, in one process over loopback: founding, joining, moving the lead, removing, coming back, moving
+//! to another address, going on alone, another authority, another hotkey, nodes that enter by themselves; and what is
+//! refused at the door.
 
 mod cluster;
 mod door;
 mod hotkey;
 mod joining;
+mod moving;
 mod nodes;
 mod observing;
 mod recovery;

@@ -15,7 +15,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::cluster::{Host, miner};
+use super::cluster::Host;
 use super::{PATIENCE, until};
 
 /// Takes the token `NAME/UID` for a host and `NAME/UID/member` for a member; keeps what it is told.
@@ -66,7 +66,7 @@ fn notice(of: &Host) -> Notice {
     let identity = Identity::of_host(&of.identity()).expect("it has one");
     Notice {
         cluster: "test".to_owned(),
-        miner: miner(),
+        miner: of.miner(),
         authorities: identity.trusted(),
         doors: vec![of.door.to_string()],
     }
@@ -78,7 +78,7 @@ fn wish(host: &Host, token: &str) -> Enter {
         site: String::new(),
         address: host.door.to_string(),
         public_key: HostKey::open_or_make(&host.identity()).expect("a key").public(),
-        hotkey: Some(miner()),
+        hotkey: Some(host.miner()),
         clock: WallClock.now(),
     }
 }
@@ -172,7 +172,7 @@ async fn whoever_leads_tells_where_the_members_are() {
         .until_told(|told| told.doors == [first.door.to_string()])
         .await;
     assert_eq!(told.authorities, notice(first).authorities);
-    assert_eq!(told.miner, miner());
+    assert_eq!(told.miner, first.miner());
     for host in [&mut *second, &mut *third] {
         let token = first.invite(json!({ "eligible": true })).await;
         host.join(&token).await.expect("it is invited");

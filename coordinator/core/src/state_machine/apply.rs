@@ -183,6 +183,7 @@ impl State {
             Command::FinishRotation { new } => self.finish_rotation(&new),
             Command::SetObserving { observing } => self.set_observing(observing),
             Command::AdoptServer(adoption) => self.adopt_server(adoption),
+            Command::RecordAddress { server, address } => self.record_address(&server, address),
             Command::ReplaceHotkey { old, new, sealed_key } => self.replace_hotkey(&old, new, sealed_key),
         }
     }

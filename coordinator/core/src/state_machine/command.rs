@@ -415,6 +415,13 @@ pub enum Command {
         /// The key of the cluster's authority, sealed with the seed of the new one.
         sealed_key: Vec<u8>,
     },
+    /// A host is to be found elsewhere from now on.
+    RecordAddress {
+        /// Which.
+        server: ServerId,
+        /// `host:port` of its QUIC door.
+        address: String,
+    },
 }
 
 impl Command {
@@ -574,6 +581,14 @@ pub enum Rejection {
     /// Something of the old hotkey would be left to nobody.
     #[error("the hotkey cannot be replaced yet: {}", .0.join("; "))]
     HotkeyInUse(Vec<String>),
+    /// Members that look for the one would find the other.
+    #[error("{address} is the address of the member on host {host}: correct coordinator.advertise of either")]
+    AddressTaken {
+        /// Which address.
+        address: String,
+        /// Whose it is.
+        host: String,
+    },
 }
 
 /// What a proposal is answered with.

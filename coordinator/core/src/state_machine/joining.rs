@@ -274,6 +274,28 @@ impl State {
         Ok(Reply::Done)
     }
 
+    /// A host has moved. Two members at one address would be taken for each other.
+    pub(crate) fn record_address(&mut self, server: &ServerId, address: String) -> Answer {
+        let record = self.hosts.get(server).filter(|record| record.is_in());
+        let record = record.ok_or_else(|| unknown(server))?;
+        if record.host.address == address {
+            return Ok(Reply::Unchanged);
+        }
+        let has_it = |other: &&HostRecord| other.host.server != *server && other.host.address == address;
+        let mut members = self.members().map(|(_, other)| other);
+        if record.member.is_some()
+            && let Some(other) = members.find(has_it)
+        {
+            let host = other.host.name.clone();
+            return Err(Rejection::AddressTaken { address, host });
+        }
+        drop(members);
+        if let Some(record) = self.hosts.get_mut(server) {
+            record.host.address = address;
+        }
+        Ok(Reply::Done)
+    }
+
     /// Invitations that nobody needs to be told about any more.
     pub(crate) fn old_invites(&self, now: UnixMillis) -> Vec<InviteId> {
         let old = |invite: &Invite| now.since(invite.expires_at) >= INVITE_MEMORY_MS;
@@ -431,6 +453,38 @@ mod tests {
         for host in [host("b", 2), host("b", 3), again] {
             assert_eq!(world.0.entered(&host), Entered::NotYet);
         }
+    }
+
+    #[test]
+    fn a_host_that_moved_is_known_at_its_new_address_alone() {
+        let mut world = World::founded("founder");
+        world.take_in("b", 2, true);
+        let moved = |server: &str, address: &str| Command::RecordAddress {
+            server: id(server),
+            address: address.to_owned(),
+        };
+        assert_eq!(world.at(3000, moved("b", "b:4433")), Ok(Reply::Unchanged));
+        assert_eq!(world.at(3000, moved("b", "elsewhere:4433")), Ok(Reply::Done));
+        assert_eq!(world.record("b").host.address, "elsewhere:4433");
+        let taken = world.at(3000, moved("b", "founder:4433"));
+        assert!(
+            is_refused(
+                &taken,
+                "founder:4433 is the address of the member on host founder"
+            ),
+            "{taken:?}"
+        );
+        assert_eq!(world.record("b").host.address, "elsewhere:4433");
+        assert!(is_refused(
+            &world.at(3000, moved("c", "c:1")),
+            "host c is not known"
+        ));
+        let remove = Command::RemoveHost { server: id("b") };
+        world.at(4000, remove).expect("it has no work");
+        assert!(is_refused(
+            &world.at(4000, moved("b", "b:1")),
+            "host b is not known"
+        ));
     }
 
     #[test]
