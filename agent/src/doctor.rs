@@ -10,9 +10,26 @@ use agent::config::{self, Sources};
 use anyhow::Context as _;
 use coordinator::door;
 use coordinator::identity::Identity;
+use coordinator::join::reach::{self, Reach};
 use coordinator::join::wire::{Answer, Question};
 use coordinator::join::{Admission, client};
 use tokio::time::Instant;
+
+/// What keeps this host from a member, and the way out.
+async fn why_closed(member: &str) -> String {
+    let reach = match reach::udp(member).await {
+        Ok(reach) => reach,
+        Err(error) => return format!("it cannot be tried: {error}"),
+    };
+    let way_out = match reach {
+        Reach::Silent => {
+            "a firewall here, there, or the provider's drops it: let UDP to that port through, and the answers back"
+        }
+        Reach::Refused => "no agent runs there, or its coordinator.hosts_listen is another one",
+        Reach::Answers => "it is no firewall: what was said is the reason",
+    };
+    format!("{reach}: {way_out}")
+}
 
 fn say(line: &str) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{line}")?)
@@ -62,8 +79,8 @@ pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
             Err(error) => {
                 closed += 1;
                 say(&format!(
-                    "out  {member}: CLOSED. {error}. Nothing came back: UDP to that port is blocked on the way (a \
-                     firewall here, there, or the provider's), or no agent runs there"
+                    "out  {member}: CLOSED. {}. {error}",
+                    why_closed(member).await
                 ))?;
             }
             Ok(Answer::Probed {
@@ -80,8 +97,8 @@ pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
                     (true, _) => ("open", ""),
                     (false, true) => (
                         "CLOSED",
-                        ". Other members must reach this one: open that UDP port to this machine, or correct \
-                         coordinator.advertise",
+                        ". Other members must reach this one: open that UDP port to this machine (its firewall, the \
+                         provider's), or correct coordinator.advertise",
                     ),
                     (false, false) => (
                         "closed",

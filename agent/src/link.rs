@@ -172,12 +172,7 @@ impl Quic {
 
     /// Remembers the doors, for when this member dies and for the next start.
     fn remember(&self, doors: Vec<String>) {
-        let folder = &self.config.certificates;
-        let remembered = Admission::read(folder).and_then(|admission| match admission {
-            Some(admission) if admission.doors != doors => Admission { doors, ..admission }.write(folder),
-            _ => Ok(()),
-        });
-        if let Err(error) = remembered {
+        if let Err(error) = Admission::remember_doors(&self.config.certificates, doors) {
             tracing::warn!(%error, "the members' doors are not remembered");
         }
     }

@@ -82,5 +82,9 @@ fn typed(survivor: &Survivor) -> anyhow::Result<String> {
     out.flush()?;
     let mut line = String::new();
     std::io::stdin().read_line(&mut line)?;
+    anyhow::ensure!(
+        !line.trim().is_empty(),
+        "nothing was typed, and nothing was changed: scripts give --cluster ID"
+    );
     Ok(line.trim().to_owned())
 }

@@ -187,7 +187,12 @@ pub async fn run(
         header_sets,
         stop.clone(),
     ));
-    services.spawn(follow_doors(store.clone(), doors, stop.clone()));
+    services.spawn(follow_doors(
+        store.clone(),
+        config.identity.clone(),
+        doors,
+        stop.clone(),
+    ));
     services.spawn(asking.clone().tell(hub.clone(), in_touch, stop.clone()));
     let watched = miner::Watch {
         own: config.miner.clone(),
@@ -392,19 +397,31 @@ async fn forget_authority(store: Store, folder: std::path::PathBuf, cancel: Canc
     cancel.run_until_cancelled(forgotten).await;
 }
 
-/// Publishes the members' doors whenever they change.
-async fn follow_doors(store: Store, doors: watch::Sender<Vec<String>>, cancel: CancellationToken) {
+/// Publishes the members' doors whenever they change, and keeps them in `folder`: who comes back after the others went
+/// on without it must know where they are.
+async fn follow_doors(
+    store: Store,
+    folder: std::path::PathBuf,
+    doors: watch::Sender<Vec<String>>,
+    cancel: CancellationToken,
+) {
     let mut changes = store.changes();
     loop {
         let now: Vec<String> = store.read(|state| {
             let members = state.members();
             members.map(|(_, host)| host.host.address.clone()).collect()
         });
-        doors.send_if_modified(|before| {
+        let changed = doors.send_if_modified(|before| {
             let changed = *before != now;
-            *before = now;
+            before.clone_from(&now);
             changed
         });
+        if changed
+            && !now.is_empty()
+            && let Err(error) = Admission::remember_doors(&folder, now)
+        {
+            tracing::warn!(%error, "the members' doors are not remembered");
+        }
         if cancel.run_until_cancelled(changes.changed()).await.is_none() {
             return;
         }

@@ -88,6 +88,7 @@ const DOORS: &[&str] = &[
     "coordinator/src/identity/certificate.rs",
     "coordinator/src/join/client.rs",
     "coordinator/src/join/gate.rs",
+    "coordinator/src/join/reach.rs",
     "coordinator/src/join/wire.rs",
     "coordinator/src/member.rs",
     "coordinator/src/member/certificate.rs",

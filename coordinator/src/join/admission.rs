@@ -55,6 +55,17 @@ impl Admission {
             .map_err(|_| IdentityError::Malformed { path, what })
     }
 
+    /// Keeps the members' doors in the folder of a host that has joined, for when the present ones are gone.
+    ///
+    /// # Errors
+    /// [`IdentityError::File`].
+    pub fn remember_doors(folder: &Path, doors: Vec<String>) -> Result<(), IdentityError> {
+        match Self::read(folder)? {
+            Some(admission) if admission.doors != doors => Self { doors, ..admission }.write(folder),
+            _ => Ok(()),
+        }
+    }
+
     /// Writes it. Written last, it says that the other files are whole.
     ///
     /// # Errors

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Endpoint};
+use quinn::{ClientConfig, Endpoint, TransportConfig};
 use tokio::time::timeout;
 
 use super::wire::{ALPN, Answer, Granted, Question, read, write};
 use super::{Admission, Notice, Token, admission};
+use crate::host_link::quic::KEEP_ALIVE;
 use crate::identity::{COORDINATOR_NAME, Identity, IdentityError, JoinVerifier, LIFE_MS};
 use protocol::time::UnixMillis;
 
@@ -126,7 +127,11 @@ pub async fn tell_address(doors: &[String], folder: &Path, address: &str) -> Res
 
 /// Asks one member after the other until one decides.
 async fn ask(doors: &[String], tls: QuicClientConfig, question: &Question) -> Result<Answer, Error> {
-    let config = ClientConfig::new(Arc::new(tls));
+    let mut config = ClientConfig::new(Arc::new(tls));
+    let mut transport = TransportConfig::default();
+    // A member takes a silent connection for dead long before it has probed a port, or found a leader.
+    transport.keep_alive_interval(Some(KEEP_ALIVE));
+    config.transport_config(Arc::new(transport));
     let mut failures = Vec::new();
     for door in doors {
         match timeout(EACH_MAX, ask_one(door, config.clone(), question)).await {

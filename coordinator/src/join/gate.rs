@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::wire::{Answer, Enter, Granted, Join, Question, read, write};
-use super::{Admission, Nodes, authority, node, token};
+use super::{Admission, Nodes, authority, node, reach, token};
 use crate::identity::{Bearer, COORDINATOR_NAME, Identity, LIFE_MS, Names, key_hash};
 use crate::signer::Sign;
 use crate::store::{Error as StoreError, Store};
@@ -385,11 +385,17 @@ impl Gate {
 
     /// Dials a host at the address that it told. Any answer shows that UDP goes there and back, be it a refusal.
     async fn probe(&self, address: String) -> Answer {
-        let (reached, detail) = match timeout(PROBE_MAX, self.dial(&address)).await {
+        // Beside each other: the host does not wait for long.
+        let (dialled, reach) = tokio::join!(timeout(PROBE_MAX, self.dial(&address)), reach::udp(&address));
+        let (reached, detail) = match dialled {
             Ok(Ok(())) => (true, "it answers".to_owned()),
             Ok(Err(Dial::Answered(refusal))) => (true, refusal),
             Ok(Err(Dial::Failed(reason))) => (false, reason),
             Err(_) => (false, format!("no answer within {PROBE_MAX:?}")),
+        };
+        let detail = match reach {
+            Ok(reach) if !reached => format!("{reach}; {detail}"),
+            _ => detail,
         };
         Answer::Probed {
             address,

@@ -2,18 +2,13 @@
 //! operator's key are left. One new machine goes on with everything that was acknowledged before the snapshot, a
 //! host of before finds it, and another machine joins.
 
-#[path = "restore/machine.rs"]
-mod machine;
-#[path = "processes/signed.rs"]
-mod signed;
-
 use std::path::Path;
 
 use protocol::snapshot_file::SnapshotKey;
 use reqwest::Method;
 use serde_json::{Value, json};
 
-use machine::{Machine, SEED, until};
+use super::machine::{Machine, SEED, three, until};
 
 /// Hosts that only join: each is an acknowledged write.
 const JOINED: u8 = 8;
@@ -48,22 +43,15 @@ async fn has_reported(machine: &Machine, host: &str, incarnation: &Value) {
 
 /// Machine 1 with two more members, and a host that is none.
 async fn cluster() -> ([Machine; 3], Machine) {
-    let [mut first, mut second, mut third] = [1, 2, 3].map(|number| Machine::new(number, SEED));
-    first.done(&["init"], "founded");
-    first.start();
-    for member in [&mut second, &mut third] {
-        let token = first.invited(json!({ "eligible": true })).await;
-        member.done(&["join", &token], "joined the cluster");
-        member.start();
-    }
-    until("three vote", async || (first.voters().await == 3).then_some(())).await;
+    let members = three().await;
+    let first = &members[0];
     let mut host = Machine::host(4);
     let token = first.invited(json!({})).await;
     host.done(&["join", &token], "as a host without a vote");
     host.start();
-    let state = restored_state(&first).await;
-    has_reported(&first, "host-4", &state["incarnation"]).await;
-    ([first, second, third], host)
+    let state = restored_state(first).await;
+    has_reported(first, "host-4", &state["incarnation"]).await;
+    (members, host)
 }
 
 /// Restoring with what does not fit is refused and leaves nothing behind.

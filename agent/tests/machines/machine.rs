@@ -1,5 +1,6 @@
 //! A machine: a folder with a configuration, an address of its own, and an agent that runs there or not.
 
+use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -43,7 +44,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 /// A machine of the miner.
 pub(crate) struct Machine {
     folder: TempDir,
-    /// Where others reach its member.
+    /// Where its member listens.
     pub(crate) door: SocketAddr,
     api: SocketAddr,
     running: Option<Child>,
@@ -65,12 +66,29 @@ impl Machine {
         Self::prepared(number, &SEED, free_udp(), true, backup)
     }
 
+    /// One that can be a member, and says that it is somewhere else than where it listens.
+    pub(crate) fn advertising(number: u8, address: SocketAddr) -> Self {
+        let advertise = format!("[coordinator]\nadvertise = \"{address}\"");
+        Self::written(number, &SEED, free_udp(), true, "", &advertise)
+    }
+
     /// One with a software GPU, and no vote.
     pub(crate) fn host(number: u8) -> Self {
         Self::prepared(number, &SEED, free_udp(), false, "")
     }
 
     fn prepared(number: u8, seed: &[u8; 32], door: SocketAddr, member: bool, backup: &str) -> Self {
+        Self::written(number, seed, door, member, backup, "[coordinator]")
+    }
+
+    fn written(
+        number: u8,
+        seed: &[u8; 32],
+        door: SocketAddr,
+        member: bool,
+        backup: &str,
+        coordinator: &str,
+    ) -> Self {
         use std::os::unix::fs::PermissionsExt as _;
         // Another test of this process may have installed it.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -96,7 +114,7 @@ enabled = {host}
 name = "host-{number}"
 id = "host-{number}"
 address = "127.0.0.1"
-[coordinator]
+{coordinator}
 enabled = {member}
 hosts_listen = "{door}"
 api_listen = "{api}"
@@ -129,14 +147,22 @@ timing = "lan"
         self.folder.path().join("data")
     }
 
-    fn command(&self, arguments: &[&str]) -> (bool, String) {
+    /// Runs a command of the operator, who types `input`: whether it went well, and all that it said.
+    pub(crate) fn command(&self, arguments: &[&str], input: &str) -> (bool, String) {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_chutes-agent"));
         command.arg(arguments[0]);
         command
             .arg("--config")
             .arg(self.folder.path().join("config.toml"));
         command.args(&arguments[1..]).env_remove("RUST_LOG");
-        let output = command.output().expect("the program runs");
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program runs");
+        // It may end without reading.
+        let _ = child.stdin.take().expect("piped").write_all(input.as_bytes());
+        let output = child.wait_with_output().expect("it ends");
         let text = [output.stdout, output.stderr].concat();
         (
             output.status.success(),
@@ -146,14 +172,14 @@ timing = "lan"
 
     /// Runs a command of the operator, which says so.
     pub(crate) fn done(&self, arguments: &[&str], said: &str) -> String {
-        let (good, text) = self.command(arguments);
+        let (good, text) = self.command(arguments, "");
         assert!(good && text.contains(said), "{arguments:?}: {text}");
         text
     }
 
     /// Runs a command of the operator, which is refused for this reason.
     pub(crate) fn refused(&self, arguments: &[&str], why: &str) {
-        let (good, text) = self.command(arguments);
+        let (good, text) = self.command(arguments, "");
         assert!(!good && text.contains(why), "{arguments:?}: {text}");
     }
 
@@ -219,4 +245,18 @@ timing = "lan"
         let members = raft["members"].as_array().cloned().unwrap_or_default();
         members.iter().filter(|member| member["role"] == "voter").count()
     }
+}
+
+/// Three members that vote, each on a machine of its own.
+pub(crate) async fn three() -> [Machine; 3] {
+    let [mut first, mut second, mut third] = [1, 2, 3].map(|number| Machine::new(number, SEED));
+    first.done(&["init"], "founded");
+    first.start();
+    for member in [&mut second, &mut third] {
+        let token = first.invited(serde_json::json!({ "eligible": true })).await;
+        member.done(&["join", &token], "joined the cluster");
+        member.start();
+    }
+    until("three vote", async || (first.voters().await == 3).then_some(())).await;
+    [first, second, third]
 }
