@@ -141,7 +141,11 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
 
 /// A deployment whose launch token has come.
 async fn launch(member: &Member, token: &[u8]) {
-    for command in super::golden::a_deployment() {
+    for mut command in super::golden::a_deployment() {
+        // The miner whose seed is looked for, and who asks the API.
+        if let Command::Configure { miner, .. } = &mut command {
+            miner.clone_from(seed().hotkey());
+        }
         member.propose(command).await;
         let ready: Vec<_> = member.machine.read(|state| {
             let ready = state.outbox().ready();
