@@ -14,7 +14,7 @@ fn dropping() -> (UdpSocket, SocketAddr) {
     (socket, address)
 }
 
-async fn founded() -> Machine {
+fn founded() -> Machine {
     let mut first = Machine::new(1, SEED);
     first.done(&["init"], "founded");
     first.start();
@@ -33,7 +33,7 @@ fn net(machine: &Machine) -> (bool, String) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_members_port_that_drops_everything_is_named_as_blocked_udp() {
-    let mut first = founded().await;
+    let mut first = founded();
     let (silent, address) = dropping();
     let second = Machine::advertising(2, address);
     joined(&first, &second, true).await;
@@ -60,7 +60,7 @@ async fn a_members_port_that_drops_everything_is_named_as_blocked_udp() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn open_ways_are_open_and_a_blocked_way_out_is_named() {
-    let mut first = founded().await;
+    let mut first = founded();
     // A host without a vote needs no way in.
     let host = Machine::host(3);
     joined(&first, &host, false).await;
