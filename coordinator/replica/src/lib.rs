@@ -10,7 +10,7 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `proposer`, `leadership`, `wire`, `transport`, `answer`, `forward`, `membership`, `quic`.
+//! `snapshot`, `machine`, `proposer`, `leadership`, `hearing`, `wire`, `transport`, `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{Fatal, LinearizableReadError, RaftError};
@@ -33,6 +33,7 @@ mod faults;
 mod format;
 mod forward;
 mod health;
+mod hearing;
 mod leadership;
 mod log_store;
 mod machine;
@@ -240,6 +241,7 @@ impl Replica {
                 drop(proposer_end);
             });
             raft::spawn(follow);
+            raft::spawn(hearing::mind(raft.clone(), lease.clone(), network.clone()));
             raft::spawn(membership::finish_changes(raft.clone(), leadership.clone()));
         })
         .await;

@@ -18,6 +18,7 @@ use openraft::type_config::alias::SnapshotOf;
 use openraft::{BasicNode, RaftNetworkFactory, RaftNetworkV2};
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -83,6 +84,8 @@ pub(crate) enum CallError {
     Garbage { member: u64, reason: wire::Garbage },
     #[error("member {member} gave an answer to another question")]
     Unexpected { member: u64 },
+    #[error("member {member} is told nothing while no majority answers")]
+    Quiet { member: u64 },
 }
 
 impl From<CallError> for RPCError<Types> {
@@ -104,6 +107,8 @@ pub(crate) struct Network {
     addresses: Arc<Mutex<Membership>>,
     /// Members that did not answer last time, to say it once.
     silent: Arc<Mutex<BTreeSet<u64>>>,
+    /// Whether this member keeps what it would say as a leader to itself.
+    quiet: Arc<AtomicBool>,
 }
 
 impl Network {
@@ -114,12 +119,18 @@ impl Network {
             writer,
             addresses: Arc::default(),
             silent: Arc::default(),
+            quiet: Arc::default(),
         }
     }
 
     /// From now on members are called where this says that they are.
     pub(crate) fn set_members(&self, members: Membership) {
         *self.addresses.lock().unwrap_or_else(PoisonError::into_inner) = members;
+    }
+
+    /// Whether appends and heartbeats are kept back from now on.
+    pub(crate) fn set_quiet(&self, quiet: bool) {
+        self.quiet.store(quiet, Ordering::Relaxed);
     }
 
     fn address(&self, member: u64) -> Option<String> {
@@ -222,6 +233,9 @@ impl RaftNetworkV2<Types> for Peer {
         rpc: AppendEntriesRequest<Types>,
         _option: RPCOption,
     ) -> Result<AppendEntriesResponse<Types>, RPCError<Types>> {
+        if self.network.quiet.load(Ordering::Relaxed) {
+            return Err(CallError::Quiet { member: self.member }.into());
+        }
         let append = Append::of(&rpc);
         drop(rpc);
         let bytes: usize = append.entries.iter().map(|entry| entry.0.len()).sum();

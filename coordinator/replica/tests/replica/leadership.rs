@@ -3,7 +3,7 @@
 use replica::{Error, Timing};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
 
@@ -41,6 +41,54 @@ async fn a_leader_that_is_cut_off_stops_leading_before_another_leads() {
     assert_eq!(cluster.commands(old)[0], b"new");
     assert_eq!(cluster.leader().await, new);
     assert_eq!(cluster.up[&new].metrics().term, term);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_is_heard_but_hears_nobody_is_followed_no_longer_than_an_unheard_one() {
+    for heard in [true, false] {
+        let cluster = Cluster::of(23, 3).await;
+        let old = cluster.leader().await;
+        let others = cluster.others(old);
+        for other in &others {
+            let (from, to) = if heard { (*other, old) } else { (old, *other) };
+            cluster.links.cut_one_way(from, to, true);
+        }
+        // Something that it repeats, beside its heartbeats.
+        let deaf = cluster.up[&old].clone();
+        let vain = tokio::spawn(async move { deaf.propose(b"vain".to_vec()).await });
+        let began = Instant::now();
+        let new = cluster.leader_of(&others).await;
+        propose_surely(&cluster.up[&new], b"after").await;
+        let took = began.elapsed();
+        assert!(took <= 4 * LEASE, "heard: {heard}, after {took:?}");
+        assert!(vain.await.expect("no panic").is_err(), "nobody confirmed it");
+        cluster.links.cut(old, others, false);
+        cluster.up[&old].linearizable().await.unwrap();
+        assert!(cluster.commands(old).contains(&b"after".to_vec()));
+        assert_eq!(cluster.leader().await, new);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leader_that_hears_a_majority_again_speaks_again() {
+    let mut cluster = Cluster::of(24, 3).await;
+    let leader = cluster.leader().await;
+    let others = cluster.others(leader);
+    let (lost, other) = (others[0], others[1]);
+    cluster.links.cut(leader, [other], true);
+    cluster.kill(lost);
+    // Only this member has it: nobody else can be elected.
+    let ahead = cluster.up[&leader].clone();
+    let waiting = tokio::spawn(async move { ahead.propose(b"ahead".to_vec()).await });
+    sleep(10 * LEASE).await;
+    assert!(!cluster.up[&leader].leads_now());
+    cluster.links.cut(leader, [other], false);
+    let written = timeout(5 * LEASE, propose_surely(&cluster.up[&other], b"after")).await;
+    assert!(written.is_ok(), "the leader stays silent");
+    assert_eq!(cluster.leader().await, leader);
+    // Proposed before; its caller may have given up by now.
+    let _ = waiting.await.expect("no panic");
+    assert_eq!(cluster.commands(other), [b"ahead".to_vec(), b"after".to_vec()]);
 }
 
 #[tokio::test(start_paused = true)]
