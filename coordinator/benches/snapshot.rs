@@ -2,8 +2,9 @@
 //! servers in their state, and a fourth with an empty disk that joins, again and again.
 //!
 //! Each member is a process of its own, with one thread for its tasks as in production, over QUIC on loopback and with
-//! real files. This process is the leader, and the writers are in it. `cargo bench -p coordinator --bench snapshot
-//! [-- --rounds 7]`; the last line is one JSON object.
+//! real files. This process is the leader, and the writers are in it. The new member has the lowest priority: what it
+//! does is done by another machine otherwise. `cargo bench -p coordinator --bench snapshot [-- --rounds 7 --folder
+//! FOLDER]`; the last line is one JSON object.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -38,6 +39,9 @@ const WRITERS: u32 = 32;
 const WRITE_EVERY: Duration = Duration::from_millis(20);
 /// Writers that fill the state.
 const FILLERS: u32 = 512;
+/// Members with these numbers vote; the others come and go.
+const VOTERS: u64 = 3;
+const NICE_MAX: i32 = 19;
 /// Before each measurement the load goes on for so long, uncounted.
 const SETTLE: Duration = Duration::from_secs(2);
 /// How long writes are measured while nothing else happens.
@@ -140,6 +144,9 @@ fn admit(authority: &Authority, all: &Path, number: u64) -> anyhow::Result<PathB
 
 /// The process of another member: says where its door is, and ends with the leader's.
 async fn follow(folder: PathBuf, number: u64) -> anyhow::Result<()> {
+    if number > VOTERS {
+        rustix::process::nice(NICE_MAX)?;
+    }
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
     let member = Member::open(&folder, number, Start::Join).await?;
     writeln!(std::io::stdout(), "{}", member.address)?;
@@ -320,19 +327,19 @@ async fn round(member: &Member, other: &Other, written: &Written) -> anyhow::Res
     ])
 }
 
-async fn measure(rounds: u64) -> anyhow::Result<Value> {
-    let all = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+async fn measure(rounds: u64, folder: &Path) -> anyhow::Result<Value> {
+    let all = tempfile::tempdir_in(folder)?;
     let (authority, _) = Authority::make()?;
     let folder = admit(&authority, all.path(), 1)?;
     let member = Member::open(&folder, 1, Start::Found).await?;
     member.replica.linearizable().await?;
     let mut voters = Vec::new();
-    for number in 2..=3 {
+    for number in 2..=VOTERS {
         let other = Other::start(&authority, all.path(), number).await?;
         member.replica.add_learner(number, other.address.clone()).await?;
         voters.push(other);
     }
-    member.replica.set_voters((1..=3).collect()).await?;
+    member.replica.set_voters((1..=VOTERS).collect()).await?;
     let log = Arc::new(ReplicatedLog::new(member.replica.clone()));
     let store = Store::new(member.machine.clone(), log, Arc::new(WallClock), 1);
     fill(&store).await?;
@@ -340,7 +347,7 @@ async fn measure(rounds: u64) -> anyhow::Result<Value> {
     let written = Written::default();
     let mut writers = keep_writing(&store, &written);
     let mut measured = Vec::new();
-    for number in 4..4 + rounds {
+    for number in VOTERS + 1..=VOTERS + rounds {
         let mut other = Other::start(&authority, all.path(), number).await?;
         let windows = tokio::select! {
             windows = round(&member, &other, &written) => windows?,
@@ -364,17 +371,19 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let mut rounds = 7;
-    match words.next().as_deref() {
-        Some("follow") => {
-            let folder = words.next().context("a folder")?;
-            let number = words.next().context("a number")?.parse()?;
-            return runtime.block_on(follow(folder.into(), number));
+    let (mut rounds, mut folder) = (7, PathBuf::from(env!("CARGO_TARGET_TMPDIR")));
+    while let Some(word) = words.next() {
+        let value = words.next().with_context(|| format!("{word}: of what?"))?;
+        match word.as_str() {
+            "follow" => {
+                let number = words.next().context("a number")?.parse()?;
+                return runtime.block_on(follow(value.into(), number));
+            }
+            "--rounds" => rounds = value.parse()?,
+            "--folder" => folder = value.into(),
+            _ => anyhow::bail!("{word:?}: there are --rounds and --folder"),
         }
-        Some("--rounds") => rounds = words.next().context("a number of rounds")?.parse()?,
-        Some(other) => anyhow::bail!("{other:?}: there is only --rounds"),
-        None => {}
     }
-    let result = runtime.block_on(measure(rounds))?;
+    let result = runtime.block_on(measure(rounds, &folder))?;
     Ok(writeln!(std::io::stdout(), "{result}")?)
 }

@@ -2,7 +2,8 @@
 //!
 //! The oldest effect of each subject is done, effects of different subjects side by side. An effect is
 //! repeated until it has an outcome; whether it is still wanted is asked before every try. Only the leader
-//! runs this, and a straggler does no harm: an effect is safe to repeat, and a late result changes nothing.
+//! runs this, and whether it still leads the client asks right before each call: after a pause of the process nothing
+//! more is sent. A straggler does no harm: an effect is safe to repeat, and a late result changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -273,6 +274,10 @@ impl Executor {
 /// cannot answer is given up after some tries, since another chute may use the GPUs meanwhile; what must be
 /// deleted is tried for ever.
 fn gives_up(kind: &EffectKind, error: &validator::Error, tries: u32) -> bool {
+    if *error == validator::Error::NotLeading {
+        // The next leader does it.
+        return false;
+    }
     match kind {
         EffectKind::DeleteInstance { .. } | EffectKind::DeleteGpu { .. } | EffectKind::ReleaseJob { .. } => {
             matches!(error.status(), Some(400 | 404 | 405 | 422))
@@ -296,5 +301,28 @@ fn label(kind: &EffectKind) -> &'static str {
         EffectKind::AdvertiseGpus { .. } => "AdvertiseGpus",
         EffectKind::AwaitVerification { .. } => "AwaitVerification",
         EffectKind::DeleteGpu { .. } => "DeleteGpu",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_sent_for_want_of_the_lead_is_no_outcome() {
+        let chute = protocol::id::ChuteId::parse("c1").expect("an id");
+        let deployment = protocol::id::DeploymentId::parse("d1").expect("an id");
+        let launch = EffectKind::FetchLaunchConfig {
+            deployment,
+            chute,
+            job: None,
+        };
+        let away = validator::Error::Unreachable(String::new());
+        assert!(gives_up(&launch, &away, LAUNCH_TRIES_MAX));
+        assert!(!gives_up(
+            &launch,
+            &validator::Error::NotLeading,
+            LAUNCH_TRIES_MAX
+        ));
     }
 }

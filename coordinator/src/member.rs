@@ -146,7 +146,16 @@ pub async fn run(
     let mut validators = Validators::new();
     for validator in config.validators.iter() {
         let (signer, clock) = (Arc::clone(&signer), Arc::clone(&clock));
-        let client = Client::new(validator, signer, clock, Limits::default(), random.fork())?;
+        let asked = store.clone();
+        let leads_now = Arc::new(move || asked.leads_now());
+        let client = Client::new(
+            validator,
+            signer,
+            clock,
+            Limits::default(),
+            leads_now,
+            random.fork(),
+        )?;
         validators.insert(
             validator.hotkey.clone(),
             Arc::new(client) as Arc<dyn ValidatorApi>,

@@ -32,7 +32,12 @@ pub use inventory::{Observation, observe};
 pub use socket::SocketEvent;
 pub use stream::Listing;
 
+use std::sync::Arc;
+
 use crate::signer;
+
+/// Whether this member leads at this very moment: asked right before what only one member may do at a validator.
+pub type LeadsNow = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// Why a call to a validator brought no result.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +62,9 @@ pub enum Error {
     /// The request could not be signed.
     #[error("sign the request")]
     Signer(#[from] signer::Error),
+    /// Nothing was sent: only the leader changes anything at a validator.
+    #[error("this member leads no more")]
+    NotLeading,
 }
 
 /// Result of this room.
@@ -108,7 +116,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Refused { status, .. } => matches!(status, 408 | 425 | 429 | 500 | 502 | 503 | 504),
-            Self::Unreachable(_) => true,
+            Self::Unreachable(_) | Self::NotLeading => true,
             Self::Signer(error) => error.is_transient(),
             Self::Protocol(_) | Self::TooLarge(_) => false,
         }

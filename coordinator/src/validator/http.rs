@@ -1,7 +1,8 @@
 //! The REST client: signs, sends, bounds, and reads answers into rows.
 //!
 //! Reads are repeated a few times on 503 and on broken connections, since the validator's API recycles its
-//! processes. Writes are sent once. Redirects are not followed: signatures must not reach another host.
+//! processes. Writes are sent once, and only while this member leads: that is asked after the signature, right before
+//! they leave. Redirects are not followed: signatures must not reach another host.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -28,7 +29,7 @@ use super::rows::{
     MetricRow, NodeAdvertisement, NodeRow, RollingUpdateRow, UtilizationRow, VerificationStatus,
 };
 use super::stream::{Listing, Reader};
-use super::{Error, Result, ValidatorConfig, times};
+use super::{Error, LeadsNow, Result, ValidatorConfig, times};
 use crate::clock::Clock;
 use crate::signer::{BodyRoute, MessageKind, Sign};
 
@@ -76,6 +77,7 @@ pub struct Client {
     signer: Arc<dyn Sign>,
     clock: Arc<dyn Clock>,
     limits: Limits,
+    leads_now: LeadsNow,
     rng: Mutex<fastrand::Rng>,
     clock_offset_ms: AtomicI64,
     clock_warned: AtomicBool,
@@ -91,7 +93,7 @@ impl fmt::Debug for Client {
 }
 
 impl Client {
-    /// A client for this validator. `rng` jitters repetitions.
+    /// A client for this validator. `rng` jitters repetitions; nothing is written while `leads_now` denies it.
     ///
     /// # Errors
     /// [`Error::Unreachable`] when TLS cannot be set up on this machine.
@@ -100,6 +102,7 @@ impl Client {
         signer: Arc<dyn Sign>,
         clock: Arc<dyn Clock>,
         limits: Limits,
+        leads_now: LeadsNow,
         rng: fastrand::Rng,
     ) -> Result<Self> {
         // Fails when a provider is installed already: then that one is used.
@@ -121,6 +124,7 @@ impl Client {
             signer,
             clock,
             limits,
+            leads_now,
             rng: Mutex::new(rng),
             clock_offset_ms: AtomicI64::new(OFFSET_UNKNOWN),
             clock_warned: AtomicBool::new(false),
@@ -176,6 +180,14 @@ impl Client {
             status,
             detail: detail(&body),
         })
+    }
+
+    /// Sends what changes something, unless another member may lead by now.
+    async fn send_write(&self, request: RequestBuilder) -> Result<Response> {
+        if !(self.leads_now)() {
+            return Err(Error::NotLeading);
+        }
+        self.send(request, self.limits.call).await
     }
 
     fn note_clock_offset(&self, offset_ms: i64) {
@@ -312,7 +324,7 @@ impl Client {
 
     async fn delete(&self, url: Url, kind: MessageKind) -> Result<Deletion> {
         let request = self.signed(self.http.delete(url), Some(kind)).await?;
-        match self.send(request, self.limits.call).await {
+        match self.send_write(request).await {
             Ok(_) => Ok(Deletion::Deleted),
             Err(error) if error.is_not_found() => Ok(Deletion::AlreadyGone),
             Err(error) => Err(error),
@@ -340,7 +352,7 @@ impl Client {
             request = request.header(name, value);
         }
         let request = self.signed(request, Some(kind)).await?;
-        let response = self.send(request, self.limits.call).await?;
+        let response = self.send_write(request).await?;
         self.body(response, self.limits.body_bytes).await
     }
 }
@@ -536,7 +548,7 @@ impl ValidatorApi for Client {
             // Sent once: for a job the first attempt counts, and a repetition would be refused.
             let request = self.http.get(self.url(&["instances", "launch_config"], &query));
             let request = self.signed(request, Some(MessageKind::LaunchConfig)).await?;
-            let response = self.send(request, self.limits.call).await?;
+            let response = self.send_write(request).await?;
             let answer: Answer = parse(&self.body(response, 64 * 1024).await?)?;
             Ok(LaunchConfig {
                 config: ConfigId::parse(&answer.config_id).map_err(|e| Error::Protocol(e.to_string()))?,

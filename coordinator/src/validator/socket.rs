@@ -30,8 +30,8 @@ use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream, client_async_tls_with_config};
 use tokio_util::sync::CancellationToken;
 
-use super::ValidatorConfig;
 use super::event::{self, Event, shortened};
+use super::{LeadsNow, ValidatorConfig};
 use crate::signer::{MessageKind, Sign};
 
 mod dial;
@@ -105,13 +105,13 @@ pub struct Config {
     pub timing: Timing,
     /// Whether this member leads at this very moment. A process that stood still hears late that it does not, and by
     /// authenticating once more it would make the validator deaf to its successor.
-    pub leads_now: Arc<dyn Fn() -> bool + Send + Sync>,
+    pub leads_now: LeadsNow,
 }
 
 impl Config {
     /// The socket of a configured validator, over the machine's network.
     #[must_use]
-    pub fn new(validator: &ValidatorConfig, leads_now: Arc<dyn Fn() -> bool + Send + Sync>) -> Self {
+    pub fn new(validator: &ValidatorConfig, leads_now: LeadsNow) -> Self {
         Self {
             validator: validator.hotkey.clone(),
             url: validator.socket.clone(),

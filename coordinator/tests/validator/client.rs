@@ -1,6 +1,7 @@
 //! The REST client against a scripted validator on a loopback port: what it sends and signs, what it makes of
 //! good, odd and bad answers, and what it repeats.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -8,18 +9,20 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, Method, Response, StatusCode, Uri};
 use axum::{Router, serve};
 use coordinator::clock::{Clock, WallClock};
-use coordinator::signer::LocalSigner;
 use coordinator::signer::key::{Key, Seed};
+use coordinator::signer::{self, LocalSigner, MessageKind, SealedKind, Sign};
 use coordinator::validator::client::{Deletion, Verification, await_verification};
 use coordinator::validator::directory::{Directory, ValidatorSettings};
 use coordinator::validator::http::Limits;
 use coordinator::validator::inventory::Observed;
 use coordinator::validator::rows::{NodeAdvertisement, VerificationStatus};
-use coordinator::validator::{Client, Error, Listing, ValidatorApi, observe};
+use coordinator::validator::{Client, Error, LeadsNow, Listing, ValidatorApi, observe};
+use futures_util::FutureExt as _;
+use futures_util::future::BoxFuture;
 use protocol::gpu::DeviceInfo;
-use protocol::hotkey::Signer;
+use protocol::hotkey::{Hotkey, Signer};
 use protocol::id::{ChuteId, ChuteVersion, GpuId, InstanceId, JobId, ServerId};
-use protocol::signing::{Purpose, Tail, check_request_to_validator};
+use protocol::signing::{Headers, Purpose, Tail, check_request_to_validator};
 use protocol::time::UnixMillis;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -43,6 +46,7 @@ impl Request {
 type Script = dyn Fn(&Request, usize) -> Response<Body> + Send + Sync;
 
 struct Validator {
+    port: u16,
     client: Client,
     seen: Arc<Mutex<Vec<Request>>>,
 }
@@ -61,7 +65,15 @@ fn limits() -> Limits {
     }
 }
 
+fn local_signer() -> LocalSigner {
+    LocalSigner::new(Key::new(&Seed::new([1; 32])), Arc::new(WallClock))
+}
+
 fn client_of(port: u16) -> Client {
+    client_while(port, Arc::new(local_signer()), Arc::new(|| true))
+}
+
+fn client_while(port: u16, signer: Arc<dyn Sign>, leads_now: LeadsNow) -> Client {
     let address = format!("http://127.0.0.1:{port}");
     let settings = ValidatorSettings {
         hotkey: Signer::from_seed(&[2; 32]).hotkey().to_string(),
@@ -71,9 +83,8 @@ fn client_of(port: u16) -> Client {
     };
     let directory = Directory::check(&[settings]).expect("loopback");
     let validator = directory.iter().next().expect("one").clone();
-    let signer = LocalSigner::new(Key::new(&Seed::new([1; 32])), Arc::new(WallClock));
     let rng = fastrand::Rng::with_seed(1);
-    Client::new(&validator, Arc::new(signer), Arc::new(WallClock), limits(), rng).expect("TLS is set up")
+    Client::new(&validator, signer, Arc::new(WallClock), limits(), leads_now, rng).expect("TLS is set up")
 }
 
 /// A validator that answers by a script; the script gets the number of requests before this one.
@@ -98,6 +109,7 @@ async fn validator(script: impl Fn(&Request, usize) -> Response<Body> + Send + S
     let port = listener.local_addr().expect("bound").port();
     tokio::spawn(async move { serve(listener, Router::new().fallback(answer)).await });
     Validator {
+        port,
         client: client_of(port),
         seen,
     }
@@ -181,6 +193,74 @@ async fn reads_are_repeated_a_few_times_and_writes_never() {
     assert!(api.activate_instance(&chute(), &instance()).await.is_err());
     assert!(api.upload_audit(b"{}", 7).await.is_err());
     assert_eq!(down.seen().len(), 10);
+}
+
+/// Signs, and stands still meanwhile for so long that another member leads afterwards.
+#[derive(Debug)]
+struct SlowSigner {
+    inner: LocalSigner,
+    leads: Arc<AtomicBool>,
+}
+
+impl Sign for SlowSigner {
+    fn hotkey(&self) -> &Hotkey {
+        self.inner.hotkey()
+    }
+
+    fn to_validator(&self, kind: MessageKind) -> BoxFuture<'_, signer::Result<Headers>> {
+        self.leads.store(false, Ordering::Relaxed);
+        self.inner.to_validator(kind)
+    }
+
+    fn seal<'a>(&'a self, kind: SealedKind, plaintext: &'a [u8]) -> BoxFuture<'a, signer::Result<Vec<u8>>> {
+        self.inner.seal(kind, plaintext)
+    }
+
+    fn unseal<'a>(&'a self, kind: SealedKind, sealed: &'a [u8]) -> BoxFuture<'a, signer::Result<Vec<u8>>> {
+        self.inner.unseal(kind, sealed)
+    }
+}
+
+/// A leader that was paused still told validators what it had begun to when it woke, before it heard that another one
+/// led.
+#[tokio::test]
+async fn a_member_that_leads_no_more_writes_nothing() {
+    let there = validator(|_, _| answer(200, "[]")).await;
+    let leads = Arc::new(AtomicBool::new(true));
+    let signer = SlowSigner {
+        inner: local_signer(),
+        leads: Arc::clone(&leads),
+    };
+    let asked = Arc::clone(&leads);
+    let leads_now = Arc::new(move || asked.load(Ordering::Relaxed));
+    let api = client_while(there.port, Arc::new(signer), leads_now);
+    let server = ServerId::parse("s1").expect("test data");
+    let gpu = GpuId::parse("g1").expect("test data");
+    let (chute, instance, job) = (chute(), instance(), JobId::parse("j1").expect("test data"));
+    let writes = [
+        api.launch_config(&chute, None).map(|done| done.map(drop)).boxed(),
+        api.delete_instance(&chute, &instance)
+            .map(|done| done.map(drop))
+            .boxed(),
+        api.release_job(&job).map(|done| done.map(drop)).boxed(),
+        api.announce_instance(&chute, &[], "192.0.2.1", 1)
+            .map(|done| done.map(drop))
+            .boxed(),
+        api.activate_instance(&chute, &instance)
+            .map(|done| done.map(drop))
+            .boxed(),
+        api.advertise(&server, &[]).map(|done| done.map(drop)).boxed(),
+        api.delete_node(&gpu).map(|done| done.map(drop)).boxed(),
+        api.upload_audit(b"{}", 7),
+    ];
+    for (number, write) in writes.into_iter().enumerate() {
+        leads.store(true, Ordering::Relaxed);
+        assert_eq!(write.await, Err(Error::NotLeading), "write {number}");
+    }
+    assert_eq!(there.seen().len(), 0, "nothing was sent");
+    // Whoever leads not may look.
+    api.bounties().await.expect("a read");
+    assert_eq!(there.seen().len(), 1);
 }
 
 #[tokio::test]
