@@ -4,21 +4,30 @@
 
 #[path = "processes/running.rs"]
 mod running;
+#[path = "processes/signed.rs"]
+mod signed;
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use protocol::hotkey::Signer;
 use redb::{Database, TableDefinition};
+use reqwest::Method;
 use running::{Agent, HOTKEY, PATIENCE, SEED, prepare, send};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::time::timeout;
 
 /// Nobody listens there.
 const NO_VALIDATOR: &str = "127.0.0.1:9";
 /// How often a member is killed in the hope that its files are full.
 const LIVES_MAX: u32 = 4;
+/// What a member says whose disk is full while it runs.
+const ONLY_READ: &str = "the disk is full: this member steps down and can only be read locally";
+/// Writes that a full disk takes at most before it refuses one: files have some room of their own.
+const WRITES_MAX: usize = 20_000;
 /// A version that this release cannot know.
 const FAR_VERSION: &[u8] = &[200];
 
@@ -156,7 +165,7 @@ async fn cut_off_and_newer_stores_are_named_with_the_way_back_and_not_tried_in_a
     );
 }
 
-/// A file system of one MiB, for as long as this lives.
+/// A file system of 16 MiB, for as long as this lives.
 struct SmallDisk {
     folder: PathBuf,
 }
@@ -166,7 +175,7 @@ impl SmallDisk {
         std::fs::create_dir(folder).map_err(|error| error.to_string())?;
         let mut mount = Command::new("mount");
         mount
-            .args(["-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs"])
+            .args(["-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs"])
             .arg(folder);
         let output = mount.output().map_err(|error| error.to_string())?;
         if !output.status.success() {
@@ -207,19 +216,114 @@ impl Drop for SmallDisk {
     }
 }
 
-#[tokio::test]
-async fn on_a_full_disk_the_file_is_named_and_space_is_all_that_is_needed() {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let data = folder.path().join("data");
-    let disk = match SmallDisk::mount(&data) {
-        Ok(disk) => disk,
+fn small_disk(folder: &Path) -> Option<SmallDisk> {
+    match SmallDisk::mount(folder) {
+        Ok(disk) => Some(disk),
         Err(error) => {
             let required = std::env::var_os("REQUIRE_PEERS").is_some();
             assert!(!required, "a small disk is required, which takes root: {error}");
             eprintln!("NOT TESTED: a full disk, since no small one can be mounted: {error}");
-            return;
+            None
         }
+    }
+}
+
+/// An operator at the management API of a member.
+struct Operator {
+    http: reqwest::Client,
+    key: Signer,
+    api: SocketAddr,
+}
+
+impl Operator {
+    /// Status and answer of a request; `local` asks for what the member has applied, fresh or not.
+    async fn ask(&self, method: Method, path: &str, body: Value, local: bool) -> (u16, bool, Value) {
+        let request = signed::signed(&self.http, &self.key, self.api, method, path, &body);
+        let request = if local {
+            request.header("X-Chutes-Read", "local")
+        } else {
+            request
+        };
+        let answer = request.timeout(PATIENCE).send().await.expect("it answers");
+        let is_local = answer
+            .headers()
+            .get("x-chutes-read")
+            .is_some_and(|how| how == "local");
+        let status = answer.status().as_u16();
+        (status, is_local, answer.json().await.expect("JSON"))
+    }
+
+    async fn state(&self, local: bool) -> (u16, bool, Value) {
+        self.ask(Method::GET, "/v1/state", Value::Null, local).await
+    }
+}
+
+#[tokio::test]
+async fn a_member_whose_disk_is_full_can_be_read_and_leads_again_when_there_is_room() {
+    // Fails when one is installed already, which is as good.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let Some(disk) = small_disk(&data) else { return };
+    prepare(folder.path(), NO_VALIDATOR);
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let api = free.local_addr().expect("bound");
+    drop(free);
+    let file = folder.path().join("config.toml");
+    let config = std::fs::read_to_string(&file).expect("ours");
+    let listen = format!("api_listen = \"{api}\"");
+    std::fs::write(&file, config.replace("api_listen = \"127.0.0.1:0\"", &listen)).expect("ours");
+    let operator = Operator {
+        http: reqwest::Client::builder().no_proxy().build().expect("a client"),
+        key: Signer::from_seed_hex(SEED).expect("a seed"),
+        api,
     };
+    let invite = || operator.ask(Method::POST, "/hosts/invites", json!({}), false);
+
+    let mut agent = Agent::start(folder.path());
+    agent.line("coordinator", "the cluster is founded").await;
+    let (status, _, invited) = invite().await;
+    assert_eq!(status, 200, "{invited}");
+    let (status, is_local, before) = operator.state(false).await;
+    assert!(status == 200 && !is_local, "{before}");
+    disk.fill(0);
+    let mut writes = 0;
+    while invite().await.0 == 200 {
+        writes += 1;
+        assert!(writes < WRITES_MAX, "the disk does not get full");
+    }
+    let said = agent.line("coordinator", ONLY_READ).await;
+    let reason = said["reason"].as_str().expect("with a reason");
+    assert!(reason.contains(&data.display().to_string()), "{reason}");
+
+    // Nothing is acknowledged, nothing is said to be fresh, and what it has can be read.
+    assert_eq!(invite().await.0, 503);
+    assert_eq!(operator.state(false).await.0, 503);
+    for path in ["/v1/state", "/v1/status", "/hosts", "/servers/"] {
+        let (status, is_local, answer) = operator.ask(Method::GET, path, Value::Null, true).await;
+        assert!(status == 200 && is_local, "{path}: {status} {answer}");
+    }
+    let (_, _, stale) = operator.state(true).await;
+    assert_eq!(stale["miner"], before["miner"]);
+    let (status, _, refused) = operator
+        .ask(Method::POST, "/hosts/invites", json!({}), true)
+        .await;
+    assert_eq!(status, 503, "a write is not content with less: {refused}");
+
+    disk.free();
+    agent.line("coordinator", "this member leads").await;
+    let (status, is_local, after) = operator.state(false).await;
+    assert!(status == 200 && !is_local, "{after}");
+    let (status, _, invited) = invite().await;
+    assert_eq!(status, 200, "{invited}");
+    stop(agent).await;
+}
+
+#[tokio::test]
+async fn on_a_full_disk_the_file_is_named_and_space_is_all_that_is_needed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let data = folder.path().join("data");
+    let Some(disk) = small_disk(&data) else { return };
     prepare(folder.path(), NO_VALIDATOR);
     let path = data.display().to_string();
 
@@ -278,6 +382,8 @@ async fn on_a_full_disk_the_file_is_named_and_space_is_all_that_is_needed() {
                 );
                 complaints += 1;
             }
+            // It was full in the middle of it, and waits.
+            (Some("coordinator"), Some(ONLY_READ)) => break,
             _ => {}
         }
     }

@@ -355,8 +355,18 @@ async fn limit_and_count(State(api): State<Arc<Api>>, request: Request, next: Ne
     error::as_json(response)
 }
 
-/// Reads the body and checks the signature. What only reads then waits until it sees every acknowledged write; what
-/// writes does so where it decides by what it read, see [`Api::find`].
+/// With the value [`LOCAL`], a read is answered from what this member has applied, without a question to any other: also
+/// without a quorum and when its storage has failed. The answer says so by the same header.
+pub const READ_HEADER: &str = "x-chutes-read";
+/// See [`READ_HEADER`].
+pub const LOCAL: &str = "local";
+
+/// Marks a read that may be stale.
+#[derive(Debug, Clone, Copy)]
+struct LocalRead;
+
+/// Reads the body and checks the signature. What only reads then waits until it sees every acknowledged write, unless
+/// it is content with less; what writes does so where it decides by what it read, see [`Api::find`].
 async fn admit(
     State((api, access)): State<(Arc<Api>, Access)>,
     request: Request,
@@ -383,12 +393,20 @@ async fn admit(
             tracing::warn!(peer = %peer.0, method = %head.method, path = head.uri.path(), ?refusal,
                 "a request is not let in");
         })?;
-    if access == Access::Read {
+    let is_local = access == Access::Read && head.headers.get(READ_HEADER).is_some_and(|how| how == LOCAL);
+    if is_local {
+        head.extensions.insert(LocalRead);
+    } else if access == Access::Read {
         api.store.linearizable().await?;
     }
     head.extensions.insert(caller);
     head.extensions.insert(peer);
-    Ok(next.run(Request::from_parts(head, Body::from(body))).await)
+    let mut response = next.run(Request::from_parts(head, Body::from(body))).await;
+    if is_local {
+        let local = header::HeaderValue::from_static(LOCAL);
+        response.headers_mut().insert(READ_HEADER, local);
+    }
+    Ok(response)
 }
 
 async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {

@@ -1,6 +1,7 @@
 //! A coordinator member: opens the replicated state, lets hosts, other members and operators in, and leads when it
 //! is this member's turn.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,6 +39,12 @@ use crate::validator::{self, Client, ValidatorApi};
 
 /// After a failure of the replicated state, the rest gets so long to end.
 const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
+/// What the operating system says of a full disk.
+const ENOSPC: i32 = 28;
+/// Between two looks whether a full disk has room again.
+const ROOM_EVERY: Duration = Duration::from_secs(1);
+/// What counts as room.
+const ROOM_BYTES: usize = 1024 * 1024;
 /// Before leading begins anew after it has ended by itself, so that a fault that repeats does not do so at once.
 const LEAD_AGAIN: Duration = Duration::from_secs(1);
 
@@ -101,8 +108,9 @@ pub enum Error {
     Strategy(String, String),
 }
 
-/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. `nodes` is the Kubernetes
-/// cluster whose nodes enter by themselves, if there is one.
+/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. On a disk that is full in the
+/// middle of it, local reads are answered until there is room; then it fails, to be started anew. `nodes` is the
+/// Kubernetes cluster whose nodes enter by themselves, if there is one.
 ///
 /// # Errors
 /// [`Error`] when it cannot start, and [`Error::Failed`] when the replicated state fails later.
@@ -246,10 +254,14 @@ pub async fn run(
     };
     let limits = api_config.limits;
     let routes = api::routes(api_config, store.clone(), deps);
-    services.spawn(api::serve(routes.operators, limits, operators, stop.clone()));
+    // They outlive the rest where the disk is full.
+    let (doors_of_operators, close_operators) = (TaskTracker::new(), CancellationToken::new());
+    let serve = |routes, listener| api::serve(routes, limits, listener, close_operators.clone());
+    doors_of_operators.spawn(serve(routes.operators, operators));
     if let Some(prometheus) = prometheus {
-        services.spawn(api::serve(routes.metrics, limits, prometheus, stop.clone()));
+        doors_of_operators.spawn(serve(routes.metrics, prometheus));
     }
+    doors_of_operators.close();
     let at_the_door = door::Services {
         hosts: session::Context {
             store: store.clone(),
@@ -322,7 +334,19 @@ pub async fn run(
     services.close();
 
     let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;
-    tracing::info!("coordinator member stops");
+    let full = failure.as_deref().is_some_and(is_of_a_full_disk);
+    match &failure {
+        Some(reason) if full => {
+            tracing::error!(
+                reason,
+                "the disk is full: this member steps down and can only be read locally"
+            );
+        }
+        _ => {
+            tracing::info!("coordinator member stops");
+            close_operators.cancel();
+        }
+    }
     stop.cancel();
     let in_order = async {
         services.wait().await;
@@ -333,13 +357,46 @@ pub async fn run(
     };
     let Some(reason) = failure else {
         in_order.await;
+        doors_of_operators.wait().await;
         return Ok(());
     };
     // What is acknowledged is on the disk; what waits for the failed state may wait for ever.
     if tokio::time::timeout(FAILED_STOP_MAX, in_order).await.is_err() {
         tracing::warn!("not everything ended in order");
     }
-    Err(Error::Failed(reason))
+    let room = async {
+        if full {
+            until_there_is_room(&config.data).await;
+        }
+    };
+    let stopped = shutdown.run_until_cancelled(room).await.is_none();
+    close_operators.cancel();
+    doors_of_operators.wait().await;
+    if stopped {
+        Ok(())
+    } else {
+        Err(Error::Failed(reason))
+    }
+}
+
+/// Whether a failure says that there was no room: it holds what the operating system says then.
+fn is_of_a_full_disk(reason: &str) -> bool {
+    reason.contains(&std::io::Error::from_raw_os_error(ENOSPC).to_string())
+}
+
+/// Returns once something can be written into a folder again.
+async fn until_there_is_room(folder: &Path) {
+    let attempt = folder.join("room.tmp");
+    loop {
+        tokio::time::sleep(ROOM_EVERY).await;
+        let written = std::fs::write(&attempt, vec![1; ROOM_BYTES]);
+        // It may not have come into being.
+        let _ = std::fs::remove_file(&attempt);
+        match written {
+            Ok(()) => return tracing::info!("the disk has room again: this member starts anew"),
+            Err(error) => tracing::debug!(%error, "the disk is full still"),
+        }
+    }
 }
 
 /// This host's place in the cluster and its member id; refused when the store was opened once and is gone.

@@ -20,7 +20,7 @@ use protocol::logs::{HostAnswer, HostQuestion};
 use tower_service::Service as _;
 
 use super::auth::Caller;
-use super::{Api, diff, hosts, raft, read_body};
+use super::{Api, LocalRead, diff, hosts, raft, read_body};
 use crate::member_link;
 use crate::store::BoxFuture;
 
@@ -108,8 +108,12 @@ pub(super) fn writes() -> Router<Arc<Api>> {
     Router::new().route("/v1/raft/transfer", post(raft::transfer))
 }
 
-/// Passes a request on if another member leads. When that one does not answer, this one says what it knows.
+/// Passes a request on if another member leads. When that one does not answer, or need not be asked, this one says what
+/// it knows.
 pub(super) async fn or_pass_on(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
+    if request.extensions().get::<LocalRead>().is_some() {
+        return next.run(request).await;
+    }
     let (head, body) = request.into_parts();
     let body = match read_body(body, api.config.limits.body_bytes_max).await {
         Ok(body) => body,
