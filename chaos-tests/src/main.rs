@@ -36,6 +36,9 @@ enum Command {
     Elections(members::Elections),
     /// Runs the miner on a Kubernetes API server with many nodes, and kills the API server.
     Kubernetes(kubernetes::Options),
+    /// Passes ports on: part of `links --namespaces`.
+    #[command(hide = true)]
+    Forward(members::Forward),
     /// Tries each fault tool; fails if one is missing.
     Probe,
 }
@@ -55,8 +58,15 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Links(options) => conclude(options.run()),
         Command::Elections(options) => conclude(options.run()),
         Command::Kubernetes(options) => conclude(options.run()),
+        Command::Forward(options) => forward(&options),
         Command::Probe => probe(),
     }
+}
+
+#[tokio::main]
+async fn forward(options: &members::Forward) -> anyhow::Result<ExitCode> {
+    options.run(&mut std::io::stdout()).await?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Runs something on real time; its figures are the last line on standard output.

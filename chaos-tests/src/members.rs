@@ -5,7 +5,7 @@
 //! - `trial.rs`: writers and readers that run all the time, what they were promised, and what the ledger says;
 //! - `leaders.rs`: `kill -9` of whoever leads, again and again;
 //! - `pause.rs`: the leader stands still for a while and wakes;
-//! - `links.rs`: all links between members go through relays, which are spoilt in one way after the other;
+//! - `links.rs`: all links between members are spoilt in one way after the other, by relays or by the kernel;
 //! - `elections.rs`: nothing but slow disks and a busy machine: nobody may lose the lead.
 
 use std::path::PathBuf;
@@ -24,7 +24,7 @@ mod trial;
 
 pub use elections::Elections;
 pub use leaders::Leaders;
-pub use links::Links;
+pub use links::{Forward, Links};
 pub use pause::Pause;
 
 /// What all of them may be told.

@@ -27,8 +27,15 @@ impl Gate {
     /// # Errors
     /// When no socket can be had.
     pub async fn start(target: SocketAddr) -> anyhow::Result<Self> {
-        let any = SocketAddr::new(target.ip(), 0);
-        let listener = TcpListener::bind(any).await.context("listen for the gate")?;
+        Self::start_at(SocketAddr::new(target.ip(), 0), target).await
+    }
+
+    /// Listens there.
+    ///
+    /// # Errors
+    /// When no socket can be had.
+    pub async fn start_at(listen: SocketAddr, target: SocketAddr) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind(listen).await.context("listen for the gate")?;
         let address = listener.local_addr()?;
         let (is_cut, followed) = watch::channel(false);
         let stop = CancellationToken::new();

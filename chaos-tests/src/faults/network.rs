@@ -4,16 +4,18 @@
 //! Nothing outside is touched: the bridge and both ends of every cable lie in the namespaces, which have no way
 //! out of this machine.
 
+use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::process::Command;
 
 use super::run;
 
-/// Namespaces on one bridge; they are deleted when this is dropped.
+/// Namespaces on one bridge; they are deleted when what created them is dropped.
 #[derive(Debug)]
 pub struct Network {
     name: String,
     hosts: u8,
+    is_ours: bool,
 }
 
 impl Network {
@@ -24,7 +26,11 @@ impl Network {
     pub fn create(hosts: u8) -> anyhow::Result<Self> {
         // Several may exist on one machine.
         let name = format!("chaos{}x{:04x}", std::process::id(), fastrand::u16(..));
-        let network = Self { name, hosts };
+        let network = Self {
+            name,
+            hosts,
+            is_ours: true,
+        };
         let switch = network.switch();
         run("ip", &["netns", "add", &switch])?;
         run("ip", &["-n", &switch, "link", "add", "bridge0", "type", "bridge"])?;
@@ -33,6 +39,22 @@ impl Network {
             network.add(host)?;
         }
         Ok(network)
+    }
+
+    /// A network that another process has created and will delete.
+    #[must_use]
+    pub fn of_another(name: String, hosts: u8) -> Self {
+        Self {
+            name,
+            hosts,
+            is_ours: false,
+        }
+    }
+
+    /// What other processes find it by.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     fn add(&self, host: u8) -> anyhow::Result<()> {
@@ -68,17 +90,20 @@ impl Network {
         format!("{}h{host}", self.name)
     }
 
-    /// A host's address, the same in every network.
+    /// A host's address, the same in every network. It looks like a public one, since validators take no other; no
+    /// packet leaves the namespaces.
     #[must_use]
     pub fn address(host: u8) -> Ipv4Addr {
-        Ipv4Addr::new(10, 77, 0, host)
+        Ipv4Addr::new(11, 77, 0, host)
     }
 
     /// A command that will run on a host.
     #[must_use]
-    pub fn command(&self, host: u8, program: &str) -> Command {
+    pub fn command(&self, host: u8, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", &self.namespace(host), program]);
+        command
+            .args(["netns", "exec", &self.namespace(host)])
+            .arg(program);
         command
     }
 
@@ -87,10 +112,38 @@ impl Network {
     /// # Errors
     /// What `nft` said.
     pub fn cut_one_way(&self, from: u8, to: u8) -> anyhow::Result<()> {
-        self.nft(
-            to,
-            &format!("add rule inet chaos in ip saddr {} drop", Self::address(from)),
-        )
+        self.cut(&[(from, to)])
+    }
+
+    /// From now on nothing that the first of each pair sends arrives at the second.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn cut(&self, pairs: &[(u8, u8)]) -> anyhow::Result<()> {
+        (1..=self.hosts).try_for_each(|to| {
+            let from = pairs.iter().filter(|(_, target)| *target == to);
+            let rules: String = from
+                .map(|(from, _)| {
+                    let address = Self::address(*from);
+                    format!("add rule inet chaos in ip saddr {address} drop;")
+                })
+                .collect();
+            if rules.is_empty() {
+                Ok(())
+            } else {
+                self.nft(to, &rules)
+            }
+        })
+    }
+
+    /// From now on no answer of a TCP service of `from` arrives at `to`.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn cut_service(&self, from: u8, port: u16, to: u8) -> anyhow::Result<()> {
+        let address = Self::address(from);
+        let rule = format!("add rule inet chaos in ip saddr {address} tcp sport {port} drop");
+        self.nft(to, &rule)
     }
 
     /// From now on these hosts and all others hear nothing of each other.
@@ -98,13 +151,14 @@ impl Network {
     /// # Errors
     /// What `nft` said.
     pub fn isolate(&self, group: &[u8]) -> anyhow::Result<()> {
-        for inside in group {
-            for outside in (1..=self.hosts).filter(|host| !group.contains(host)) {
-                self.cut_one_way(*inside, outside)?;
-                self.cut_one_way(outside, *inside)?;
-            }
-        }
-        Ok(())
+        let outside = || (1..=self.hosts).filter(|host| !group.contains(host));
+        let pairs = group
+            .iter()
+            .flat_map(|inside| outside().map(|outside| (*inside, outside)));
+        let both: Vec<(u8, u8)> = pairs
+            .flat_map(|(one, other)| [(one, other), (other, one)])
+            .collect();
+        self.cut(&both)
     }
 
     /// Whether `to` answers a ping of `from` within a second.
@@ -132,6 +186,9 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
+        if !self.is_ours {
+            return;
+        }
         let hosts = (1..=self.hosts).map(|host| self.namespace(host));
         for namespace in hosts.chain([self.switch()]) {
             // It may not have come so far.

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command as Program, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -17,6 +18,7 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
 use validator_stand_in::scenario::DEVELOPMENT_MINER_SEED;
 
+use crate::faults::network::Network;
 use crate::storm::doors::{self, Doors};
 use crate::storm::processes::Process;
 
@@ -43,6 +45,44 @@ pub(super) struct Way {
     pub(super) observes: bool,
 }
 
+/// Where the members are.
+#[derive(Debug, Clone)]
+pub(super) enum Ground {
+    /// All in one network, at addresses below 127.77 and this number.
+    Loopback(u8),
+    /// Each on a host of its own, numbered from 1 as the hosts are.
+    Hosts(Arc<Network>),
+}
+
+impl Ground {
+    /// The address of a member. Clusters on one machine have networks of their own.
+    fn address(&self, member: usize) -> String {
+        match self {
+            Self::Loopback(network) => format!("127.77.{network}.{}", member + 1),
+            Self::Hosts(_) => Network::address(host_of(member)).to_string(),
+        }
+    }
+
+    /// The doors for members and hosts of a cluster that is not there yet.
+    pub(super) fn member_doors(&self, members: usize) -> Vec<SocketAddr> {
+        let doors = (0..members).map(|member| format!("{}:4433", self.address(member)));
+        doors.filter_map(|door| door.parse().ok()).collect()
+    }
+
+    /// A command that will run where the member is.
+    fn command(&self, member: usize, program: &Path) -> Program {
+        match self {
+            Self::Loopback(_) => Program::new(program),
+            Self::Hosts(network) => network.command(host_of(member), program),
+        }
+    }
+}
+
+/// The host on which a member is, where each has its own.
+pub(super) fn host_of(member: usize) -> u8 {
+    u8::try_from(member + 1).unwrap_or(u8::MAX)
+}
+
 /// What all members have in common.
 #[derive(Debug, Clone)]
 pub(super) struct Plan {
@@ -59,21 +99,10 @@ pub(super) struct Plan {
 /// A running cluster; everything ends when it is dropped.
 pub(super) struct Cluster {
     pub(super) plan: Plan,
-    network: u8,
+    ground: Ground,
     stand_in: Child,
     hosts: Vec<Option<Child>>,
     pub(super) doors: Doors,
-}
-
-/// The address of a member. Clusters on one machine have networks of their own.
-fn address(network: u8, member: usize) -> String {
-    format!("127.77.{network}.{}", member + 1)
-}
-
-/// The doors for members and hosts of a cluster that is not there yet.
-pub(super) fn member_doors(network: u8, members: usize) -> Vec<SocketAddr> {
-    let doors = (0..members).map(|member| format!("{}:4433", address(network, member)));
-    doors.filter_map(|door| door.parse().ok()).collect()
 }
 
 /// A network that nobody uses now.
@@ -81,9 +110,9 @@ pub(super) fn free_network() -> anyhow::Result<u8> {
     let first = fastrand::u8(1..=250);
     let mut networks = (first..=250).chain(1..first);
     let free = |network: &u8| {
-        let doors = (0..MEMBERS).map(|member| format!("{}:32000", address(*network, member)));
-        doors
-            .into_iter()
+        let ground = Ground::Loopback(*network);
+        (0..MEMBERS)
+            .map(|member| format!("{}:32000", ground.address(member)))
             .all(|door| std::net::TcpListener::bind(door).is_ok())
     };
     networks
@@ -135,17 +164,17 @@ impl Cluster {
     /// for each host, members first. `around` changes how an agent is started: what it preloads, say.
     pub(super) async fn start(
         plan: Plan,
-        network: u8,
+        ground: Ground,
         stand_in: Child,
         ways: &[Way],
         around: &dyn Fn(usize, &mut Program),
     ) -> anyhow::Result<Self> {
-        let apis = (0..plan.members).map(|member| format!("{}:32000", address(network, member)));
+        let apis = (0..plan.members).map(|member| format!("{}:32000", ground.address(member)));
         let apis = apis.map(|api| Ok(api.parse()?)).collect::<anyhow::Result<_>>()?;
         let mut cluster = Self {
             doors: Doors::of(&plan.data, apis)?,
             plan,
-            network,
+            ground,
             stand_in,
             hosts: Vec::new(),
         };
@@ -205,7 +234,7 @@ impl Cluster {
 
     fn configuration(&self, member: usize, way: &Way) -> anyhow::Result<String> {
         let ready = doors::ready(&self.plan.data)?;
-        let address = address(self.network, member);
+        let address = self.ground.address(member);
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let (mut api, mut socket) = (text(&ready["api_url"]), text(&ready["socket_url"]));
         if let Some(validator) = way.validator {
@@ -231,10 +260,14 @@ impl Cluster {
              api_listen = \"{address}:32000\"\ntick = \"3s\"\nobserve = \"3s\"\n\
              [raft]\ntiming = \"{timing}\"\n\
              [proof]\nlisten = \"{address}:30443\"\nbackend = \"cpu\"\nsoftware_gpus = {SOFTWARE_GPUS}\n\
-             [registry]\nlisten = \"{address}:30500\"\nstore_free_bytes_min = \"1GiB\"\n\
-             [egress]\nlisten = \"{address}:3128\"\nallowed_also = {allowed}\n{table}\
+             [registry]\nlisten = \"{inside}:30500\"\nstore_free_bytes_min = \"1GiB\"\n\
+             [egress]\nlisten = \"{inside}:3128\"\nallowed_also = {allowed}\n{table}\
              [runtime]\nkind = \"process\"\n\
              [[validators]]\nhotkey = {validator}\napi = \"{api}\"\nsocket = \"{socket}\"\nregistry = {registry}\n",
+            inside = match self.ground {
+                Ground::Loopback(_) => &address,
+                Ground::Hosts(_) => "127.0.0.1",
+            },
             data = host.display().to_string(),
             miner = key.hotkey(),
             runs = way.observes || member < HOSTS_MAX,
@@ -248,7 +281,7 @@ impl Cluster {
     }
 
     fn command(&self, member: usize) -> Program {
-        let mut command = Program::new(&self.plan.agent);
+        let mut command = self.ground.command(member, &self.plan.agent);
         command
             .arg("--config")
             .arg(self.folder(member).join("config.toml"));

@@ -1,20 +1,28 @@
-//! Five members and a host without a vote. All that members and hosts say to each other goes through relays, one in front of each member, and all that a
-//! member says to the validator through a gate. They are spoilt in one way after the other; after each the cluster
+//! Five members and a host without a vote, whose links are spoilt in one way after the other; after each the cluster
 //! must be whole again within a bound.
+//!
+//! - `relays.rs`: all that members and hosts say to each other goes through relays, one in front of each member, and
+//!   all that a member says to the validator through a gate;
+//! - `hosts.rs`: each is in a network namespace of its own, and the kernel drops what shall not arrive.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::cluster::{Way, member_doors};
 use super::trial::{ASK_EVERY, Place, Trial};
 use super::{Common, Outcome};
-use crate::faults::gate::Gate;
-use crate::faults::relay::{Direction, Quality, Relay};
+use crate::faults::relay::Quality;
+
+mod hosts;
+mod relays;
+
+pub use hosts::Forward;
+
+use hosts::Hosts;
+use relays::Relays;
 
 /// So many can lose two and go on.
 const MEMBERS: usize = 5;
@@ -36,6 +44,15 @@ pub struct Links {
     /// Only these faults, by their names in the figures (repeatable)
     #[arg(long = "only")]
     pub only: Vec<String>,
+    /// Each member in a network namespace of its own, with cuts by the kernel instead of relays; needs root
+    #[arg(long)]
+    pub namespaces: bool,
+    /// How long each fault lasts, but that of a host without a vote
+    #[arg(long)]
+    pub fault_seconds: Option<u64>,
+    /// The network of namespaces that this process runs in already
+    #[arg(long, hide = true)]
+    pub within: Option<String>,
     /// What all of them may be told.
     #[command(flatten)]
     pub common: Common,
@@ -69,107 +86,110 @@ const FAULTS: [(Fault, &str); 10] = [
     (Fault::SiteCut, "site_cut"),
 ];
 
-impl Fault {
-    fn lasts(self) -> Duration {
-        match self {
-            Self::HostsCutFromVoters => FAULT_OF_HOSTS,
-            _ => FAULT,
-        }
-    }
-}
-
 /// What everything goes through.
-struct Between {
-    relays: Vec<Relay>,
-    gates: Vec<Gate>,
-    /// Members send from the address of their door.
-    addresses: Vec<IpAddr>,
+enum Between {
+    Relays(Relays),
+    Hosts(Hosts),
 }
 
 impl Between {
-    /// Datagrams from one member to another are like this from now on, whoever began to speak.
-    fn set(&self, from: usize, to: usize, quality: Quality) {
-        self.relays[to].set_for(self.addresses[from], Direction::There, quality);
-        self.relays[from].set_for(self.addresses[to], Direction::Back, quality);
+    /// From now on nothing that the first of each pair says to the second arrives.
+    fn cut(&self, pairs: &[(usize, usize)]) -> anyhow::Result<()> {
+        match self {
+            Self::Relays(relays) => relays.cut(pairs),
+            Self::Hosts(hosts) => return hosts.cut(pairs),
+        }
+        Ok(())
     }
 
-    fn set_both(&self, one: usize, other: usize, quality: Quality) {
-        self.set(one, other, quality);
-        self.set(other, one, quality);
+    /// These and all other members hear nothing of each other.
+    fn isolate(&self, group: &[usize]) -> anyhow::Result<()> {
+        let outside = || (0..MEMBERS).filter(|other| !group.contains(other));
+        let pairs = group
+            .iter()
+            .flat_map(|one| outside().map(move |other| (*one, other)));
+        let both: Vec<_> = pairs
+            .flat_map(|(one, other)| [(one, other), (other, one)])
+            .collect();
+        self.cut(&both)
     }
 
-    /// These and all others hear nothing of each other.
-    fn isolate(&self, group: &[usize]) {
-        for one in group {
-            for other in (0..MEMBERS).filter(|other| !group.contains(other)) {
-                self.set_both(*one, other, Quality::CUT);
-            }
+    fn heal(&self) -> anyhow::Result<()> {
+        match self {
+            Self::Relays(relays) => relays.heal(),
+            Self::Hosts(hosts) => return hosts.heal(),
         }
-    }
-
-    fn set_all(&self, quality: Quality) {
-        for one in 0..MEMBERS {
-            for other in (0..MEMBERS).filter(|other| *other != one) {
-                self.set(one, other, quality);
-            }
-        }
-    }
-
-    fn heal(&self) {
-        for relay in &self.relays {
-            relay.heal();
-        }
-        for gate in &self.gates {
-            gate.cut(false);
-        }
+        Ok(())
     }
 
     /// Begins a fault; `leader` leads.
-    fn begin(&self, fault: Fault, leader: usize) {
+    fn begin(&self, fault: Fault, leader: usize) -> anyhow::Result<()> {
         let next = (leader + 1) % MEMBERS;
         let others = (0..MEMBERS).filter(|other| *other != leader);
-        match fault {
-            Fault::LeaderAlone | Fault::Flapping => self.isolate(&[leader]),
-            Fault::LeaderWithMinority => self.isolate(&[leader, next]),
-            Fault::SiteCut => self.isolate(&[next, (leader + 2) % MEMBERS]),
-            Fault::LeaderUnheard => others.for_each(|other| self.set(leader, other, Quality::CUT)),
-            Fault::LeaderDeaf => others.for_each(|other| self.set(other, leader, Quality::CUT)),
-            Fault::Loss => self.set_all(Quality {
+        match (fault, self) {
+            (Fault::LeaderAlone | Fault::Flapping, _) => self.isolate(&[leader])?,
+            (Fault::LeaderWithMinority, _) => self.isolate(&[leader, next])?,
+            (Fault::SiteCut, _) => self.isolate(&[next, (leader + 2) % MEMBERS])?,
+            (Fault::LeaderUnheard, _) => {
+                self.cut(&others.map(|other| (leader, other)).collect::<Vec<_>>())?
+            }
+            (Fault::LeaderDeaf, _) => self.cut(&others.map(|other| (other, leader)).collect::<Vec<_>>())?,
+            (Fault::Loss, Self::Relays(relays)) => relays.set_all(Quality {
                 loss: 0.3,
                 ..Quality::default()
             }),
-            Fault::LongWay => self.set_all(Quality {
+            (Fault::LongWay, Self::Relays(relays)) => relays.set_all(Quality {
                 delay: Duration::from_millis(100),
                 ..Quality::default()
             }),
-            Fault::HostsCutFromVoters => {
-                for relay in &self.relays {
-                    relay.set_both(Quality::CUT);
-                }
-                // What members say to each other is not meant.
-                self.set_all(Quality::default());
+            (Fault::Loss | Fault::LongWay, Self::Hosts(_)) => {
+                anyhow::bail!("only relays lose some datagrams, or delay them");
             }
-            Fault::ValidatorCutFromLeader => self.gates[leader].cut(true),
+            (Fault::HostsCutFromVoters, Self::Relays(relays)) => relays.cut_hosts(),
+            (Fault::HostsCutFromVoters, Self::Hosts(hosts)) => hosts.cut_observer()?,
+            (Fault::ValidatorCutFromLeader, Self::Relays(relays)) => relays.cut_validator_from(leader),
+            (Fault::ValidatorCutFromLeader, Self::Hosts(hosts)) => hosts.cut_validator_from(leader)?,
         }
+        Ok(())
     }
 }
 
 impl Links {
+    fn lasts(&self, fault: Fault) -> Duration {
+        match fault {
+            Fault::HostsCutFromVoters => FAULT_OF_HOSTS,
+            _ => self.fault_seconds.map_or(FAULT, Duration::from_secs),
+        }
+    }
+
     /// Runs it on a cluster of its own.
     ///
     /// # Errors
     /// When there is no cluster to spoil; whatever goes wrong then is a reason in the outcome.
     pub async fn run(&self) -> anyhow::Result<Outcome> {
-        let place = Place::prepare(&self.common, "auto", MEMBERS).await?;
-        let (between, ways) = between(&place).await?;
+        if self.namespaces && self.within.is_none() {
+            return hosts::run_within(self).await;
+        }
+        let mut place = Place::prepare(&self.common, "auto", MEMBERS).await?;
+        let (between, ways) = match &self.within {
+            Some(name) => {
+                let (hosts, ways) = Hosts::around(&mut place, name).await?;
+                (Between::Hosts(hosts), ways)
+            }
+            None => {
+                let (relays, ways) = Relays::around(&place).await?;
+                (Between::Relays(relays), ways)
+            }
+        };
         let mut trial = Trial::begin(place, &ways, &|_, _| {}, READ_PATIENCE).await?;
         let mut figures = Map::new();
         for (fault, name) in FAULTS {
-            if !self.only.is_empty() && !self.only.iter().any(|only| only == name) {
+            let asked_for = self.only.is_empty() || self.only.iter().any(|only| only == name);
+            if !asked_for || (self.namespaces && matches!(fault, Fault::Loss | Fault::LongWay)) {
                 continue;
             }
-            let came = spoil(&mut trial, &between, fault).await;
-            between.heal();
+            let came = spoil(&mut trial, &between, fault, self.lasts(fault)).await;
+            between.heal()?;
             match came {
                 Ok(times) => {
                     figures.insert(name.to_owned(), times);
@@ -181,52 +201,24 @@ impl Links {
     }
 }
 
-/// A relay in front of each member, a gate in front of the validator for each.
-async fn between(place: &Place) -> anyhow::Result<(Between, Vec<Way>)> {
-    let ready = crate::storm::doors::ready(&place.plan.data)?;
-    let validator = ready["api_url"]
-        .as_str()
-        .and_then(|url| url.strip_prefix("http://"));
-    let validator = validator.context("the stand-in's address")?.parse()?;
-    let mut between = Between {
-        relays: Vec::new(),
-        gates: Vec::new(),
-        addresses: Vec::new(),
-    };
-    let mut ways = Vec::new();
-    for door in member_doors(place.network, MEMBERS) {
-        let (relay, gate) = (Relay::start(door, 1).await?, Gate::start(validator).await?);
-        ways.push(Way {
-            advertise: Some(relay.address()),
-            validator: Some(gate.address()),
-            observes: false,
-        });
-        between.relays.push(relay);
-        between.gates.push(gate);
-        between.addresses.push(door.ip());
-    }
-    ways.push(Way {
-        observes: true,
-        ..Way::default()
-    });
-    Ok((between, ways))
-}
-
 /// One fault from its beginning to the recovery from it.
-async fn spoil(trial: &mut Trial, between: &Between, fault: Fault) -> anyhow::Result<Value> {
+async fn spoil(trial: &mut Trial, between: &Between, fault: Fault, lasts: Duration) -> anyhow::Result<Value> {
     trial.cluster.must_run()?;
     trial.give_something_to_do().await?;
     let (leader, _) = trial.cluster.leader().await?;
     let began = Instant::now();
-    between.begin(fault, leader);
+    between.begin(fault, leader)?;
     let write = tokio::time::timeout(WRITES_MAX, trial.written_after(began)).await;
     let write = write.context("no write is acknowledged while it lasts")??;
-    while began.elapsed() < fault.lasts() {
-        if fault == Fault::Flapping {
-            let cut = began.elapsed().as_secs().is_multiple_of(2);
-            let quality = if cut { Quality::CUT } else { Quality::default() };
-            for other in (0..MEMBERS).filter(|other| *other != leader) {
-                between.set_both(leader, other, quality);
+    let mut is_cut = true;
+    while began.elapsed() < lasts {
+        let cut = began.elapsed().as_secs().is_multiple_of(2);
+        if fault == Fault::Flapping && cut != is_cut {
+            is_cut = cut;
+            if cut {
+                between.isolate(&[leader])?;
+            } else {
+                between.heal()?;
             }
         }
         sleep(ASK_EVERY).await;
@@ -238,7 +230,7 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault) -> anyhow::Re
     }
     let ledger = trial.read_ledger().await?;
     let healed = Instant::now();
-    between.heal();
+    between.heal()?;
     until_whole(trial, healed).await?;
     let whole = healed.elapsed();
     let mut times = json!({ "next_write_ms": ms(write), "whole_again_ms": ms(whole) });

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use validator_stand_in::ledger::{Entry, Record};
 
 use super::Common;
-use super::cluster::{self, Cluster, Plan, Way};
+use super::cluster::{self, Cluster, Ground, Plan, Way};
 use crate::storm::checks;
 use crate::storm::doors::Doors;
 use crate::storm::processes::{Process, chutes};
@@ -60,7 +60,7 @@ pub(super) struct Trial {
 /// The stand-in and the place of a cluster that is about to start.
 pub(super) struct Place {
     pub(super) plan: Plan,
-    pub(super) network: u8,
+    pub(super) ground: Ground,
     pub(super) stand_in: tokio::process::Child,
     folder: TempDir,
     seed: u64,
@@ -83,7 +83,7 @@ impl Place {
             agent: common.executable()?,
         };
         Ok(Self {
-            network: cluster::free_network()?,
+            ground: Ground::Loopback(cluster::free_network()?),
             stand_in: cluster::start_stand_in(&plan.agent, &plan.data, None).await?,
             plan,
             folder,
@@ -101,7 +101,7 @@ impl Trial {
         read_patience: Duration,
     ) -> anyhow::Result<Self> {
         let (seed, members) = (place.seed, place.plan.members);
-        let cluster = Cluster::start(place.plan, place.network, place.stand_in, ways, around).await;
+        let cluster = Cluster::start(place.plan, place.ground, place.stand_in, ways, around).await;
         let cluster = match cluster {
             Ok(cluster) => cluster,
             Err(error) => {
