@@ -125,6 +125,15 @@ fn hosts_of_a_network_hear_each_other_until_they_are_cut_off() {
     assert!(hears(1, 2));
     network.cut_one_way(2, 1).unwrap();
     assert!(!hears(1, 2), "the answer is lost");
+    network.heal().unwrap();
+    network.cut(&[(3, 1), (3, 2)]).unwrap();
+    assert!(hears(1, 2) && !hears(1, 3) && !hears(2, 3));
+    network.heal().unwrap();
+    network.cut_service(2, 80, 1).unwrap();
+    assert!(hears(1, 2), "only the service is cut off");
+    let of_another = Network::of_another(network.name().to_owned(), 3);
+    drop(of_another);
+    assert!(hears(1, 2), "it is not deleted by who has not made it");
     let before = std::fs::read_to_string("/proc/net/route").unwrap();
     drop(network);
     assert_eq!(

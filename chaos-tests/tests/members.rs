@@ -1,7 +1,10 @@
-//! Short forms of what `chaos-tests leaders` and `chaos-tests pause` do at length: three members in real processes,
-//! whose leader is killed a few times, and stands still once. The bars on times are for the long forms.
+//! Short forms of what `chaos-tests leaders`, `chaos-tests pause` and `chaos-tests links --namespaces` do at length:
+//! three members in real processes, whose leader is killed a few times, and stands still once, and five members, each
+//! in a network namespace, whose leader is cut off. The bars on times are for the long forms.
 
+use chaos_tests::faults::probe;
 use chaos_tests::members::{Leaders, Pause};
+use serde_json::Value;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_leaders_lose_and_double_nothing() {
@@ -26,4 +29,37 @@ async fn a_leader_that_stood_still_answers_nothing_stale_and_acts_no_more() {
     let outcome = options.run().await.expect("a cluster to stop");
     eprintln!("{}", outcome.figures);
     assert!(outcome.reasons.is_empty(), "{:#?}", outcome.reasons);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_in_namespaces_go_on_without_a_leader_that_is_cut_off() {
+    let tool = "network namespaces with nftables";
+    let tried = probe().into_iter().find(|(name, _)| *name == tool);
+    if let Some((_, Err(reason))) = tried {
+        let required = std::env::var_os("REQUIRE_PEERS").is_some_and(|value| value == "1");
+        assert!(!required, "{tool}: {reason}");
+        eprintln!("NOT TESTED: members in namespaces: {reason}");
+        return;
+    }
+    let faults = ["leader_alone", "leader_deaf"];
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_chaos-tests"));
+    command.args(["links", "--namespaces", "--fault-seconds", "4"]);
+    for fault in faults {
+        command.args(["--only", fault]);
+    }
+    let output = command
+        .kill_on_drop(true)
+        .output()
+        .await
+        .expect("the program runs");
+    let (said, complained) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{said} {complained}");
+    let figures: Value = serde_json::from_str(said.lines().last().expect("figures")).expect("JSON");
+    eprintln!("{figures}");
+    for fault in faults {
+        assert!(figures[fault]["next_write_ms"].is_u64(), "{figures}");
+    }
 }

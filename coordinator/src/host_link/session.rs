@@ -159,6 +159,7 @@ impl Session<'_> {
             if !self.context.hub.is_current(&self.server, session) {
                 return Err(End::Replaced);
             }
+            self.stay_reachable().await?;
             self.send_desired(outgoing).await?;
             self.send_authorities(outgoing).await?;
             tokio::select! {
@@ -219,6 +220,25 @@ impl Session<'_> {
         } else {
             self.propose(Command::RecordHost { facts }).await
         }
+    }
+
+    /// A leader that was not told yet that the host is here again may take it for silent: as long as it is here, it is
+    /// not.
+    async fn stay_reachable(&self) -> Result<(), End> {
+        let silent = self.context.store.read(|state| {
+            let server = state.servers().get(&self.server)?;
+            (!server.reachable).then(|| server.quarantine.clone())
+        });
+        let Some(quarantine) = silent else {
+            return Ok(());
+        };
+        let server = self.server.clone();
+        self.propose(Command::RecordHostCondition {
+            server,
+            reachable: true,
+            quarantine,
+        })
+        .await
     }
 
     async fn judge_clock(&self, clock: UnixMillis) -> Result<(), End> {
@@ -404,6 +424,39 @@ mod tests {
             fence: Fence::default(),
             clock: UnixMillis(1_000_000),
         }
+    }
+
+    /// Found with members in namespaces: a host that had been cut off went to another member, and the leader took it for
+    /// silent once more before it was told. Nothing set that right until the host was connected anew.
+    #[tokio::test]
+    async fn a_connected_host_that_the_leader_took_for_silent_is_reachable_again() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let context = context(&clock, &Hub::default());
+        let store = context.store.clone();
+        let (to_session, incoming) = mpsc::channel(1);
+        let (outgoing, _from_session) = mpsc::channel(8);
+        to_session.send(hello()).await.expect("there is room");
+        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let server = ServerId::parse("host-1").expect("valid");
+        let reachable =
+            |store: &Store| store.read(|state| state.servers().get(&server).map(|server| server.reachable));
+        let until = async |wanted| {
+            let mut changes = store.changes();
+            while reachable(&store) != Some(wanted) {
+                changes.changed().await;
+            }
+        };
+        until(true).await;
+        let silent = Command::RecordHostCondition {
+            server: server.clone(),
+            reachable: false,
+            quarantine: None,
+        };
+        store.propose(silent).await.expect("it is known");
+        assert_eq!(reachable(&store), Some(false));
+        let again = timeout(Duration::from_secs(10), until(true)).await;
+        assert!(again.is_ok(), "it counts as silent although it is connected");
+        session.abort();
     }
 
     #[tokio::test]
