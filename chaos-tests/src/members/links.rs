@@ -206,8 +206,9 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault, lasts: Durati
     trial.cluster.must_run()?;
     trial.give_something_to_do().await?;
     let (leader, _) = trial.cluster.leader().await?;
-    let began = Instant::now();
     between.begin(fault, leader)?;
+    // Not earlier: the kernel is told host by host, and a write in between may get through.
+    let began = Instant::now();
     let write = tokio::time::timeout(WRITES_MAX, trial.written_after(began)).await;
     let write = write.context("no write is acknowledged while it lasts")??;
     let mut is_cut = true;
