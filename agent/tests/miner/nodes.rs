@@ -242,7 +242,8 @@ impl Shared {
     /// A client with the rights of an agent's pod.
     async fn client_of(&self, node: &str, account: &str) -> Client {
         let pod = format!("{account}-{node}");
-        self.plane.client_of(&self.token(account, Some(&pod), None).await)
+        let token = self.token(account, Some(&pod), None).await;
+        self.plane.client_of(&token).expect("a good configuration")
     }
 
     /// Data of an agent on a node: the chart's configuration, with paths and ports that this machine has.
