@@ -59,9 +59,9 @@ pub struct ControlPlane {
     port: u16,
     etcd: Child,
     server: Child,
-    /// Controllers, and with nodes the scheduler: what is one process with the API server in k3s.
+    /// Controllers, and with nodes the scheduler and KWOK: what is one process with the API server in k3s, kubelet
+    /// included.
     around: Vec<Child>,
-    kwok: Option<Child>,
     /// The operator's, who may do everything.
     pub client: Client,
 }
@@ -114,12 +114,10 @@ impl ControlPlane {
         let classes: Api<RuntimeClass> = Api::all(client.clone());
         let class = serde_json::from_value(class)?;
         classes.create(&PostParams::default(), &class).await?;
-        let kwok = settings.plays_nodes.then(|| launch.kwok()).transpose()?;
         Ok(Self {
             etcd,
             server,
             around,
-            kwok,
             client,
             programs,
             settings,
@@ -208,7 +206,7 @@ impl ControlPlane {
         }
     }
 
-    /// `kill -9` of API server and controllers, which are one process in k3s.
+    /// `kill -9` of API server and all around it, which are one process in k3s.
     ///
     /// # Errors
     /// When they cannot be killed.
@@ -234,8 +232,7 @@ impl ControlPlane {
     /// # Errors
     /// When something cannot be killed.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        let first = self.kwok.iter_mut().chain(&mut self.around);
-        for child in first.chain([&mut self.server, &mut self.etcd]) {
+        for child in self.around.iter_mut().chain([&mut self.server, &mut self.etcd]) {
             child.kill().await?;
         }
         Ok(())
@@ -350,6 +347,7 @@ impl Launch<'_> {
         let mut around = vec![self.start("kube-controller-manager", &controllers)?];
         if self.settings.plays_nodes {
             around.push(self.start("kube-scheduler", &common)?);
+            around.push(self.kwok()?);
         }
         Ok(around)
     }
@@ -361,7 +359,8 @@ impl Launch<'_> {
                 format!("--kubeconfig={}", self.in_folder("kubeconfig")),
                 format!("--config={}", self.in_folder("stages.yaml")),
                 "--manage-all-nodes=true".to_owned(),
-                "--node-lease-duration-seconds=40".to_owned(),
+                // With leases, one that is started again would wait until those of its predecessor have ended.
+                "--node-lease-duration-seconds=0".to_owned(),
             ],
         )
     }

@@ -96,7 +96,7 @@ impl Fleet {
         let data = folder.path().canonicalize()?;
         let agent = options.common.executable()?;
         let settings = Settings {
-            controllers: "job-controller,garbage-collector-controller,serviceaccount-controller,daemonset-controller,node-lifecycle-controller",
+            controllers: "job-controller,garbage-collector-controller,serviceaccount-controller,daemonset-controller",
             plays_nodes: true,
             ..Settings::default()
         };

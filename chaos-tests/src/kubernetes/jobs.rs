@@ -6,11 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use coordinator::clock::{Clock as _, WallClock};
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
 use protocol::time::UnixMillis;
 use runtime::manifest::CHUTE_LABEL;
 use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use super::pods::ASK_AGAIN;
 
 /// Watches Jobs.
 #[derive(Debug, Default)]
@@ -24,15 +27,18 @@ impl Jobs {
     /// Watches until it is dropped.
     pub(super) async fn watch(self: Arc<Self>, client: Client, namespace: String) {
         let jobs: Api<Job> = Api::namespaced(client, &namespace);
-        let events = watcher(jobs, watcher::Config::default()).default_backoff();
-        let mut events = Box::pin(events);
+        let mut events = Box::pin(watcher(jobs, watcher::Config::default()));
         while let Some(event) = events.next().await {
-            if let Ok(watcher::Event::Apply(job) | watcher::Event::InitApply(job)) = event
-                && let Some(chute) = job.labels().get(CHUTE_LABEL)
-            {
-                let now = WallClock.now();
-                self.lock().entry(chute.clone()).or_insert(now);
-                self.news.notify_waiters();
+            match event {
+                Ok(watcher::Event::Apply(job) | watcher::Event::InitApply(job)) => {
+                    if let Some(chute) = job.labels().get(CHUTE_LABEL) {
+                        let now = WallClock.now();
+                        self.lock().entry(chute.clone()).or_insert(now);
+                        self.news.notify_waiters();
+                    }
+                }
+                Ok(_) => {}
+                Err(_) => sleep(ASK_AGAIN).await,
             }
         }
     }

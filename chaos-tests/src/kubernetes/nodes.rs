@@ -62,6 +62,10 @@ pub(super) async fn register(
         let (how, status) = (PatchParams::default(), Patch::Merge(status));
         let patched = nodes.patch_status(&name, &how, &status).await;
         patched.with_context(|| format!("status of node {name}"))?;
+        // A new node is not ready, until somebody looks: no controller of nodes runs here.
+        let ready = Patch::Merge(json!({ "spec": { "taints": null } }));
+        let patched = nodes.patch(&name, &how, &ready).await;
+        patched.with_context(|| format!("taints of node {name}"))?;
     }
     Ok(())
 }

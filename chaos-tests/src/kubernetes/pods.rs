@@ -14,7 +14,7 @@ use anyhow::Context;
 use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{Patch, PatchParams};
-use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
 use runtime::manifest::DEPLOYMENT_LABEL;
 use serde_json::json;
@@ -23,7 +23,8 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// Between two questions to an API server that is away.
+pub(super) const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Plays all pods of a namespace.
 pub(super) struct Pods {
@@ -109,8 +110,7 @@ impl Pods {
     /// Plays until it is dropped; the containers end with it.
     pub(super) async fn play(self: Arc<Self>) {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let events = watcher(pods, watcher::Config::default()).default_backoff();
-        let mut events = Box::pin(events);
+        let mut events = Box::pin(watcher(pods, watcher::Config::default()));
         let mut containers = JoinSet::new();
         let mut listed: Vec<String> = Vec::new();
         while let Some(event) = events.next().await {
@@ -133,7 +133,7 @@ impl Pods {
                 }
                 Ok(watcher::Event::Delete(pod)) => self.end(&pod),
                 // The API server may be away; the watch begins anew.
-                Err(_) => {}
+                Err(_) => sleep(ASK_AGAIN).await,
             }
         }
     }

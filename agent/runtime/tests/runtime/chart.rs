@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::{conditions, wait::await_condition};
@@ -310,15 +309,8 @@ async fn agent_on(plane: &ControlPlane, node: &str, account: &str) -> Client {
         "metadata": { "name": format!("{account}-{node}") },
         "spec": { "serviceAccountName": account, "nodeName": node, "containers": [{ "name": "agent", "image": "a" }] },
     }));
-    pods.create(&PostParams::default(), &pod).await.expect("it works");
-    let accounts: Api<ServiceAccount> = Api::namespaced(plane.client.clone(), MINER);
-    let bound = json!({ "kind": "Pod", "apiVersion": "v1", "name": format!("{account}-{node}") });
-    let wanted: TokenRequest =
-        object(json!({ "metadata": {}, "spec": { "audiences": [], "boundObjectRef": bound } }));
-    let token = accounts
-        .create_token_request(account, &PostParams::default(), &wanted)
-        .await;
-    let token = token.expect("it works").status.expect("it was given").token;
+    let pod = pods.create(&PostParams::default(), &pod).await.expect("it works");
+    let token = plane.token_of(&pod, &[]).await.expect("it was given");
     plane.client_of(&token).expect("a good configuration")
 }
 
