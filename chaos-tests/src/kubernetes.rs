@@ -126,10 +126,7 @@ impl Options {
             tracing::info!(name, "done");
             from = Instant::now();
         };
-        fleet
-            .until_verified(self.nodes * self.gpus)
-            .await
-            .context("GPUs")?;
+        fleet.until_verified().await.context("GPUs")?;
         step(steps, "gpus_verified_ms");
         let chutes = (self.nodes * self.gpus / 4).clamp(1, CHUTES_MAX);
         for number in 1..=chutes {

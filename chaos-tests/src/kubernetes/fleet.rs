@@ -45,6 +45,8 @@ const START_PATIENCE: Duration = Duration::from_secs(300);
 /// How long what events alone end may take.
 const EVENTS_PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Ends the stream about a host whose GPUs are verified.
+const BOOTSTRAPPED: &str = "completed server bootstrapping";
 /// Clock ticks of `/proc` in a second.
 const TICKS: u64 = 100;
 
@@ -52,6 +54,8 @@ const TICKS: u64 = 100;
 pub(super) struct Fleet {
     pub(super) plane: ControlPlane,
     count: usize,
+    /// Of each node.
+    gpus: usize,
     validator: Value,
     doors: Doors,
     stand_in: Child,
@@ -77,11 +81,16 @@ pub(super) struct Fleet {
 
 /// The development scenario, as far as pods can play it: what they pull and which sites they reach is not there.
 fn scenario() -> Scenario {
+    let mut scenario = Scenario::development();
+    for gpu in &mut scenario.relaxed.gpu_types {
+        // One software GPU alone is proved within a millisecond.
+        gpu.prove_ms_min = 0;
+    }
     Scenario {
         name: "kubernetes".to_owned(),
         egress: Egress::default(),
         goals: Goals::default(),
-        ..Scenario::development()
+        ..scenario
     }
 }
 
@@ -121,6 +130,7 @@ impl Fleet {
         let pods = Pods::new(plane.client.clone(), CHUTES, &agent, &data.join("pods"))?;
         let mut fleet = Self {
             count: options.nodes,
+            gpus: options.gpus,
             validator: ready.clone(),
             doors: Doors::of(&data, apis.collect::<anyhow::Result<_>>()?)?,
             stand_in,
@@ -209,7 +219,7 @@ impl Fleet {
     }
 
     /// Lets the miner verify the GPUs of all hosts, and waits until all of them are.
-    pub(super) async fn until_verified(&mut self, gpus: usize) -> anyhow::Result<()> {
+    pub(super) async fn until_verified(&mut self) -> anyhow::Result<()> {
         let validator = &self.validator["validator"];
         let doors = &self.doors;
         let adding = (1..=self.count).map(|number| async move {
@@ -219,7 +229,9 @@ impl Fleet {
             loop {
                 // It has not joined yet, or the stream outlasts patience; asked again, the host is known.
                 match doors.write("/servers/", &body).await {
-                    Ok(_) => return Ok(()),
+                    Ok(frames) if frames.to_string().contains(BOOTSTRAPPED) => return Ok(()),
+                    Ok(frames) if Instant::now() >= deadline => anyhow::bail!("gpu-{number}: {frames}"),
+                    Ok(_) => sleep(LOOK_EVERY).await,
                     Err(error) if format!("{error:#}").contains("409") => return Ok(()),
                     Err(error) if Instant::now() >= deadline => return Err(error),
                     Err(_) => sleep(LOOK_EVERY).await,
@@ -231,7 +243,7 @@ impl Fleet {
             added?;
         }
         drop(adding);
-        let deadline = Instant::now() + START_PATIENCE;
+        let (gpus, deadline) = (self.count * self.gpus, Instant::now() + START_PATIENCE);
         loop {
             let state = self.doors.state().await?;
             let verified = rows(&state, "gpus")
@@ -253,9 +265,12 @@ impl Fleet {
     async fn act(&mut self, action: Action) -> anyhow::Result<Value> {
         let said = self.doors.act(&serde_json::to_value(&action)?).await?;
         match action {
-            // What no node here has runs nowhere.
-            Action::PublishChute(spec) if spec.demand.is_some() && spec.include.is_empty() => {
-                self.wanted.insert(spec.name);
+            Action::PublishChute(spec) => {
+                // What no node here has runs nowhere.
+                let fits = usize::try_from(spec.gpu_count).is_ok_and(|gpus| gpus <= self.gpus);
+                if spec.demand.is_some() && spec.include.is_empty() && fits {
+                    self.wanted.insert(spec.name);
+                }
             }
             Action::DeleteChute { chute } => {
                 self.wanted.remove(&chute);
