@@ -147,6 +147,29 @@ impl Trial {
         Ok(self.ledger.last().map_or(0, |entry| entry.id))
     }
 
+    /// Whether a socket of ours has authenticated after an entry, as far as the ledger was read.
+    pub(super) fn authenticated_since(&self, entry: u64) -> bool {
+        let mut new = self.ledger.iter().rev().take_while(|known| known.id > entry);
+        new.any(|known| matches!(known.record, Record::SocketAuthenticated { .. }))
+    }
+
+    /// Whether a socket of ours is open that has authenticated, as far as the ledger was read.
+    pub(super) fn socket_is_open(&self) -> bool {
+        let mut open = BTreeSet::new();
+        for entry in &self.ledger {
+            match &entry.record {
+                Record::SocketAuthenticated { session, .. } => {
+                    open.insert(session);
+                }
+                Record::SocketClosed { session, .. } => {
+                    open.remove(session);
+                }
+                _ => {}
+            }
+        }
+        !open.is_empty()
+    }
+
     /// When a socket of ours authenticated for the first time after an entry.
     pub(super) async fn authenticated_after(&mut self, entry: u64) -> anyhow::Result<UnixMillis> {
         let deadline = Instant::now() + PATIENCE;
