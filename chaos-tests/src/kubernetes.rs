@@ -135,12 +135,12 @@ impl Options {
         fleet.run_program().await.context("the scenario")?;
         fleet.settle(CALM_PATIENCE).await.context("the scenario")?;
         step(steps, "scenario_ms");
-        let cpu = fleet.members_cpu()?;
+        let cpu = fleet.members_cpu();
         for number in 1..=self.events {
             let taken = fleet.time_event(&format!("timed-{number}")).await?;
             times.event_to_job.push(taken);
         }
-        let spent = fleet.members_cpu()?.saturating_sub(cpu);
+        let spent = fleet.members_cpu().saturating_sub(cpu);
         fleet.settle(CALM_PATIENCE).await.context("the timed events")?;
         step(steps, "events_ms");
         steps["members_cpu_ms_per_event"] = json!(spent.as_secs_f64() * 1e3 / f64::from(self.events.max(1)));

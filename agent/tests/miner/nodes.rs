@@ -135,18 +135,10 @@ impl Shared {
             &namespace,
             &validator,
         ];
-        let install = [
-            "upgrade",
-            "gpu",
-            CHART,
-            "--install",
-            "--namespace",
-            MINER,
-            "--create-namespace",
-        ];
-        let values = values.iter().flat_map(|value| ["--set", *value]);
-        let install: Vec<&str> = install.into_iter().chain(values).collect();
-        let notes = plane.helm(&install).await.expect("it installs");
+        let notes = plane
+            .install(("gpu", CHART), MINER, &values)
+            .await
+            .expect("it installs");
         assert!(
             notes.contains("node-restriction.kubernetes.io/chutes-member=true"),
             "{notes}"

@@ -4,7 +4,7 @@
 //! Reading order: [`Settings`], [`ControlPlane`], then `stages.yaml`, which says what KWOK does with nodes and pods.
 
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -52,11 +52,7 @@ impl Default for Settings {
 
 /// The control plane. Its processes end with it.
 pub struct ControlPlane {
-    programs: PathBuf,
-    folder: TempDir,
-    settings: Settings,
-    etcd_port: u16,
-    port: u16,
+    launch: Launch,
     etcd: Child,
     server: Child,
     /// Controllers, and with nodes the scheduler and KWOK: what is one process with the API server in k3s, kubelet
@@ -68,7 +64,7 @@ pub struct ControlPlane {
 
 impl std::fmt::Debug for ControlPlane {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "ControlPlane({})", self.port)
+        write!(f, "ControlPlane({})", self.launch.port)
     }
 }
 
@@ -100,8 +96,8 @@ impl ControlPlane {
         let config = kube::Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?;
         let client = Client::try_from(config)?;
         let launch = Launch {
-            programs: &programs,
-            folder: path,
+            programs,
+            folder,
             settings,
             etcd_port,
             port,
@@ -115,26 +111,12 @@ impl ControlPlane {
         let class = serde_json::from_value(class)?;
         classes.create(&PostParams::default(), &class).await?;
         Ok(Self {
+            launch,
             etcd,
             server,
             around,
             client,
-            programs,
-            settings,
-            etcd_port,
-            port,
-            folder,
         })
-    }
-
-    fn launch(&self) -> Launch<'_> {
-        Launch {
-            programs: &self.programs,
-            folder: self.folder.path(),
-            settings: self.settings,
-            etcd_port: self.etcd_port,
-            port: self.port,
-        }
     }
 
     /// A client that shows this token.
@@ -142,7 +124,7 @@ impl ControlPlane {
     /// # Errors
     /// When none can be made.
     pub fn client_of(&self, token: &str) -> anyhow::Result<Client> {
-        let server = format!("https://127.0.0.1:{}", self.port);
+        let server = format!("https://127.0.0.1:{}", self.launch.port);
         let mut config = kube::Config::new(server.parse()?);
         config.accept_invalid_certs = true;
         config.auth_info.token = Some(token.to_owned().into());
@@ -177,13 +159,13 @@ impl ControlPlane {
     /// The operator's kubeconfig.
     #[must_use]
     pub fn kubeconfig(&self) -> PathBuf {
-        self.folder.path().join("kubeconfig")
+        self.launch.folder.path().join("kubeconfig")
     }
 
     /// A kubeconfig with this token.
     #[must_use]
     pub fn kubeconfig_with(&self, token: &str) -> String {
-        kubeconfig_text(self.port, token)
+        kubeconfig_text(self.launch.port, token)
     }
 
     /// Runs helm; what it prints.
@@ -191,9 +173,9 @@ impl ControlPlane {
     /// # Errors
     /// What it complains of.
     pub async fn helm(&self, arguments: &[&str]) -> Result<String, String> {
-        let mut command = Command::new(self.programs.join("helm"));
+        let mut command = Command::new(self.launch.programs.join("helm"));
         command.args(arguments).arg("--kubeconfig").arg(self.kubeconfig());
-        let home = self.folder.path().join("helm");
+        let home = self.launch.folder.path().join("helm");
         for variable in ["HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME"] {
             command.env(variable, &home);
         }
@@ -204,6 +186,30 @@ impl ControlPlane {
         } else {
             Err(text(&output.stderr))
         }
+    }
+
+    /// Installs a chart or upgrades its release, in a namespace that need not be there; what helm prints.
+    ///
+    /// # Errors
+    /// What it complains of.
+    pub async fn install(
+        &self,
+        (release, chart): (&str, &str),
+        namespace: &str,
+        values: &[&str],
+    ) -> Result<String, String> {
+        let install = [
+            "upgrade",
+            release,
+            chart,
+            "--install",
+            "--namespace",
+            namespace,
+            "--create-namespace",
+        ];
+        let values = values.iter().flat_map(|value| ["--set", *value]);
+        let arguments: Vec<&str> = install.into_iter().chain(values).collect();
+        self.helm(&arguments).await
     }
 
     /// `kill -9` of API server and all around it, which are one process in k3s.
@@ -222,8 +228,8 @@ impl ControlPlane {
     /// # Errors
     /// As [`Self::start`].
     pub async fn start_server(&mut self) -> anyhow::Result<()> {
-        self.server = self.launch().ready_server(&self.client).await?;
-        self.around = self.launch().around()?;
+        self.server = self.launch.ready_server(&self.client).await?;
+        self.around = self.launch.around()?;
         Ok(())
     }
 
@@ -240,31 +246,31 @@ impl ControlPlane {
 }
 
 /// How its programs are started.
-struct Launch<'a> {
-    programs: &'a Path,
-    folder: &'a Path,
+struct Launch {
+    programs: PathBuf,
+    folder: TempDir,
     settings: Settings,
     etcd_port: u16,
     port: u16,
 }
 
-impl Launch<'_> {
+impl Launch {
     fn start(&self, name: &str, arguments: &[String]) -> anyhow::Result<Child> {
         let program = self.programs.join(name);
         let mut options = std::fs::File::options();
         let log = options.create(true).append(true);
-        let log = log.open(self.folder.join(format!("{name}.log")))?;
+        let log = log.open(self.folder.path().join(format!("{name}.log")))?;
         let mut command = Command::new(&program);
         command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         // What a program keeps in its home is no business of the next one.
-        command.env("HOME", self.folder);
+        command.env("HOME", self.folder.path());
         command.stdout(log.try_clone()?).stderr(log);
         let started = command.spawn();
         started.with_context(|| format!("{}: chaos-tests/control-plane/build makes it", program.display()))
     }
 
     fn in_folder(&self, name: &str) -> String {
-        self.folder.join(name).display().to_string()
+        self.folder.path().join(name).display().to_string()
     }
 
     fn etcd(&self) -> anyhow::Result<Child> {
@@ -317,7 +323,7 @@ impl Launch<'_> {
             match client.request_text(request).await {
                 Ok(_) => return Ok(server),
                 Err(error) if Instant::now() >= deadline => {
-                    let log = std::fs::read_to_string(self.folder.join("kube-apiserver.log"));
+                    let log = std::fs::read_to_string(self.folder.path().join("kube-apiserver.log"));
                     anyhow::bail!(
                         "the API server is not ready ({error}): {}",
                         log.unwrap_or_default()

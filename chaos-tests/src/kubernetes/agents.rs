@@ -10,7 +10,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,6 +27,8 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
+
+use crate::members::cluster::write_private;
 
 /// Label that says whether a pod's host is a member.
 const COMPONENT: &str = "app.kubernetes.io/component";
@@ -50,7 +51,6 @@ struct Machine {
     mounts: Mounts,
     /// Settings that are added.
     added: Vec<String>,
-    /// Of the node's pod.
     node_address: Ipv4Addr,
     pod: Pod,
 }
@@ -396,19 +396,6 @@ async fn fill(
         }
     }
     Ok(true)
-}
-
-fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut options = File::options();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path);
-    let mut file = file.with_context(|| path.display().to_string())?;
-    file.set_permissions(fs::Permissions::from_mode(0o600))?;
-    Ok(std::io::Write::write_all(&mut file, text.as_bytes())?)
 }
 
 #[cfg(test)]

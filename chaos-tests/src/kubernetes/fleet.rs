@@ -31,6 +31,7 @@ use crate::members::Outcome;
 use crate::members::cluster::start_stand_in;
 use crate::storm::checks::{self, Endings};
 use crate::storm::doors::{self, Doors};
+use crate::storm::processes::Process;
 
 /// Members of the coordinator, with fewer nodes fewer.
 const MEMBERS: usize = 3;
@@ -47,8 +48,6 @@ const EVENTS_PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Ends the stream about a host whose GPUs are verified.
 const BOOTSTRAPPED: &str = "completed server bootstrapping";
-/// Clock ticks of `/proc` in a second.
-const TICKS: u64 = 100;
 
 /// All of it. It ends when it is dropped.
 pub(super) struct Fleet {
@@ -56,7 +55,8 @@ pub(super) struct Fleet {
     count: usize,
     /// Of each node.
     gpus: usize,
-    validator: Value,
+    /// What the stand-in says of itself.
+    ready: Value,
     doors: Doors,
     stand_in: Child,
     agents: Agents,
@@ -131,7 +131,7 @@ impl Fleet {
         let mut fleet = Self {
             count: options.nodes,
             gpus: options.gpus,
-            validator: ready.clone(),
+            ready,
             doors: Doors::of(&data, apis.collect::<anyhow::Result<_>>()?)?,
             stand_in,
             agents: Agents::new(&agent, &data.join("agents")),
@@ -194,7 +194,7 @@ impl Fleet {
     /// The values of the chart.
     fn values(&self, options: &Options) -> anyhow::Result<Value> {
         let key = protocol::hotkey::Signer::from_seed_hex(DEVELOPMENT_MINER_SEED)?;
-        let ready = &self.validator;
+        let ready = &self.ready;
         let validator = json!({ "hotkey": ready["validator"], "api": ready["api_url"],
             "socket": ready["socket_url"], "registry": ready["registry_url"] });
         Ok(json!({
@@ -220,7 +220,7 @@ impl Fleet {
 
     /// Lets the miner verify the GPUs of all hosts, and waits until all of them are.
     pub(super) async fn until_verified(&mut self) -> anyhow::Result<()> {
-        let validator = &self.validator["validator"];
+        let validator = &self.ready["validator"];
         let doors = &self.doors;
         let adding = (1..=self.count).map(|number| async move {
             let body = json!({ "name": nodes::name(number), "validator": validator,
@@ -513,16 +513,12 @@ impl Fleet {
     }
 
     /// CPU time of the members' processes so far.
-    pub(super) fn members_cpu(&self) -> anyhow::Result<Duration> {
-        let mut ticks = 0;
-        for process in crate::storm::processes::Process::all() {
-            let ours = self.agents.members();
-            let of_member = |pid: i32| u32::try_from(pid).is_ok_and(|pid| ours.contains(&pid));
-            if of_member(process.pid) || of_member(process.parent) {
-                ticks += cpu_ticks(process.pid).unwrap_or(0);
-            }
-        }
-        Ok(Duration::from_millis(ticks * 1000 / TICKS))
+    pub(super) fn members_cpu(&self) -> Duration {
+        let agents = self.agents.members();
+        let of_member = |pid: i32| u32::try_from(pid).is_ok_and(|pid| agents.contains(&pid));
+        let all = Process::all().into_iter();
+        let ours = all.filter(|process| of_member(process.pid) || of_member(process.parent));
+        ours.map(|process| process.cpu()).sum()
     }
 
     /// All figures, and the end of everything.
@@ -606,12 +602,4 @@ fn differs(state: &Value, row: &Value, job: &Job) -> Vec<String> {
         ));
     }
     found
-}
-
-/// User and system time of a process, in clock ticks.
-fn cpu_ticks(pid: i32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let rest: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    let ticks = |at: usize| rest.get(at)?.parse::<u64>().ok();
-    Some(ticks(11)? + ticks(12)?)
 }

@@ -159,6 +159,15 @@ fn quiet<'c>(command: &'c mut Command, folder: &Path) -> anyhow::Result<&'c mut 
         .kill_on_drop(true))
 }
 
+/// Writes a file that only its owner may read.
+pub(crate) fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let mut options = File::options();
+    let options = options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(path).with_context(|| path.display().to_string())?;
+    Ok(std::io::Write::write_all(&mut file, text.as_bytes())?)
+}
+
 impl Cluster {
     /// Founds on the first host, lets the others join, and waits until all vote and prove their GPUs. `ways` has one
     /// for each host, members first. `around` changes how an agent is started: what it preloads, say.
@@ -221,11 +230,7 @@ impl Cluster {
     }
 
     fn write_private(&self, name: &str, text: &str) -> anyhow::Result<()> {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        let mut options = File::options();
-        let options = options.write(true).create(true).truncate(true).mode(0o600);
-        let mut file = options.open(self.plan.data.join(name)).context("write a file")?;
-        Ok(std::io::Write::write_all(&mut file, text.as_bytes())?)
+        write_private(&self.plan.data.join(name), text)
     }
 
     pub(super) fn folder(&self, member: usize) -> PathBuf {

@@ -250,7 +250,8 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault, lasts: Durati
 async fn until_heard(trial: &mut Trial, ledger: u64, healed: Instant) -> anyhow::Result<()> {
     loop {
         trial.read_ledger().await?;
-        if trial.authenticated_since(ledger) || healed.elapsed() > PINGED_WITHIN && trial.socket_is_open() {
+        let outlived = healed.elapsed() > PINGED_WITHIN && trial.socket_is_open();
+        if outlived || trial.authenticated_since(ledger).is_some() {
             return Ok(());
         }
         sleep(5 * ASK_EVERY).await;

@@ -147,10 +147,11 @@ impl Trial {
         Ok(self.ledger.last().map_or(0, |entry| entry.id))
     }
 
-    /// Whether a socket of ours has authenticated after an entry, as far as the ledger was read.
-    pub(super) fn authenticated_since(&self, entry: u64) -> bool {
-        let mut new = self.ledger.iter().rev().take_while(|known| known.id > entry);
-        new.any(|known| matches!(known.record, Record::SocketAuthenticated { .. }))
+    /// When a socket of ours authenticated for the first time after an entry, as far as the ledger was read.
+    pub(super) fn authenticated_since(&self, entry: u64) -> Option<UnixMillis> {
+        let mut new = self.ledger.iter().filter(|known| known.id > entry);
+        let found = new.find(|known| matches!(known.record, Record::SocketAuthenticated { .. }));
+        found.map(|found| found.at)
     }
 
     /// Whether a socket of ours is open that has authenticated, as far as the ledger was read.
@@ -170,15 +171,13 @@ impl Trial {
         !open.is_empty()
     }
 
-    /// When a socket of ours authenticated for the first time after an entry.
+    /// The same, waiting for it.
     pub(super) async fn authenticated_after(&mut self, entry: u64) -> anyhow::Result<UnixMillis> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.read_ledger().await?;
-            let mut new = self.ledger.iter().filter(|known| known.id > entry);
-            if let Some(found) = new.find(|known| matches!(known.record, Record::SocketAuthenticated { .. }))
-            {
-                return Ok(found.at);
+            if let Some(at) = self.authenticated_since(entry) {
+                return Ok(at);
             }
             anyhow::ensure!(Instant::now() < deadline, "no socket authenticates");
             sleep(ASK_EVERY).await;

@@ -220,3 +220,10 @@ pub(crate) fn ready(data: &Path) -> anyhow::Result<Value> {
     let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
     serde_json::from_str(&text).with_context(|| file.display().to_string())
 }
+
+/// Where the stand-in listens, by what it says of itself.
+pub(crate) fn stand_in_address(ready: &Value) -> anyhow::Result<SocketAddr> {
+    let url = ready["api_url"].as_str();
+    let address = url.and_then(|url| url.strip_prefix("http://"));
+    Ok(address.context("the stand-in's address")?.parse()?)
+}

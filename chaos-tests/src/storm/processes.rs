@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 /// The variable that the process runtime gives to each chute.
 const DEPLOYMENT_VARIABLE: &str = "CHUTES_DEPLOYMENT_ID";
 /// The variable whose value lies below the data folder that the chute belongs to.
 const CODE_VARIABLE: &str = "CHUTES_CODE_FILE";
+/// Clock ticks in a second, as Linux counts them for programs.
+const TICKS: u64 = 100;
 
 /// A process that lives; one that has ended and was not waited for counts as gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,14 +25,20 @@ pub(crate) struct Process {
     pub(crate) code: Option<String>,
 }
 
+/// What `/proc` says of a process after its name, from its state on.
+fn stat(pid: i32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything.
+    let rest = stat.rsplit_once(") ")?.1.split(' ');
+    Some(rest.map(str::to_owned).collect())
+}
+
 impl Process {
     /// Reads one; nothing if there is no such process any more.
     pub(crate) fn read(pid: i32) -> Option<Self> {
         let folder = format!("/proc/{pid}");
-        let stat = std::fs::read_to_string(format!("{folder}/stat")).ok()?;
-        // The name in parentheses may hold anything.
-        let rest: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-        if matches!(rest.first(), None | Some(&"Z" | &"X")) {
+        let rest = stat(pid)?;
+        if matches!(rest[0].as_str(), "Z" | "X") {
             return None;
         }
         let texts = |file: &str| {
@@ -66,6 +75,15 @@ impl Process {
     /// Whether it is still the same process.
     pub(crate) fn lives(&self) -> bool {
         Self::read(self.pid).is_some_and(|now| now.started == self.started)
+    }
+
+    /// User and system time so far; nothing once it is gone.
+    pub(crate) fn cpu(&self) -> Duration {
+        let used = stat(self.pid).and_then(|rest| {
+            let ticks = |at: usize| rest.get(at)?.parse::<u64>().ok();
+            Some(ticks(11)? + ticks(12)?)
+        });
+        Duration::from_millis(used.unwrap_or(0) * 1000 / TICKS)
     }
 
     /// The subcommand of an agent's process.

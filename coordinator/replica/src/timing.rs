@@ -129,6 +129,28 @@ pub(crate) fn wanted(now: Pace, worst: Option<Duration>) -> Pace {
     Pace::of_heartbeat(heartbeat_ms.min(HEARTBEAT_MS_MAX))
 }
 
+/// When a pace that is not the wanted one is changed: at once where it is too fast, after [`FASTER_AFTER`] where it is
+/// too slow.
+#[derive(Debug, Default)]
+struct Patience {
+    too_slow_since: Option<Instant>,
+}
+
+impl Patience {
+    fn is_over(&mut self, now: Pace, wanted: Pace, at: Instant) -> bool {
+        if wanted.heartbeat_ms >= now.heartbeat_ms {
+            self.too_slow_since = None;
+            return wanted.heartbeat_ms > now.heartbeat_ms;
+        }
+        let since = *self.too_slow_since.get_or_insert(at);
+        let over = at.saturating_duration_since(since) >= FASTER_AFTER;
+        if over {
+            self.too_slow_since = None;
+        }
+        over
+    }
+}
+
 pub(crate) fn set(config: &mut openraft::Config, pace: Pace) {
     config.heartbeat_interval = pace.heartbeat_ms;
     config.election_timeout_min = pace.election_min_ms;
@@ -174,7 +196,7 @@ impl Inner {
 
 /// Measures for as long as the replica is there, and adapts.
 pub(crate) async fn watch_ways(inner: Weak<Inner>, timing: Timing) {
-    let (mut rounds, mut too_slow_since) = (0u32, None);
+    let (mut rounds, mut patience) = (0u32, Patience::default());
     loop {
         let leads = match inner.upgrade() {
             Some(inner) if !inner.queue.is_closed() => inner.leadership.borrow().leader == Some(inner.member),
@@ -196,13 +218,7 @@ pub(crate) async fn watch_ways(inner: Weak<Inner>, timing: Timing) {
         }
         let now = pace_of(inner.raft.borrow().config());
         let wanted = wanted(now, inner.ways.worst(&members));
-        if wanted.heartbeat_ms >= now.heartbeat_ms {
-            too_slow_since = None;
-        }
-        let faster = wanted.heartbeat_ms < now.heartbeat_ms
-            && too_slow_since.get_or_insert_with(Instant::now).elapsed() >= FASTER_AFTER;
-        if wanted.heartbeat_ms > now.heartbeat_ms || faster {
-            too_slow_since = None;
+        if patience.is_over(now, wanted, Instant::now()) {
             let replica = Replica(inner);
             if let Err(error) = replica.change_pace(wanted, &members).await {
                 tracing::warn!(%error, "the timing could not be changed");
@@ -261,6 +277,23 @@ impl Replica {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A busy machine makes the ways look longer now and then: the leader handed over at each of these times.
+    #[test]
+    fn the_pace_gets_slower_at_once_and_faster_late() {
+        let [fast, slow] = [100, 337].map(Pace::of_heartbeat);
+        let mut patience = Patience::default();
+        let began = Instant::now();
+        let mut changes = |now, wanted, after| patience.is_over(now, wanted, began + after);
+        assert!(changes(fast, slow, Duration::ZERO), "it is too fast for the way");
+        assert!(!changes(slow, fast, Duration::ZERO));
+        assert!(!changes(slow, fast, FASTER_AFTER / 2));
+        assert!(!changes(slow, slow, FASTER_AFTER / 2), "it was right once more");
+        assert!(!changes(slow, fast, FASTER_AFTER));
+        assert!(!changes(slow, fast, 2 * FASTER_AFTER - Duration::from_millis(1)));
+        assert!(changes(slow, fast, 2 * FASTER_AFTER), "for all of the time");
+        assert!(!changes(slow, fast, 2 * FASTER_AFTER), "it begins anew");
+    }
 
     #[test]
     fn the_pace_follows_the_worst_way_in_steps() {

@@ -232,13 +232,7 @@ impl Session<'_> {
         let Some(quarantine) = silent else {
             return Ok(());
         };
-        let server = self.server.clone();
-        self.propose(Command::RecordHostCondition {
-            server,
-            reachable: true,
-            quarantine,
-        })
-        .await
+        self.record_reachable(quarantine).await
     }
 
     async fn judge_clock(&self, clock: UnixMillis) -> Result<(), End> {
@@ -259,6 +253,10 @@ impl Session<'_> {
         if present == quarantine {
             return Ok(());
         }
+        self.record_reachable(quarantine).await
+    }
+
+    async fn record_reachable(&self, quarantine: Option<String>) -> Result<(), End> {
         let server = self.server.clone();
         self.propose(Command::RecordHostCondition {
             server,

@@ -42,36 +42,17 @@ pub(crate) async fn chart(plane: &ControlPlane) {
     }
     let namespace = format!("runtime.namespace={CHUTES}");
     let hotkey = format!("miner.hotkey={HOTKEY}");
-    let install = [
-        "upgrade",
-        "gpu",
-        CHART,
-        "--install",
-        "--namespace",
-        MINER,
-        "--create-namespace",
-    ];
-    let set = [
-        "--set",
-        &namespace,
-        "--set",
-        &hotkey,
-        "--set",
-        "cluster.tokenSecret=invitation",
-    ];
-    let install: Vec<&str> = install.iter().chain(&set).copied().collect();
-    let found: Vec<&str> = install
-        .iter()
-        .copied()
-        .chain(["--set", "cluster.found=true"])
-        .collect();
-    let refused = plane.helm(&found).await;
+    let values = [&namespace, &hotkey, "cluster.tokenSecret=invitation"];
+    let found: Vec<&str> = values.into_iter().chain(["cluster.found=true"]).collect();
+    let release = ("gpu", CHART);
+    let refused = plane.install(release, MINER, &found).await;
     assert!(
         refused.is_err_and(|why| why.contains("would found a cluster of its own")),
         "each node would be the first"
     );
-    plane.helm(&install).await.expect("it installs");
-    plane.helm(&install).await.expect("it upgrades");
+    for what in ["it installs", "it upgrades"] {
+        plane.install(release, MINER, &values).await.expect(what);
+    }
 
     Box::pin(what_an_agent_may(plane, ACCOUNT)).await;
     plane
@@ -79,12 +60,9 @@ pub(crate) async fn chart(plane: &ControlPlane) {
         .await
         .expect("it goes");
     let shared = format!("cluster.shared=true,miner.seedSecret=seed,{namespace},{hotkey}");
-    let install: Vec<&str> = install[..7].iter().copied().chain(["--set", &shared]).collect();
-    plane
-        .helm(&install)
-        .await
-        .expect("it installs for a shared cluster");
-    plane.helm(&install).await.expect("it upgrades");
+    for what in ["it installs for a shared cluster", "it upgrades"] {
+        plane.install(release, MINER, &[&shared]).await.expect(what);
+    }
     for kind in ["members", "hosts"] {
         Box::pin(what_an_agent_may(plane, &format!("{ACCOUNT}-{kind}"))).await;
     }

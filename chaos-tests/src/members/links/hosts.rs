@@ -19,6 +19,7 @@ use crate::faults::gate::Gate;
 use crate::faults::network::Network;
 use crate::members::cluster::{Ground, Way, host_of};
 use crate::members::trial::Place;
+use crate::storm::doors;
 
 /// Where the host without a vote is.
 const OBSERVER: usize = MEMBERS;
@@ -75,11 +76,8 @@ impl Hosts {
         set_parent_process_death_signal(Some(Signal::TERM))?;
         let network = Arc::new(Network::of_another(name.to_owned(), host_of(OPERATOR)));
         place.ground = Ground::Hosts(Arc::clone(&network));
-        let ready = crate::storm::doors::ready(&place.plan.data)?;
-        let api = ready["api_url"]
-            .as_str()
-            .and_then(|url| url.strip_prefix("http://"));
-        let api: SocketAddr = api.context("the stand-in's address")?.parse()?;
+        let ready = doors::ready(&place.plan.data)?;
+        let api = doors::stand_in_address(&ready)?;
         let sites = ready["sites"].as_array().into_iter().flatten();
         let sites = sites.filter_map(|site| site["address"].as_str()?.parse::<SocketAddr>().ok());
         let ports: Vec<u16> = [api]

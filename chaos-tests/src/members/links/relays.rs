@@ -2,13 +2,12 @@
 
 use std::net::IpAddr;
 
-use anyhow::Context;
-
 use super::MEMBERS;
 use crate::faults::gate::Gate;
 use crate::faults::relay::{Direction, Quality, Relay};
 use crate::members::cluster::Way;
 use crate::members::trial::Place;
+use crate::storm::doors;
 
 pub(super) struct Relays {
     relays: Vec<Relay>,
@@ -20,11 +19,8 @@ pub(super) struct Relays {
 impl Relays {
     /// Those of a cluster that is not there yet, and how its hosts are reached.
     pub(super) async fn around(place: &Place) -> anyhow::Result<(Self, Vec<Way>)> {
-        let ready = crate::storm::doors::ready(&place.plan.data)?;
-        let validator = ready["api_url"]
-            .as_str()
-            .and_then(|url| url.strip_prefix("http://"));
-        let validator = validator.context("the stand-in's address")?.parse()?;
+        let ready = doors::ready(&place.plan.data)?;
+        let validator = doors::stand_in_address(&ready)?;
         let mut between = Self {
             relays: Vec::new(),
             gates: Vec::new(),
