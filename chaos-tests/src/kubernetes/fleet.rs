@@ -426,7 +426,10 @@ impl Fleet {
                 continue;
             }
             let row = checks::row_of(&state, &one.deployment);
-            if !row.is_some_and(|row| endings.explain(row)) {
+            // The ledger alone explains too much: it has the miner's own deletions, too.
+            let name = row.and_then(|row| row["chute_name"].as_str());
+            let wanted = name.is_some_and(|name| self.wanted.contains(name));
+            if wanted || !row.is_some_and(|row| endings.explain(row)) {
                 let (deployment, node) = (&one.deployment, &one.node);
                 let why = row.map_or(&Value::Null, |row| &row["stop_reason"]);
                 self.reasons.push(format!(
