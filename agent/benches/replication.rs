@@ -6,10 +6,9 @@
 //! members used; `report.rs` makes medians and ratios of it.
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::Parser as _;
 use serde_json::{Value, json};
 
@@ -117,13 +116,13 @@ impl System {
         Ok(())
     }
 
-    /// Counts the calls of fsync and fdatasync while clients write; the tracer slows the members down.
-    async fn count_syncs(&mut self, clients: usize, time: Duration, folder: &Path) -> anyhow::Result<()> {
+    /// Counts the calls of fsync and fdatasync while clients write.
+    async fn count_syncs(&mut self, clients: usize, time: Duration) -> anyhow::Result<()> {
         let mut load = Load::connect(self.requests.as_ref(), clients, false).await?;
         load.run(WARM_UP).await?;
-        let tracer = usage::Tracer::attach(self.processes(), folder).await?;
+        let counter = usage::Counter::attach(self.processes()).await?;
         let written = load.run(time).await?;
-        let calls = tracer.calls().await? as f64;
+        let calls = counter.calls().await? as f64;
         let writes = written.latencies.len() as f64;
         let row = row_of(clients);
         say(&format!(
@@ -174,7 +173,7 @@ async fn measure(options: &Options) -> anyhow::Result<Value> {
         });
     }
 
-    idle(&mut systems, Duration::from_secs(options.idle_seconds), folder).await?;
+    idle(&mut systems, Duration::from_secs(options.idle_seconds)).await?;
     let time = Duration::from_secs(options.seconds);
     for round in 0..options.rounds {
         say(&format!(
@@ -194,7 +193,7 @@ async fn measure(options: &Options) -> anyhow::Result<Value> {
     }
     for clients in CLIENTS {
         for system in &mut systems {
-            system.count_syncs(clients, time, folder).await?;
+            system.count_syncs(clients, time).await?;
         }
     }
     for system in &mut systems {
@@ -239,8 +238,8 @@ fn in_turn(systems: &mut [System], round: u32) -> Vec<&mut System> {
     systems
 }
 
-/// What the members use while nobody writes: first their time, then, with a tracer, their calls of fsync.
-async fn idle(systems: &mut [System], time: Duration, folder: &Path) -> anyhow::Result<()> {
+/// What the members use while nobody writes: first their time, then their calls of fsync.
+async fn idle(systems: &mut [System], time: Duration) -> anyhow::Result<()> {
     say("idle");
     // What starting left over is done by then.
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -257,11 +256,9 @@ async fn idle(systems: &mut [System], time: Duration, folder: &Path) -> anyhow::
             .add("idle", "cpu_percent_per_member", of_a_core * 100.0);
     }
     for system in systems.iter_mut() {
-        let tracer = usage::Tracer::attach(system.processes(), folder)
-            .await
-            .context("strace")?;
+        let counter = usage::Counter::attach(system.processes()).await?;
         tokio::time::sleep(time / 2).await;
-        let calls = tracer.calls().await? as f64;
+        let calls = counter.calls().await? as f64;
         let rate = calls / (time / 2).as_secs_f64() / system.members.len() as f64;
         system.rounds.add("idle", "syncs_per_second_per_member", rate);
     }

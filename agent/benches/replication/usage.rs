@@ -1,10 +1,10 @@
-//! What processes used: time and memory from `/proc`, calls of fsync and fdatasync from `strace`; and how fast the
+//! What processes used: time and memory from `/proc`, calls of fsync and fdatasync from `perf`; and how fast the
 //! disk is.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 /// Linux counts processes' time in hundredths of a second, whatever its own clock does.
@@ -117,50 +118,51 @@ pub(crate) fn disk_latency(folder: &Path) -> anyhow::Result<Value> {
     Ok(json!({ "p50": at(0.5), "p99": at(0.99) }))
 }
 
-/// `strace`, which counts the calls of processes with all their threads.
-pub(crate) struct Tracer {
+/// `perf`, which counts the calls of processes with all their threads in the kernel, and so does not slow them down.
+pub(crate) struct Counter {
     child: Child,
-    summary: PathBuf,
+    /// What it has counted.
+    sum: JoinHandle<u64>,
 }
 
-impl Tracer {
-    pub(crate) async fn attach(processes: impl Iterator<Item = u32>, folder: &Path) -> anyhow::Result<Self> {
-        let summary = folder.join("strace");
-        let mut command = Command::new("strace");
-        command
-            .args(["-f", "-c", "-e", "trace=fsync,fdatasync", "-o"])
-            .arg(&summary);
-        let mut waiting = 0;
-        for process in processes {
-            command.arg("-p").arg(process.to_string());
-            waiting += 1;
-        }
+impl Counter {
+    const EVENTS: &str = "syscalls:sys_enter_fsync,syscalls:sys_enter_fdatasync";
+
+    pub(crate) async fn attach(processes: impl Iterator<Item = u32>) -> anyhow::Result<Self> {
+        let processes: Vec<String> = processes.map(|process| process.to_string()).collect();
+        let mut command = Command::new("perf");
+        // A line for each event every 100 ms: the first one says that it counts.
+        command.args(["stat", "-x", ",", "-I", "100", "-e", Self::EVENTS, "-p"]);
+        command.arg(processes.join(","));
         command.stderr(Stdio::piped()).kill_on_drop(true);
-        let mut child = command.spawn().context("start strace")?;
+        let mut child = command
+            .spawn()
+            .context("start perf, of Debian's package linux-perf")?;
         let stderr = child.stderr.take().context("its standard error")?;
         let mut lines = BufReader::new(stderr).lines();
-        while waiting > 0 {
-            let line = lines.next_line().await?.context("strace ended")?;
-            anyhow::ensure!(line.contains("attached"), "{line}");
-            waiting -= 1;
-        }
-        // It says something of each thread that comes and goes; nobody must wait for us to read it.
-        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Ok(Self { child, summary })
+        let first = lines.next_line().await?.context("perf ended")?;
+        anyhow::ensure!(first.contains("sys_enter"), "perf: {first}");
+        let sum = tokio::spawn(async move {
+            let (mut sum, mut line) = (0, Some(first));
+            while let Some(text) = line {
+                // It says `<not counted>` where there was none.
+                sum += text
+                    .split(',')
+                    .nth(1)
+                    .map_or(0, |count| count.trim().parse().unwrap_or(0));
+                line = lines.next_line().await.ok().flatten();
+            }
+            sum
+        });
+        Ok(Self { child, sum })
     }
 
     /// Lets the processes go; how many calls there were.
     pub(crate) async fn calls(mut self) -> anyhow::Result<u64> {
         let pid = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
-        kill_process(pid.context("strace has ended")?, Signal::INT)?;
+        kill_process(pid.context("perf has ended")?, Signal::INT)?;
         self.child.wait().await?;
-        let summary = std::fs::read_to_string(&self.summary)?;
-        let calls = summary.lines().filter_map(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            let is_sync = matches!(fields.last(), Some(&("fsync" | "fdatasync")));
-            is_sync.then(|| fields.get(3)?.parse::<u64>().ok())?
-        });
-        Ok(calls.sum())
+        Ok(self.sum.await?)
     }
 }
 

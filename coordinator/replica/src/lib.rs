@@ -10,7 +10,7 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `proposer`, `leadership`, `hearing`, `wire`, `transport`, `answer`, `forward`, `membership`, `quic`.
+//! `snapshot`, `machine`, `proposer`, `leadership`, `hearing`, `wire`, `transport`, `urgency`, `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{Fatal, LinearizableReadError, RaftError};
@@ -49,6 +49,7 @@ mod state_store;
 mod storage;
 mod timing;
 mod transport;
+mod urgency;
 mod wire;
 
 pub use config::{Config, Pace, SnapshotPolicy, Start, Timing};
@@ -178,7 +179,7 @@ impl Replica {
             snapshot_lock,
         } = open::open(config, machine, &shared).await?;
 
-        let network = Network::new(transport, &cluster, writer);
+        let network = Network::new(transport, &cluster, node_id, writer);
         let ways = Ways::default();
         if timing == Timing::Auto {
             // Whoever starts with the pace of the others disturbs nobody.

@@ -6,12 +6,13 @@
 //! A member that cannot be reached is reported as such, which makes the library wait longer and longer
 //! between attempts.
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, ready};
+use futures_util::stream::{BoxStream, Stream};
 use openraft::error::{NetworkError, RPCError, ReplicationClosed, StreamingError};
 use openraft::network::RPCOption;
 
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, TransferLeaderRequest,
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::type_config::alias::SnapshotOf;
@@ -19,7 +20,7 @@ use openraft::{BasicNode, RaftNetworkFactory, RaftNetworkV2};
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::membership::Membership;
@@ -27,7 +28,10 @@ use crate::raft::{RaftLogId, RaftVote, Types};
 use crate::snapshot::SnapshotData;
 use crate::snapshot::sending;
 use crate::storage::Writer;
+use crate::urgency::Quickest;
 use crate::wire::{self, Answer, Append, Candidacy, Request, Transfer};
+
+mod gathering;
 
 /// An append without any answer for this long has failed.
 const APPEND_MAX: Duration = Duration::from_secs(1);
@@ -102,22 +106,26 @@ pub(crate) struct Network {
     cluster: u32,
     /// Reads snapshots that are sent.
     writer: Writer,
-    /// Addresses as of the newest membership: the library keeps the one that a member had when it began to
-    /// replicate to it.
-    addresses: Arc<Mutex<Membership>>,
+    /// The newest membership: the library keeps the address that a member had when it began to replicate to it.
+    members: Arc<Mutex<Membership>>,
     /// Members that did not answer last time, to say it once.
     silent: Arc<Mutex<BTreeSet<u64>>>,
     /// Whether this member keeps what it would say as a leader to itself.
     quiet: Arc<AtomicBool>,
+    own: u64,
+    quickest: Quickest,
 }
 
 impl Network {
-    pub(crate) fn new(transport: Arc<dyn Transport>, cluster: &str, writer: Writer) -> Self {
+    /// The way from member `own` to the others.
+    pub(crate) fn new(transport: Arc<dyn Transport>, cluster: &str, own: u64, writer: Writer) -> Self {
         Self {
             transport,
+            own,
+            quickest: Quickest::default(),
             cluster: wire::cluster_mark(cluster),
             writer,
-            addresses: Arc::default(),
+            members: Arc::default(),
             silent: Arc::default(),
             quiet: Arc::default(),
         }
@@ -125,7 +133,7 @@ impl Network {
 
     /// From now on members are called where this says that they are.
     pub(crate) fn set_members(&self, members: Membership) {
-        *self.addresses.lock().unwrap_or_else(PoisonError::into_inner) = members;
+        *self.members() = members;
     }
 
     /// Whether appends and heartbeats are kept back from now on.
@@ -133,9 +141,12 @@ impl Network {
         self.quiet.store(quiet, Ordering::Relaxed);
     }
 
+    fn members(&self) -> MutexGuard<'_, Membership> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn address(&self, member: u64) -> Option<String> {
-        let members = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        members.address(member).map(str::to_owned)
+        self.members().address(member).map(str::to_owned)
     }
 
     fn note(&self, member: u64, error: Option<&CallError>) {
@@ -197,6 +208,24 @@ impl Peer {
         wire::decode_answer(&answer).map_err(|reason| CallError::Garbage { member, reason })
     }
 
+    /// Whether entries wait for this member.
+    fn is_waited_for(&self) -> bool {
+        let network = &self.network;
+        network
+            .quickest
+            .includes(self.member, network.own, &network.members())
+    }
+
+    /// Entries are sent to it.
+    fn owes_answer(&self) {
+        self.network.quickest.asked(self.member);
+    }
+
+    /// It answered to entries, or could not be reached.
+    fn has_answered(&self, well: bool) {
+        self.network.quickest.answered(self.member, well);
+    }
+
     pub(crate) fn unexpected(&self) -> CallError {
         CallError::Unexpected { member: self.member }
     }
@@ -250,6 +279,20 @@ impl RaftNetworkV2<Types> for Peer {
             Answer::HigherBallot(ballot) => Ok(AppendEntriesResponse::HigherVote(ballot.into())),
             _ => Err(self.unexpected().into()),
         }
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<
+        's,
+        Result<BoxStream<'s, Result<StreamAppendResult<Types>, RPCError<Types>>>, RPCError<Types>>,
+    >
+    where
+        S: Stream<Item = AppendEntriesRequest<Types>> + Send + Unpin + 'static,
+    {
+        Box::pin(ready(Ok(gathering::answers(self, input, option))))
     }
 
     async fn vote(

@@ -20,6 +20,8 @@ struct LinksState {
     members: BTreeMap<u64, Replica>,
     /// From, to.
     cut: BTreeSet<(u64, u64)>,
+    /// Requests to each member.
+    asked: BTreeMap<u64, usize>,
     /// Largest requests that reached a member, to tell snapshots from heartbeats.
     large: Vec<(u64, usize)>,
     /// The so many-th large request from now on is lost.
@@ -75,8 +77,14 @@ impl Links {
         self.with(|links| links.large.clone())
     }
 
+    /// How many requests were made of each member since the last call.
+    pub(crate) fn take_asked(&self) -> BTreeMap<u64, usize> {
+        self.with(|links| std::mem::take(&mut links.asked))
+    }
+
     fn target(&self, from: u64, to: u64, size: usize) -> Option<Replica> {
         self.with(|links| {
+            *links.asked.entry(to).or_default() += 1;
             if size > 200_000 {
                 links.large.push((to, size));
                 match &mut links.lose_large {

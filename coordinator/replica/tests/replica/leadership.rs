@@ -88,6 +88,7 @@ async fn a_leader_that_hears_a_majority_again_speaks_again() {
     assert_eq!(cluster.leader().await, leader);
     // Proposed before; its caller may have given up by now.
     let _ = waiting.await.expect("no panic");
+    cluster.up[&other].linearizable().await.unwrap();
     assert_eq!(cluster.commands(other), [b"ahead".to_vec(), b"after".to_vec()]);
 }
 

@@ -44,6 +44,64 @@ async fn a_write_on_a_follower_is_forwarded_and_its_reply_comes_back() {
     assert_eq!(cluster.commands(3).len(), 50);
 }
 
+/// Every write once cost four requests: the entry to each of the others, and to each that it is committed.
+#[tokio::test(start_paused = true)]
+async fn under_load_a_write_is_one_request_to_a_majority_and_a_part_of_one_to_the_rest() {
+    const WRITES: usize = 200;
+    let cluster = Cluster::of(3, 3).await;
+    assert_eq!(cluster.leader().await, 1);
+    cluster.links.take_asked();
+    for number in 0..WRITES {
+        cluster.up[&1]
+            .propose(number.to_be_bytes().to_vec())
+            .await
+            .unwrap();
+    }
+    let asked = cluster.links.take_asked();
+    let (most, least) = (asked[&2].max(asked[&3]), asked[&2].min(asked[&3]));
+    assert!((WRITES..WRITES + 10).contains(&most), "{asked:?}");
+    assert!(least < WRITES / 3, "{asked:?}");
+    for member in 1..=3 {
+        cluster.up[&member].linearizable().await.unwrap();
+        assert_eq!(cluster.commands(member).len(), WRITES, "member {member}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_members_apply_the_last_write_within_milliseconds() {
+    let cluster = Cluster::of(4, 3).await;
+    for number in 0..50u8 {
+        cluster.up[&1].propose(vec![number]).await.unwrap();
+        if number % 10 == 9 {
+            sleep(Duration::from_millis(10)).await;
+            for member in 1..=3 {
+                let applied = cluster.commands(member).len();
+                assert_eq!(applied, usize::from(number) + 1, "member {member}");
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whichever_member_is_cut_off_writes_wait_for_it_for_milliseconds_only() {
+    for lost in [2, 3] {
+        let cluster = Cluster::of(5, 3).await;
+        for number in 0..50u8 {
+            cluster.up[&1].propose(vec![number]).await.unwrap();
+        }
+        cluster.links.cut(lost, [1], true);
+        for number in 50..100u8 {
+            let began = Instant::now();
+            cluster.up[&1].propose(vec![number]).await.unwrap();
+            assert!(
+                began.elapsed() < Duration::from_millis(20),
+                "without {lost}: {:?}",
+                began.elapsed()
+            );
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_killed_leader_loses_nothing_acknowledged_and_writes_go_on() {
     for seed in 10..14 {
