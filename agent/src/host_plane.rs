@@ -21,6 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use protocol::gpu::DeviceInfo;
 use protocol::link::{RegistryHeaders, ToHost};
 use protocol::logs::{HostAnswer, HostQuestion};
@@ -39,6 +40,7 @@ use self::facts::Identity;
 use self::neighbour::Neighbour;
 use crate::cache::policy::Leases;
 use crate::link::{self, AnswerQuestion, Ends, Link, Quic};
+use crate::packet_filter::{self, table::Table};
 use crate::workloads::store::Store;
 use crate::workloads::{self, Channels, Offer};
 use coordinator::clock::{Clock, WallClock};
@@ -62,6 +64,8 @@ pub struct Config {
     pub link: link::Config,
     /// How workloads run.
     pub runtime: RuntimeKind,
+    /// What pods reach of the host, if they are filtered.
+    pub packet_filter: Option<packet_filter::Config>,
     /// Where Prometheus reads the metrics of the host's processes.
     pub metrics_listen: Option<SocketAddr>,
 }
@@ -96,6 +100,9 @@ pub enum Error {
     /// The certificate or the admission.
     #[error("cluster identity: {0}")]
     Identity(#[from] coordinator::identity::IdentityError),
+    /// Pods would not be filtered.
+    #[error("packet filter: {0}")]
+    PacketFilter(#[from] packet_filter::Error),
     /// The host belongs to no cluster.
     #[error(
         "this host belongs to no cluster yet: `chutes-agent join TOKEN` joins one (a token comes from `chutes-miner \
@@ -123,11 +130,26 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Erro
     let link = Box::new(Quic::new(config.link.clone(), Arc::clone(&clock)));
     // The database first: it keeps a second agent from touching anything.
     let (store, found) = Store::open(&config.data.join("agent.redb"))?;
+    if config.packet_filter.is_none() {
+        packet_filter::switched_off(&Table::default(), &config.data).await;
+    }
     match config.runtime.clone() {
         RuntimeKind::Kubernetes(node) => {
             let client = kubernetes::client(node.kubeconfig.as_deref()).await?;
+            let name = &node.config.settings.node_name;
+            // Before anything can be started.
+            let filter = match config.packet_filter.clone() {
+                Some(filter) => packet_filter::start(filter, client.clone(), name.clone(), &config.data)
+                    .await?
+                    .boxed(),
+                None => std::future::pending().boxed(),
+            };
             let runtime = Arc::new(Kubernetes::start(client, node.config));
-            serve(&config, (store, found), link, runtime, shutdown).await
+            tokio::select! {
+                result = serve(&config, (store, found), link, runtime, shutdown) => result,
+                // It is begun anew, and starts nothing until the filter is there.
+                error = filter => Err(error.into()),
+            }
         }
         RuntimeKind::Process(settings) => {
             let runtime = Arc::new(Process::open(*settings).await?);

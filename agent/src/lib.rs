@@ -11,6 +11,7 @@ pub mod host_plane;
 pub mod link;
 pub mod local;
 pub mod nodes;
+pub mod packet_filter;
 pub mod processes;
 pub mod proof_plane;
 pub mod registry;

@@ -1,10 +1,12 @@
 //! `chutes-agent`: reads the command line and hands over.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use agent::config::{self, Sources};
+use agent::packet_filter;
 use agent::processes::service::Arguments;
 use agent::processes::{self, Part};
 use agent::telemetry;
@@ -68,6 +70,9 @@ enum Command {
     /// Find what is wrong around this host
     #[command(subcommand)]
     Doctor(DoctorCommand),
+    /// What pods reach of this node
+    #[command(subcommand)]
+    PacketFilter(PacketFilterCommand),
     /// Come back into the cluster as a new member after the store of this one was lost
     Rejoin,
     /// Make this machine the only member of a lost cluster, with a snapshot of it
@@ -103,6 +108,14 @@ enum Command {
 enum DoctorCommand {
     /// Whether UDP gets through between this host and the members, both ways
     Net,
+}
+
+#[derive(Debug, Subcommand)]
+enum PacketFilterCommand {
+    /// Print the table that the settings make, without the pods that are trusted
+    Show,
+    /// Remove the table from the kernel; as root
+    Remove,
 }
 
 #[derive(Debug, Subcommand)]
@@ -153,6 +166,10 @@ fn dispatch() -> anyhow::Result<()> {
         Command::Join(invitation) => setup::join(&settings.sources(), &invitation),
         Command::Enter(arguments) => enter::enter(&settings.sources(), &arguments),
         Command::Doctor(DoctorCommand::Net) => multi_thread()?.block_on(doctor::net(&settings.sources())),
+        Command::PacketFilter(PacketFilterCommand::Show) => show_packet_filter(&settings.sources()),
+        Command::PacketFilter(PacketFilterCommand::Remove) => {
+            multi_thread()?.block_on(remove_packet_filter(&settings.sources()))
+        }
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),
         Command::Snapshots(wanted) => {
@@ -210,6 +227,28 @@ fn run(sources: &Sources) -> anyhow::Result<()> {
         });
         Ok(processes::run(&loaded, &executable, shutdown).await?)
     })
+}
+
+fn show_packet_filter(sources: &Sources) -> anyhow::Result<()> {
+    let (written, _) = config::read(sources)?;
+    let filter = packet_filter::Config::check(&written.packet_filter, written.egress.listen);
+    let filter = filter
+        .map_err(anyhow::Error::msg)?
+        .context("packet_filter.enabled is false: there is none")?;
+    Ok(std::io::stdout().write_all(filter.rules.text(&BTreeSet::new()).as_bytes())?)
+}
+
+async fn remove_packet_filter(sources: &Sources) -> anyhow::Result<()> {
+    let (written, _) = config::read(sources)?;
+    packet_filter::remove(&packet_filter::table::Table::default(), &written.data).await?;
+    setup::say(&format!(
+        "the table inet {} is removed",
+        packet_filter::rules::TABLE
+    ))?;
+    if written.packet_filter.enabled {
+        setup::say("packet_filter.enabled is true: an agent that runs, or is started, installs it again")?;
+    }
+    Ok(())
 }
 
 fn check(sources: &Sources) -> anyhow::Result<()> {

@@ -273,6 +273,21 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             "runtime.ports",
         ),
         (
+            "kind = \"process\"",
+            "kind = \"process\"\n[packet_filter]\nenabled = true",
+            "elsewhere there are no pods",
+        ),
+        (
+            "kind = \"process\"",
+            "kind = \"kubernetes\"\n[packet_filter]\nenabled = true\ntrusted_namespaces = [\"kube-system\", \"chutes\"]",
+            "they would not be filtered",
+        ),
+        (
+            "kind = \"process\"",
+            "kind = \"kubernetes\"\n[packet_filter]\nenabled = true\nnetworks = [\"10.42.0.0\", \"10.42/16\"]",
+            "packet_filter.networks: \"10.42/16\"",
+        ),
+        (
             "backend = \"cpu\"",
             "backend = \"cpu\"\nsoftware_gpus = 0",
             "proof.software_gpus",

@@ -42,6 +42,11 @@ fn sections() -> Vec<(&'static str, &'static str, &'static str)> {
         ("egress", include_str!("../src/egress.rs"), "RawConfig"),
         ("cache", include_str!("../src/cache.rs"), "RawConfig"),
         ("runtime", written, "Runtime"),
+        (
+            "packet_filter",
+            include_str!("../src/packet_filter.rs"),
+            "RawConfig",
+        ),
         ("raft", written, "Raft"),
         ("log", written, "Log"),
     ]

@@ -315,6 +315,7 @@ async fn the_whole_process_joins_link_workloads_and_neighbours() {
             certificates: data.to_owned(),
         },
         runtime: RuntimeKind::Process(Box::new(process)),
+        packet_filter: None,
         metrics_listen: Some(free_port()),
     };
     let metrics = config.metrics_listen.expect("set");

@@ -69,6 +69,9 @@ pub struct Settings {
     pub stop_grace_seconds: i64,
     /// URL of the explicit egress proxy, where one is to be used.
     pub egress_door: Option<String>,
+    /// Chutes may send packets of their own making, as Kubernetes lets pods do. Not where packets are filtered by the
+    /// pod that sends them: a chute could speak from another pod's address.
+    pub raw_sockets: bool,
 }
 
 impl Settings {
@@ -84,6 +87,7 @@ impl Settings {
             init_image: "busybox:1.37.0".to_owned(),
             stop_grace_seconds: 30,
             egress_door: None,
+            raw_sockets: true,
         }
     }
 }
@@ -499,7 +503,7 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         security_context: Some(SecurityContext {
             capabilities: Some(Capabilities {
                 add: Some(vec!["IPC_LOCK".to_owned()]),
-                drop: None,
+                drop: (!settings.raw_sockets).then(|| vec!["NET_RAW".to_owned()]),
             }),
             ..SecurityContext::default()
         }),
@@ -587,6 +591,21 @@ mod tests {
     #[test]
     fn objects_of_the_launch_config_flow() {
         check("launch_config", &spec());
+    }
+
+    #[test]
+    fn packets_of_its_own_making_are_sent_by_no_chute_that_is_filtered() {
+        let dropped = |settings: &Settings| {
+            let job = job(&spec(), FENCE, settings, &[]);
+            let pod = job.spec.and_then(|job| job.template.spec).expect("it has one");
+            let chute = pod.containers.into_iter().find(|it| it.name == CHUTE_CONTAINER);
+            let rights = chute.and_then(|it| it.security_context?.capabilities);
+            rights.expect("it has some").drop
+        };
+        let mut settings = Settings::for_node("gpu-host-1");
+        assert_eq!(dropped(&settings), None);
+        settings.raw_sockets = false;
+        assert_eq!(dropped(&settings), Some(vec!["NET_RAW".to_owned()]));
     }
 
     #[test]

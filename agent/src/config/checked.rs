@@ -19,7 +19,10 @@ use super::written::{self, ProofBackend, RuntimeKind, Written};
 use crate::gpu::worker::Limits;
 use crate::host_plane::facts::Identity;
 use crate::proof_plane::Backend;
-use crate::{cache, data_plane, egress, host_plane, link, nodes, proof_plane, registry, signer, telemetry};
+use crate::{
+    cache, data_plane, egress, host_plane, link, nodes, packet_filter, proof_plane, registry, signer,
+    telemetry,
+};
 use ::runtime::manifest::{NODE_CHARACTERS_MAX, Settings};
 
 /// The longest path of a Unix socket, less some room for the names that stand for a socket not yet there.
@@ -276,6 +279,7 @@ fn host(
 ) -> Option<HostServices> {
     let identity = identity(written, checker);
     let runtime = runtime(written, validators, checker);
+    let packet_filter = checker.take_named("packet_filter", packet_filter(written));
     let proof = proof(written, identity.as_ref(), miner, validators, checker);
     let data = validators.and_then(|validators| data(written, validators, checker));
     Some(HostServices {
@@ -288,6 +292,7 @@ fn host(
                 certificates: certificates_folder(&written.data),
             },
             runtime: runtime?,
+            packet_filter: packet_filter?,
             metrics_listen: written.host.metrics_listen,
         },
         proof: proof?,
@@ -475,6 +480,7 @@ fn kubernetes(written: &Written) -> host_plane::Node {
     node.registry_port = written.registry.listen.port();
     node.runtime_class.clone_from(&settings.runtime_class);
     node.init_image.clone_from(&settings.init_image);
+    node.raw_sockets = !written.packet_filter.enabled;
     node.stop_grace_seconds = i64::try_from(settings.stop_grace.0.as_secs()).unwrap_or(i64::MAX);
     if let Some(cache) = &written.cache.directory {
         node.cache_root = cache.display().to_string();
@@ -500,6 +506,27 @@ fn kubernetes(written: &Written) -> host_plane::Node {
         kubeconfig: settings.kubeconfig.clone(),
         config,
     }
+}
+
+fn packet_filter(written: &Written) -> Result<Option<packet_filter::Config>, String> {
+    let config = packet_filter::Config::check(&written.packet_filter, written.egress.listen)?;
+    let (Some(filter), runtime) = (&config, &written.runtime) else {
+        return Ok(None);
+    };
+    if runtime.kind != RuntimeKind::Kubernetes {
+        return Err(
+            "packet_filter.enabled = true needs runtime.kind = \"kubernetes\": elsewhere there are no pods"
+                .to_owned(),
+        );
+    }
+    if filter.trusted_namespaces.contains(&runtime.namespace) {
+        return Err(format!(
+            "packet_filter.trusted_namespaces has {:?}, the namespace of the chutes (runtime.namespace): they would not be \
+             filtered",
+            runtime.namespace
+        ));
+    }
+    Ok(config)
 }
 
 fn processes(

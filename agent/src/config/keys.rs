@@ -7,7 +7,7 @@ use serde::forward_to_deserialize_any;
 use coordinator::validator::directory::ValidatorSettings;
 
 use super::written::{Backup, Coordinator, Host, Log, Miner, Nodes, Proof, Raft, Runtime, Written};
-use crate::{cache, egress, registry};
+use crate::{cache, egress, packet_filter, registry};
 
 /// Notes the names of a struct's fields instead of reading one.
 #[derive(Default)]
@@ -58,6 +58,7 @@ pub fn of_section(section: &str) -> Option<&'static [&'static str]> {
         "egress" => fields::<egress::RawConfig>(),
         "cache" => fields::<cache::RawConfig>(),
         "runtime" => fields::<Runtime>(),
+        "packet_filter" => fields::<packet_filter::RawConfig>(),
         "raft" => fields::<Raft>(),
         "log" => fields::<Log>(),
         _ => return None,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::units::Span;
-use crate::{cache, egress, registry};
+use crate::{cache, egress, packet_filter, registry};
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +40,8 @@ pub struct Written {
     pub cache: cache::RawConfig,
     /// How chutes run.
     pub runtime: Runtime,
+    /// What pods reach of this host and around it.
+    pub packet_filter: packet_filter::RawConfig,
     /// The replicated log, on members.
     pub raft: Raft,
     /// What is logged, on standard error.
@@ -61,6 +63,7 @@ impl Default for Written {
             egress: egress::RawConfig::default(),
             cache: cache::RawConfig::default(),
             runtime: Runtime::default(),
+            packet_filter: packet_filter::RawConfig::default(),
             raft: Raft::default(),
             log: Log::default(),
         }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::Part;
 use crate::config::checked::{Config, HostServices, Member};
 use crate::config::{self, Sources};
-use crate::{data_plane, host_plane, nodes, proof_plane, signer, telemetry};
+use crate::{data_plane, host_plane, nodes, packet_filter, proof_plane, signer, telemetry};
 
 /// Arguments of a child.
 #[derive(Debug, Clone, clap::Args)]
@@ -39,6 +39,9 @@ pub fn run(part: Part, arguments: &Arguments) -> anyhow::Result<()> {
     // It may have died before this was agreed; then nobody would ever end us.
     let parent = getppid().map_or(0, Pid::as_raw_pid);
     anyhow::ensure!(parent == arguments.supervisor, "the supervisor is gone");
+    if part != Part::Host {
+        packet_filter::give_up_the_right().context("give up the right to change packet rules")?;
+    }
     let sources = Sources {
         file: Some(arguments.settings.clone()),
         ..Sources::default()

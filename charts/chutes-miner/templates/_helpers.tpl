@@ -124,7 +124,7 @@ securityContext:
   readOnlyRootFilesystem: true
   capabilities:
     drop: [ALL]
-    add: [DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID]
+    add: [DAC_OVERRIDE, FOWNER, KILL{{ if and .kind.host (or .Values.packetFilter.enabled .Values.packetFilter.remove) }}, NET_ADMIN{{ end }}, SETGID, SETUID]
 volumeMounts:
   # With the name it makes the host's identity: nodes of different clusters may have the same name.
   - {name: machine-id, mountPath: /etc/machine-id, readOnly: true}

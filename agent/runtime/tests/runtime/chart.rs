@@ -191,6 +191,13 @@ async fn every_set_of_values(plane: &ControlPlane) {
             "podDisruptionBudget.minAvailable=2",
         ],
         &[
+            "packetFilter.enabled=true",
+            "packetFilter.trustedNamespaces={kube-system,default}",
+            "packetFilter.networks={10.42.0.0/16,fd00:42::/48}",
+            "settings.packet_filter\\.open=[\"udp/53\"]",
+        ],
+        &["packetFilter.remove=true"],
+        &[
             "agent.priorityClass.create=false",
             "agent.priorityClass.name=system-node-critical",
         ],
@@ -217,6 +224,7 @@ async fn every_set_of_values(plane: &ControlPlane) {
             "miner.seedSecret=seed",
             &hotkey,
             "host.enabled=false",
+            "packetFilter.enabled=true",
             "admissionPolicy.enabled=false",
             "networkPolicy.enabled=false",
         ],
@@ -253,6 +261,7 @@ async fn every_set_of_values(plane: &ControlPlane) {
         ("miner.hotkey=5abc", "hotkey"),
         ("proof.port=70000", "port"),
         ("metrics.port=9464", "port"),
+        ("packetFilter.networks={10.42}", "networks"),
     ];
     for (value, named) in bad {
         let refused = plane.helm(&["template", "bad", CHART, "--set", value]).await;
