@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`crate::manifest`] (the objects; pure), [`phase`] (what objects say of a workload; pure),
 //! [`seen`] (the objects that exist, kept by watches), [`life`] (what is done for one workload, in which order),
-//! [`output`] (what its pods write), [`trouble`] (which refusals pass).
+//! [`output`] (what its pods write), [`trouble`] (which refusals pass), [`node_ports`] (which are the agent's own).
 //!
 //! Only objects with the label of this node and our names are looked at. Whatever else is in the namespace is
 //! nobody's business here: it is neither listed nor touched.
@@ -14,6 +14,7 @@
 //! whether the Job was ever made: a workload whose Job somebody removed has ended, it is not started again.
 
 mod life;
+pub mod node_ports;
 mod output;
 mod phase;
 mod seen;
@@ -172,6 +173,7 @@ impl Kubernetes {
             config,
         });
         tasks.spawn(adopt(Arc::clone(&cluster)));
+        tasks.spawn(node_ports::look(cluster.services.clone(), cluster.config.clone()));
         Self {
             cluster,
             tasks: Mutex::new(tasks),

@@ -246,7 +246,10 @@ impl Work<'_> {
             self.insist("make its Service anew", || remove(&cluster.services, &made))
                 .await?;
         }
-        let why = format!("each of {PORT_ATTEMPTS} Services was given a port of the agent's own");
+        let why = format!(
+            "each of {PORT_ATTEMPTS} Services was given a port of the agent's own: give the API server more node ports, \
+             and a range without these (--service-node-port-range)"
+        );
         Err(Given::Up(why))
     }
 

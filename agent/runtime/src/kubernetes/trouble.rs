@@ -22,6 +22,10 @@ impl Trouble {
             return Self::Unreachable(error.to_string());
         };
         let text = format!("{} ({} {})", status.message, status.code, status.reason);
+        // An internal error to the API server, though it knows what is wrong: it passes when a Service goes.
+        if status.code == 500 && status.message.contains("failed to allocate a nodePort") {
+            return Self::Refused(format!("the cluster has no node port left: {text}"));
+        }
         match status.code {
             400 | 422 => Self::Invalid(text),
             // 401: a token that has just expired is replaced in its file by the kubelet.
@@ -119,6 +123,15 @@ mod tests {
         for code in [401, 408, 410, 429, 500, 503] {
             assert!(matches!(of(code), Trouble::Unreachable(_)), "{code}");
         }
+        let full = Status::failure(
+            "Internal error occurred: failed to allocate a nodePort: range is full",
+            "InternalError",
+        );
+        let full = Trouble::of(&Error::Api(Box::new(full.with_code(500))));
+        assert!(
+            matches!(&full, Trouble::Refused(why) if why.contains("no node port left")),
+            "{full:?}"
+        );
         for code in [403, 404, 409] {
             assert!(matches!(of(code), Trouble::Refused(_)), "{code}");
         }

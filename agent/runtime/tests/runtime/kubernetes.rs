@@ -107,6 +107,7 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     shared_code(&plane.namespace("code").await).await;
     says("no chute is given a port of ours");
     ports(&plane.namespace("ports").await).await;
+    Box::pin(crate::node_ports::ports_of_ours(&plane)).await;
     says("a namespace that is missing is a reason");
     missing_namespace(&plane).await;
     says("the chart, and what it lets an agent do");

@@ -6,6 +6,7 @@ mod control_plane;
 mod crash;
 mod kubelet;
 mod kubernetes;
+mod node_ports;
 mod process;
 mod support;
 mod taken_over;
