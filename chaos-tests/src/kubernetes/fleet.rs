@@ -426,10 +426,7 @@ impl Fleet {
                 continue;
             }
             let row = checks::row_of(&state, &one.deployment);
-            // The ledger alone explains too much: it has the miner's own deletions, too.
-            let name = row.and_then(|row| row["chute_name"].as_str());
-            let wanted = name.is_some_and(|name| self.wanted.contains(name));
-            if wanted || !row.is_some_and(|row| endings.explain(row)) {
+            if !ended_by_others(row, &endings, &self.wanted) {
                 let (deployment, node) = (&one.deployment, &one.node);
                 let why = row.map_or(&Value::Null, |row| &row["stop_reason"]);
                 self.reasons.push(format!(
@@ -581,6 +578,15 @@ fn counts(running: &[Running]) -> BTreeMap<&str, usize> {
     counts
 }
 
+/// Whether somebody else than the miner ended a pod, by the row of its deployment. What is wanted still was to go on
+/// whatever the validator says of its instance.
+fn ended_by_others(row: Option<&Value>, endings: &Endings, wanted: &BTreeSet<String>) -> bool {
+    row.is_some_and(|row| {
+        let name = row["chute_name"].as_str();
+        !name.is_some_and(|name| wanted.contains(name)) && endings.explain(row)
+    })
+}
+
 /// What a Job has otherwise than its deployment.
 fn differs(state: &Value, row: &Value, job: &Job) -> Vec<String> {
     let mut found = Vec::new();
@@ -605,4 +611,33 @@ fn differs(state: &Value, row: &Value, job: &Job) -> Vec<String> {
         ));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_others_explain_the_end_of_a_pod_and_nothing_does_of_a_chute_that_is_wanted() {
+        let deleted = |instance: &str, by: &str| {
+            let entry = json!({ "id": 1, "at": 1, "kind": "instance_deleted", "instance": instance, "chute": "c",
+                "by": by, "reason": "" });
+            serde_json::from_value::<Entry>(entry).expect("a ledger entry")
+        };
+        let endings = Endings::of(&[deleted("i1", "cascade"), deleted("i2", "miner")]);
+        let wanted = BTreeSet::from(["fleet-2".to_owned()]);
+        let rows = [
+            ("i1", json!("fleet-1"), true),
+            // Its chute is gone.
+            ("i1", Value::Null, true),
+            ("i1", json!("fleet-2"), false),
+            ("i2", json!("fleet-1"), false),
+            ("i2", Value::Null, false),
+        ];
+        for (instance, name, expected) in rows {
+            let row = json!({ "instance_id": instance, "chute_id": "c", "chute_name": name });
+            assert_eq!(ended_by_others(Some(&row), &endings, &wanted), expected, "{row}");
+        }
+        assert!(!ended_by_others(None, &endings, &wanted), "nobody knows of it");
+    }
 }

@@ -111,7 +111,8 @@ pub(crate) fn under_way(state: &Value) -> Vec<String> {
         .collect()
 }
 
-/// What validator, owners and users ended, by the ledger.
+/// What validator, owners and users ended, by the ledger. What the miner itself ended explains nothing, although the
+/// validator tells of it by the same events.
 #[derive(Debug, Default)]
 pub(crate) struct Endings {
     instances: BTreeSet<String>,
@@ -124,13 +125,17 @@ pub(crate) struct Endings {
 impl Endings {
     pub(crate) fn of(ledger: &[Entry]) -> Self {
         let mut endings = Self::default();
+        let mut by_the_miner: BTreeSet<String> = BTreeSet::new();
+        let mut job_of: BTreeMap<String, String> = BTreeMap::new();
         for entry in ledger {
             match &entry.record {
                 Record::EventPublished { event, .. } => {
                     let member = |name: &str| event.data[name].as_str().map(str::to_owned);
                     match event.effect {
                         RequiredEffect::InstanceReplaced | RequiredEffect::InstanceGone => {
-                            endings.instances.extend(member("instance_id"));
+                            let instance = member("instance_id");
+                            let by_others = instance.filter(|instance| !by_the_miner.contains(instance));
+                            endings.instances.extend(by_others);
                         }
                         RequiredEffect::ChuteGone => endings.chutes.extend(member("chute_id")),
                         RequiredEffect::JobGone => endings.jobs.extend(member("job_id")),
@@ -142,8 +147,18 @@ impl Endings {
                         _ => {}
                     }
                 }
-                Record::InstanceDeleted { instance, by, .. } if *by != DeletedBy::Miner => {
+                Record::InstanceDeleted { instance, by, .. } if *by == DeletedBy::Miner => {
+                    // Its job counts as finished just before, by nobody but the miner.
+                    if let Some(job) = job_of.get(instance.as_str()) {
+                        endings.jobs.remove(job);
+                    }
+                    by_the_miner.insert(instance.to_string());
+                }
+                Record::InstanceDeleted { instance, .. } => {
                     endings.instances.insert(instance.to_string());
+                }
+                Record::JobClaimed { job, instance } => {
+                    job_of.insert(instance.to_string(), job.to_string());
                 }
                 Record::JobFinished { job, .. } => {
                     endings.jobs.insert(job.to_string());
@@ -210,28 +225,73 @@ mod tests {
         assert_eq!(orphaned(&state, &validator, &BTreeMap::new()).len(), 1);
     }
 
+    fn entry(record: &Value) -> Entry {
+        let mut row = json!({"id": 1, "at": 1});
+        let members = record.as_object().expect("an object").clone();
+        row.as_object_mut().expect("an object").extend(members);
+        serde_json::from_value(row).expect("a ledger entry")
+    }
+
+    fn deleted(instance: &str, by: &str) -> Entry {
+        entry(&json!({"kind": "instance_deleted", "instance": instance, "chute": "c", "by": by, "reason": ""}))
+    }
+
+    fn published(effect: &str, data: &Value) -> Entry {
+        let event = json!({"reason": "any", "effect": effect, "data": data});
+        entry(&json!({"kind": "event_published", "event": event, "sent_to": 1, "fault": null}))
+    }
+
+    fn gone(instance: &str) -> Entry {
+        published("instance_gone", &json!({"instance_id": instance, "chute_id": "c"}))
+    }
+
+    /// Whether what the ledger says explains the end of the deployment that had instance `i` for job `j`.
+    fn explains(ledger: &[Entry]) -> bool {
+        let deployment = json!({"instance_id": "i", "job_id": "j", "chute_id": "c", "version": "v1"});
+        Endings::of(ledger).explain(&deployment)
+    }
+
     #[test]
     fn only_others_explain_an_end() {
-        let entry = |id, record: Value| {
-            let mut row = json!({"id": id, "at": 1});
-            let members = record.as_object().expect("an object").clone();
-            row.as_object_mut().expect("an object").extend(members);
-            serde_json::from_value::<Entry>(row).expect("a ledger entry")
-        };
-        let deleted = |instance: &str, by: &str| {
-            entry(
-                1,
-                json!({"kind": "instance_deleted", "instance": instance, "chute": "c", "by": by, "reason": ""}),
-            )
-        };
-        let endings = Endings::of(&[deleted("i1", "validator"), deleted("i2", "miner")]);
-        let deployment = |instance: &str| json!({"instance_id": instance, "chute_id": "c", "version": "v1"});
-        assert!(endings.explain(&deployment("i1")));
-        assert!(!endings.explain(&deployment("i2")));
+        let claimed = || entry(&json!({"kind": "job_claimed", "job": "j", "instance": "i"}));
+        let finished = |status: &str| entry(&json!({"kind": "job_finished", "job": "j", "status": status}));
+        let replaced = || published("instance_replaced", &json!({"instance_id": "i"}));
+        let updated =
+            |version: &str| published("chute_known", &json!({"chute_id": "c", "version": version}));
+        let by_others: [&[Entry]; 8] = [
+            &[deleted("i", "validator"), gone("i")],
+            &[deleted("i", "cascade")],
+            &[gone("i")],
+            // The miner does as it is told.
+            &[replaced(), deleted("i", "miner"), gone("i")],
+            &[published("chute_gone", &json!({"chute_id": "c"})), deleted("i", "miner")],
+            &[updated("v1"), updated("v2"), deleted("i", "miner"), gone("i")],
+            &[claimed(), finished("complete"), deleted("i", "job_done")],
+            &[claimed(), published("job_gone", &json!({"job_id": "j"})), deleted("i", "cascade")],
+        ];
+        for ledger in by_others {
+            assert!(explains(ledger), "{ledger:?}");
+        }
+        let by_the_miner: [&[Entry]; 6] = [
+            &[],
+            &[deleted("other", "validator"), gone("other")],
+            // As the validator tells of it.
+            &[deleted("i", "miner"), gone("i")],
+            &[updated("v1"), deleted("i", "miner"), gone("i")],
+            // A job whose instance its miner deletes has failed.
+            &[claimed(), finished("error"), deleted("i", "miner"), gone("i")],
+            &[published("chute_gone", &json!({"chute_id": "other"}))],
+        ];
+        for ledger in by_the_miner {
+            assert!(!explains(ledger), "{ledger:?}");
+        }
+    }
+
+    #[test]
+    fn a_launch_config_that_became_two_instances_is_found() {
         let claim = |instance: &str| {
             entry(
-                2,
-                json!({"kind": "claim_granted", "chute": "c", "config": "k", "instance": instance, "gpus": [],
+                &json!({"kind": "claim_granted", "chute": "c", "config": "k", "instance": instance, "gpus": [],
                     "hotkey": "5CfCr47V5Dte6bwxNBE8K9oNnQd9fiay6aDEEkgYtFv7w4Fq", "host": "h", "port": 1}),
             )
         };
