@@ -9,6 +9,7 @@ use anyhow::Context;
 use chaos_tests::members::{self, Outcome};
 use chaos_tests::{faults, kubernetes, sim, storm};
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -69,10 +70,16 @@ async fn forward(options: &members::Forward) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs something on real time; its figures are the last line on standard output.
+/// Runs something on real time; its figures are the last line on standard output. Asked to end, it ends all that it has
+/// started.
 #[tokio::main]
 async fn conclude(run: impl Future<Output = anyhow::Result<Outcome>>) -> anyhow::Result<ExitCode> {
-    let outcome = run.await?;
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let outcome = tokio::select! {
+        outcome = run => outcome?,
+        _ = interrupt.recv() => anyhow::bail!("interrupted"),
+        _ = terminate.recv() => anyhow::bail!("asked to end"),
+    };
     writeln!(std::io::stdout(), "{}", outcome.figures)?;
     for reason in &outcome.reasons {
         writeln!(std::io::stderr(), "not met: {reason}")?;

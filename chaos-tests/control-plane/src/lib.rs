@@ -1,8 +1,10 @@
 //! A real Kubernetes control plane on loopback, for tests: etcd, API server and controllers, and where nodes are asked
 //! for, a scheduler and KWOK, which plays them. `build` beside this crate makes the programs.
 //!
-//! Reading order: [`Settings`], [`ControlPlane`], then `stages.yaml`, which says what KWOK does with nodes and pods.
+//! Reading order: [`Settings`], [`ControlPlane`], [`ends_with_us`], then `stages.yaml`, which says what KWOK does with
+//! nodes and pods.
 
+use std::ffi::OsStr;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -245,6 +247,14 @@ impl ControlPlane {
     }
 }
 
+/// A command for a program that gets this signal when the present thread ends, however it does: whoever is killed
+/// drops nothing. Threads of a tokio runtime end with it.
+pub fn ends_with_us(signal: &str, program: impl AsRef<OsStr>) -> std::process::Command {
+    let mut command = std::process::Command::new("setpriv");
+    command.args(["--pdeathsig", signal, "--"]).arg(program);
+    command
+}
+
 /// How its programs are started.
 struct Launch {
     programs: PathBuf,
@@ -260,13 +270,15 @@ impl Launch {
         let mut options = std::fs::File::options();
         let log = options.create(true).append(true);
         let log = log.open(self.folder.path().join(format!("{name}.log")))?;
-        let mut command = Command::new(&program);
+        // One that is not there would be complained about by `setpriv`, in the log only.
+        let missing = || format!("{}: chaos-tests/control-plane/build makes it", program.display());
+        anyhow::ensure!(program.is_file(), missing());
+        let mut command = Command::from(ends_with_us("KILL", &program));
         command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
         // What a program keeps in its home is no business of the next one.
         command.env("HOME", self.folder.path());
         command.stdout(log.try_clone()?).stderr(log);
-        let started = command.spawn();
-        started.with_context(|| format!("{}: chaos-tests/control-plane/build makes it", program.display()))
+        command.spawn().with_context(missing)
     }
 
     fn in_folder(&self, name: &str) -> String {

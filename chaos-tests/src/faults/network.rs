@@ -2,20 +2,22 @@
 //! by nftables.
 //!
 //! Nothing outside is touched: the bridge and both ends of every cable lie in the namespaces, which have no way
-//! out of this machine.
+//! out of this machine. What runs in them ends with them.
 
 use std::ffi::OsStr;
 use std::net::Ipv4Addr;
 use std::process::Command;
 
-use super::run;
+use kubernetes_control_plane::ends_with_us;
 
-/// Namespaces on one bridge; they are deleted when what created them is dropped.
+use super::{run, signal};
+
+/// Namespaces on one bridge; they are deleted, and what runs in them is killed, when this is dropped by whichever of
+/// the processes that know them comes first.
 #[derive(Debug)]
 pub struct Network {
     name: String,
     hosts: u8,
-    is_ours: bool,
 }
 
 impl Network {
@@ -26,11 +28,7 @@ impl Network {
     pub fn create(hosts: u8) -> anyhow::Result<Self> {
         // Several may exist on one machine.
         let name = format!("chaos{}x{:04x}", std::process::id(), fastrand::u16(..));
-        let network = Self {
-            name,
-            hosts,
-            is_ours: true,
-        };
+        let network = Self { name, hosts };
         let switch = network.switch();
         run("ip", &["netns", "add", &switch])?;
         run("ip", &["-n", &switch, "link", "add", "bridge0", "type", "bridge"])?;
@@ -41,14 +39,10 @@ impl Network {
         Ok(network)
     }
 
-    /// A network that another process has created and will delete.
+    /// A network that another process has created.
     #[must_use]
     pub fn of_another(name: String, hosts: u8) -> Self {
-        Self {
-            name,
-            hosts,
-            is_ours: false,
-        }
+        Self { name, hosts }
     }
 
     /// What other processes find it by.
@@ -97,10 +91,10 @@ impl Network {
         Ipv4Addr::new(11, 77, 0, host)
     }
 
-    /// A command that will run on a host.
+    /// A command that will run on a host, and end with this process.
     #[must_use]
     pub fn command(&self, host: u8, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("ip");
+        let mut command = ends_with_us("KILL", "ip");
         command
             .args(["netns", "exec", &self.namespace(host)])
             .arg(program);
@@ -186,12 +180,15 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        if !self.is_ours {
-            return;
-        }
         let hosts = (1..=self.hosts).map(|host| self.namespace(host));
         for namespace in hosts.chain([self.switch()]) {
-            // It may not have come so far.
+            // It may not have come so far, or another process was first.
+            let within = run("ip", &["netns", "pids", &namespace]).unwrap_or_default();
+            let within = within.lines().filter_map(|line| line.trim().parse().ok());
+            for pid in within.filter(|pid| *pid != std::process::id()) {
+                // It may have ended.
+                let _ = signal::kill(pid);
+            }
             let _ = run("ip", &["netns", "delete", &namespace]);
         }
     }

@@ -22,7 +22,7 @@ use futures_util::{StreamExt as _, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Container, HostPathVolumeSource, Pod, Secret, Volume};
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
-use kubernetes_control_plane::ControlPlane;
+use kubernetes_control_plane::{ControlPlane, ends_with_us};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -248,7 +248,7 @@ impl Agents {
             .create(true)
             .append(true)
             .open(machine.folder.join("log"))?;
-        let mut command = Command::new(&self.executable);
+        let mut command = Command::from(ends_with_us("KILL", &self.executable));
         for setting in &machine.added {
             command.args(["--set", setting]);
         }

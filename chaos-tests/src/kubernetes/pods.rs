@@ -16,6 +16,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
+use kubernetes_control_plane::ends_with_us;
 use runtime::manifest::DEPLOYMENT_LABEL;
 use serde_json::json;
 use tokio::process::{Child, Command};
@@ -217,7 +218,7 @@ impl Pods {
         let command = container.command.as_ref().context("it has no command")?;
         anyhow::ensure!(command[0] == "chutes", "its command is {command:?}");
         let host = variables.get("CHUTES_EXTERNAL_HOST");
-        let mut chute = Command::new(&self.chutes);
+        let mut chute = Command::from(ends_with_us("KILL", &self.chutes));
         chute
             .args(&command[1..])
             .env_clear()

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use kubernetes_control_plane::ends_with_us;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -72,7 +73,7 @@ impl Ground {
     /// A command that will run where the member is.
     fn command(&self, member: usize, program: &Path) -> Program {
         match self {
-            Self::Loopback(_) => Program::new(program),
+            Self::Loopback(_) => ends_with_us("KILL", program),
             Self::Hosts(network) => network.command(host_of(member), program),
         }
     }
@@ -128,7 +129,7 @@ pub(crate) async fn start_stand_in(
 ) -> anyhow::Result<Child> {
     let folder = data.join("validator-stand-in");
     std::fs::create_dir_all(&folder)?;
-    let mut command = Command::new(agent);
+    let mut command = Command::from(ends_with_us("KILL", agent));
     command.args(["validator-stand-in", "--listen", "127.0.0.1:0"]);
     if let Some(scenario) = scenario {
         command.arg("--scenario").arg(scenario);

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
+use kubernetes_control_plane::ends_with_us;
 use serde_json::json;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
@@ -76,7 +77,7 @@ impl Elections {
 
 /// A program that takes all of a core that it gets, until dropped.
 fn keep_busy() -> anyhow::Result<Child> {
-    let mut command = Command::new("yes");
+    let mut command = Command::from(ends_with_us("KILL", "yes"));
     command.stdout(std::process::Stdio::null()).kill_on_drop(true);
     command.spawn().context("start what keeps the machine busy")
 }

@@ -172,10 +172,11 @@ impl Links {
         if self.namespaces && self.within.is_none() {
             return hosts::run_within(self).await;
         }
+        let network = self.within.as_deref().map(hosts::enter).transpose()?;
         let mut place = Place::prepare(&self.common, "auto", MEMBERS).await?;
-        let (between, ways) = match &self.within {
-            Some(name) => {
-                let (hosts, ways) = Hosts::around(&mut place, name).await?;
+        let (between, ways) = match network {
+            Some(network) => {
+                let (hosts, ways) = Hosts::around(&mut place, network).await?;
                 (Between::Hosts(hosts), ways)
             }
             None => {

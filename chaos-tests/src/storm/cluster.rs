@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::Context;
+use kubernetes_control_plane::ends_with_us;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep};
@@ -85,7 +86,8 @@ impl Cluster {
         let lock = take_the_machine().await?;
         let data = data.canonicalize().context("the data folder")?;
         let file = |name: &str| File::create(data.join(name)).context("write into the data folder");
-        let child = Command::new(agent)
+        // Asked to, it ends in order.
+        let child = Command::from(ends_with_us("TERM", agent))
             .args(["dev", "--output", "json", "--data"])
             .arg(&data)
             .args(["--hosts", &HOSTS.to_string()])

@@ -61,7 +61,14 @@ pub(super) async fn run_within(options: &Links) -> anyhow::Result<Outcome> {
     })
 }
 
-/// The namespaces, seen from within.
+/// The namespaces, seen from within. Without who made them there is nothing to do there but to end what runs in them.
+pub(super) fn enter(name: &str) -> anyhow::Result<Arc<Network>> {
+    let network = Network::of_another(name.to_owned(), host_of(OPERATOR));
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    Ok(Arc::new(network))
+}
+
+/// Who is in them.
 pub(super) struct Hosts {
     network: Arc<Network>,
     validator: u16,
@@ -71,10 +78,7 @@ pub(super) struct Hosts {
 
 impl Hosts {
     /// Those of a cluster that is not there yet, and how its hosts are reached.
-    pub(super) async fn around(place: &mut Place, name: &str) -> anyhow::Result<(Self, Vec<Way>)> {
-        // Without who made the namespaces there is nothing to do in them.
-        set_parent_process_death_signal(Some(Signal::TERM))?;
-        let network = Arc::new(Network::of_another(name.to_owned(), host_of(OPERATOR)));
+    pub(super) async fn around(place: &mut Place, network: Arc<Network>) -> anyhow::Result<(Self, Vec<Way>)> {
         place.ground = Ground::Hosts(Arc::clone(&network));
         let ready = doors::ready(&place.plan.data)?;
         let api = doors::stand_in_address(&ready)?;
@@ -160,12 +164,11 @@ pub struct Forward {
 }
 
 impl Forward {
-    /// Says a line once it listens; ends with the process that started this one.
+    /// Says a line once it listens.
     ///
     /// # Errors
     /// When a port is taken.
     pub async fn run(&self, out: &mut impl std::io::Write) -> anyhow::Result<()> {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
         let mut gates = Vec::new();
         for port in &self.ports {
             let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, *port));
