@@ -58,6 +58,7 @@ fn start(folder: &Path, arguments: &[&str]) -> Child {
     command.spawn().expect("the program starts")
 }
 
+/// Waits until this holds of the processes that name a folder. Those are killed when it does not.
 async fn until(what: &str, folder: &Path, holds: impl Fn(&[(i32, String)]) -> bool) {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -65,8 +66,14 @@ async fn until(what: &str, folder: &Path, holds: impl Fn(&[(i32, String)]) -> bo
         if holds(&found) {
             return;
         }
-        let said = std::fs::read_to_string(folder.join("said")).unwrap_or_default();
-        assert!(Instant::now() < deadline, "{what}: {found:#?} {said}");
+        if Instant::now() >= deadline {
+            for pid in found.iter().filter_map(|(pid, _)| Pid::from_raw(*pid)) {
+                // It may have ended.
+                let _ = kill_process(pid, Signal::KILL);
+            }
+            let said = std::fs::read_to_string(folder.join("said")).unwrap_or_default();
+            panic!("{what}: {found:#?} {said}");
+        }
         sleep(LOOK_EVERY).await;
     }
 }
@@ -96,7 +103,6 @@ async fn nothing_of_members_in_namespaces_goes_on() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut program = start(folder.path(), &["links", "--namespaces"]);
         let started = program.id().expect("it runs");
-        // Chutes outlive their agents by design.
         let running = ["validator-stand-in", "host-5", "forward", "CHUTES_CODE_FILE"];
         end(&mut program, folder.path(), &running, how).await;
         let deadline = Instant::now() + PATIENCE;
@@ -105,14 +111,6 @@ async fn nothing_of_members_in_namespaces_goes_on() {
             sleep(LOOK_EVERY).await;
         }
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn nothing_of_members_in_one_network_goes_on_that_was_asked_to_end() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut program = start(folder.path(), &["pause"]);
-    let running = ["validator-stand-in", "host-3", "CHUTES_CODE_FILE"];
-    end(&mut program, folder.path(), &running, Signal::TERM).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,7 +125,13 @@ async fn nothing_of_a_fleet_on_kubernetes_goes_on() {
     for how in [Signal::TERM, Signal::KILL] {
         let folder = tempfile::tempdir().expect("a folder");
         let mut program = start(folder.path(), &["kubernetes", "--nodes", "2", "--gpus", "2"]);
-        let running = ["etcd", "kube-apiserver", "kwok", " coordinator ", "CHUTES_CODE_FILE"];
+        let running = [
+            "etcd",
+            "kube-apiserver",
+            "kwok",
+            " coordinator ",
+            "CHUTES_CODE_FILE",
+        ];
         end(&mut program, folder.path(), &running, how).await;
     }
 }

@@ -233,7 +233,9 @@ mod tests {
     }
 
     fn deleted(instance: &str, by: &str) -> Entry {
-        entry(&json!({"kind": "instance_deleted", "instance": instance, "chute": "c", "by": by, "reason": ""}))
+        entry(
+            &json!({"kind": "instance_deleted", "instance": instance, "chute": "c", "by": by, "reason": ""}),
+        )
     }
 
     fn published(effect: &str, data: &Value) -> Entry {
@@ -242,7 +244,10 @@ mod tests {
     }
 
     fn gone(instance: &str) -> Entry {
-        published("instance_gone", &json!({"instance_id": instance, "chute_id": "c"}))
+        published(
+            "instance_gone",
+            &json!({"instance_id": instance, "chute_id": "c"}),
+        )
     }
 
     /// Whether what the ledger says explains the end of the deployment that had instance `i` for job `j`.
@@ -256,18 +261,24 @@ mod tests {
         let claimed = || entry(&json!({"kind": "job_claimed", "job": "j", "instance": "i"}));
         let finished = |status: &str| entry(&json!({"kind": "job_finished", "job": "j", "status": status}));
         let replaced = || published("instance_replaced", &json!({"instance_id": "i"}));
-        let updated =
-            |version: &str| published("chute_known", &json!({"chute_id": "c", "version": version}));
+        let updated = |version: &str| published("chute_known", &json!({"chute_id": "c", "version": version}));
         let by_others: [&[Entry]; 8] = [
             &[deleted("i", "validator"), gone("i")],
             &[deleted("i", "cascade")],
             &[gone("i")],
             // The miner does as it is told.
             &[replaced(), deleted("i", "miner"), gone("i")],
-            &[published("chute_gone", &json!({"chute_id": "c"})), deleted("i", "miner")],
+            &[
+                published("chute_gone", &json!({"chute_id": "c"})),
+                deleted("i", "miner"),
+            ],
             &[updated("v1"), updated("v2"), deleted("i", "miner"), gone("i")],
             &[claimed(), finished("complete"), deleted("i", "job_done")],
-            &[claimed(), published("job_gone", &json!({"job_id": "j"})), deleted("i", "cascade")],
+            &[
+                claimed(),
+                published("job_gone", &json!({"job_id": "j"})),
+                deleted("i", "cascade"),
+            ],
         ];
         for ledger in by_others {
             assert!(explains(ledger), "{ledger:?}");
