@@ -300,7 +300,13 @@ impl Cluster {
                     exit_code: None,
                     reason: "its objects were removed".to_owned(),
                 },
-                Doing::Started | Doing::Failed(_) => objects.phase(),
+                Doing::Podless(reason) if objects.job.is_some() && objects.pods.is_empty() => {
+                    WorkloadPhase::Ended {
+                        exit_code: None,
+                        reason,
+                    }
+                }
+                Doing::Started | Doing::Failed(_) | Doing::Podless(_) => objects.phase(),
                 Doing::Stopping => WorkloadPhase::Stopping,
                 Doing::Gone => continue,
             };

@@ -22,7 +22,7 @@ use kube::{Api, Resource, ResourceExt as _};
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
 use protocol::workload::{Fence, PortMapping, Secret, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::phase::{Objects, is_over};
 use super::trouble::{Pauses, Trouble, is_conflict, is_missing};
@@ -31,6 +31,8 @@ use crate::manifest::{self, FIELD_MANAGER};
 
 /// How often a Service may be made anew because it was given a port of ours.
 const PORT_ATTEMPTS: u32 = 20;
+/// So often while a refusal is put up with, a Job's events are asked for what keeps it from making a pod.
+const LOOKS_AT_EVENTS: u32 = 12;
 /// A stop that does not end is complained about so often.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
 
@@ -41,6 +43,8 @@ pub(super) enum Doing {
     Starting,
     /// Its Job was made: the objects say the rest.
     Started,
+    /// Its Job was made, and for this reason may have no pod.
+    Podless(String),
     /// It could not be started, and never will be.
     Failed(String),
     /// Its objects are being removed.
@@ -72,7 +76,7 @@ impl Life {
 
     pub(super) fn doing(&self) -> Doing {
         match lock(&self.doing).clone() {
-            Doing::Starting | Doing::Started if self.is_to_stop() => Doing::Stopping,
+            Doing::Starting | Doing::Started | Doing::Podless(_) if self.is_to_stop() => Doing::Stopping,
             doing => doing,
         }
     }
@@ -126,7 +130,7 @@ pub(super) async fn live(cluster: Arc<Cluster>, life: Arc<Life>, start: Option<(
     }
     tokio::select! {
         () = life.stop_asked() => {}
-        () = work.keep_at_its_end() => life.stop_asked().await,
+        _ = async { tokio::join!(work.until_it_has_a_pod(), work.keep_at_its_end()) } => life.stop_asked().await,
     }
     work.set(Doing::Stopping);
     work.remove().await;
@@ -151,6 +155,41 @@ impl Work<'_> {
     fn set(&self, doing: Doing) {
         *lock(&self.life.doing) = doing;
         self.cluster.changed();
+    }
+
+    /// Why a Job has no pod, while it has none: a quota, a webhook or a missing account refuse it, and only its events say
+    /// so. What does not pass ends it, as the refusal of a Job does.
+    async fn until_it_has_a_pod(&self) {
+        let (cluster, deployment) = (self.cluster, &self.life.deployment);
+        let patience = cluster.config.patience;
+        let mut changes = cluster.changes.subscribe();
+        let (mut since, mut next, mut told) = (None, Instant::now(), String::new());
+        loop {
+            let objects = cluster.seen.objects(deployment).unwrap_or_default();
+            if !objects.pods.is_empty() {
+                return;
+            }
+            // It may not be made or shown yet, or be gone.
+            let waits = objects.job.is_some();
+            if waits && since.is_none() {
+                since = Some(Instant::now());
+                next = Instant::now() + patience / LOOKS_AT_EVENTS;
+            }
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                () = sleep_until(next), if waits => {
+                    next = Instant::now() + patience / LOOKS_AT_EVENTS;
+                    let Some(why) = cluster.why_it_has_no_pod(deployment).await else { continue };
+                    if why != told {
+                        tracing::warn!(%deployment, why, "its Job makes no pod");
+                        told.clone_from(&why);
+                    }
+                    if since.is_some_and(|since| since.elapsed() >= patience) {
+                        return self.set(Doing::Podless(why));
+                    }
+                }
+            }
+        }
     }
 
     /// Keeps what a workload left that has ended by itself: Kubernetes removes its pod after a while.

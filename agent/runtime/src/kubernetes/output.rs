@@ -14,7 +14,7 @@ use protocol::logs::{LOG_BYTES_MAX, Log, LogQuery, WorkloadEvent};
 use protocol::time::UnixMillis;
 use tokio::time::timeout;
 
-use super::phase::{Objects, is_over, speaks};
+use super::phase::{Objects, is_over, one_line, speaks};
 use super::trouble::Trouble;
 use super::{Cluster, lock};
 use crate::Error;
@@ -25,6 +25,8 @@ use crate::manifest::{job_name, service_name};
 const LINES_MAX: i64 = 10_000;
 /// What is to be kept must be read within this time: GPUs wait for the removal.
 const KEEP_MAX: Duration = Duration::from_secs(5);
+/// What the Job controller says of a pod that it was not allowed to make.
+const POD_REFUSED: &str = "FailedCreate";
 const CHUNK_BYTES: usize = 64 * 1024;
 
 /// The pod that speaks for a deployment.
@@ -112,14 +114,26 @@ impl Cluster {
         let names = [service_name(deployment), job_name(deployment)];
         let mut all = Vec::new();
         for name in names.iter().chain(objects.pods.keys()) {
-            let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
-            let listed = timeout(self.config.call_timeout, self.events.list(&about)).await;
-            let listed = listed.map_err(|_| Error::Unknown("the API server did not answer".to_owned()))?;
-            let listed = listed.map_err(|error| Error::Unknown(error.to_string()))?;
-            all.extend(listed.items.iter().map(event_of));
+            all.extend(self.events_about(name).await?);
         }
         all.sort_by(|a, b| a.at.cmp(&b.at).then_with(|| a.reason.cmp(&b.reason)));
         Ok(all)
+    }
+
+    async fn events_about(&self, name: &str) -> Result<Vec<WorkloadEvent>, Error> {
+        let about = ListParams::default().fields(&format!("involvedObject.name={name}"));
+        let listed = timeout(self.config.call_timeout, self.events.list(&about)).await;
+        let listed = listed.map_err(|_| Error::Unknown("the API server did not answer".to_owned()))?;
+        let listed = listed.map_err(|error| Error::Unknown(error.to_string()))?;
+        Ok(listed.items.iter().map(event_of).collect())
+    }
+
+    /// Why a deployment's Job makes no pod, as the newest of its events says; None while it is not known.
+    pub(super) async fn why_it_has_no_pod(&self, deployment: &DeploymentId) -> Option<String> {
+        let events = self.events_about(&job_name(deployment)).await.ok()?;
+        let refused = events.into_iter().filter(|event| event.reason == POD_REFUSED);
+        let newest = refused.max_by_key(|event| event.at)?;
+        Some(one_line(&format!("{}: {}", newest.reason, newest.message)))
     }
 
     /// Keeps what is known of a workload that is about to be removed.

@@ -242,7 +242,7 @@ fn end_of_job(job: &Job) -> Option<String> {
 }
 
 /// The first part of a text, without line breaks.
-fn one_line(text: &str) -> String {
+pub(super) fn one_line(text: &str) -> String {
     const CHARACTERS_MAX: usize = 400;
     let words: Vec<&str> = text.split_whitespace().collect();
     words.join(" ").chars().take(CHARACTERS_MAX).collect()

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Pod, ResourceQuota, Service, ServiceAccount};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
@@ -27,9 +27,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 const ASK_EVERY: Duration = Duration::from_millis(50);
-/// Node ports: half of them are reserved, so that one of ours is soon given.
+/// Node ports: so many of them are reserved that one of ours is soon given, and so few that twenty Services in a row are
+/// not. Kubernetes gives the first 16 last.
 const FEW_NODE_PORTS: &str = "30000-30063";
-pub(crate) const RESERVED: std::ops::Range<u16> = 30000..30032;
+pub(crate) const RESERVED: std::ops::Range<u16> = 30000..30026;
 
 /// The folder of the programs, or nothing with a word about it.
 pub(crate) fn programs() -> Option<PathBuf> {
@@ -168,7 +169,12 @@ impl Space {
 
     /// The runtime of a node, once it knows what exists.
     pub(crate) async fn open(&self, node: &str) -> Kubernetes {
-        let runtime = Kubernetes::start(self.client.clone(), self.config(node));
+        self.open_with(self.config(node)).await
+    }
+
+    /// The same with other settings.
+    pub(crate) async fn open_with(&self, config: Config) -> Kubernetes {
+        let runtime = Kubernetes::start(self.client.clone(), config);
         until_known(&runtime).await;
         runtime
     }
@@ -192,6 +198,10 @@ impl Space {
         Api::namespaced(self.client.clone(), &self.name)
     }
 
+    pub(crate) fn quotas(&self) -> Api<ResourceQuota> {
+        Api::namespaced(self.client.clone(), &self.name)
+    }
+
     pub(crate) fn code(&self) -> Api<ConfigMap> {
         Api::namespaced(self.client.clone(), &self.name)
     }
@@ -212,6 +222,22 @@ impl Space {
                 return;
             }
             assert!(Instant::now() < deadline, "{found} pods, not {count}");
+            sleep(ASK_EVERY).await;
+        }
+    }
+
+    /// Waits until an event with this reason tells of an object; its message.
+    pub(crate) async fn until_said(&self, object: &str, reason: &str) -> String {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), &self.name);
+        let about = format!("involvedObject.name={object},reason={reason}");
+        let about = ListParams::default().fields(&about);
+        let deadline = Instant::now() + START_PATIENCE;
+        loop {
+            let told = events.list(&about).await.expect("the API server works");
+            if let Some(event) = told.items.into_iter().next() {
+                return event.message.unwrap_or_default();
+            }
+            assert!(Instant::now() < deadline, "no {reason} of {object}");
             sleep(ASK_EVERY).await;
         }
     }

@@ -99,6 +99,8 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     finalizer(&plane.namespace("finalizer").await).await;
     says("refusals end a start with their reason");
     refusals(&plane.namespace("refusals").await).await;
+    says("a pod that is refused is a reason, once that does not pass");
+    refused_pods(&plane.namespace("refused-pods").await).await;
     says("foreign objects are neither listed nor touched");
     foreign(&plane.namespace("foreign").await).await;
     says("output and events can be read, and are kept");
@@ -336,22 +338,7 @@ async fn refusals(space: &Space) {
     let runtime = space.open("node-1").await;
     let mut invalid = spec("invalid");
     invalid.filename = "no/key.py".to_owned();
-    let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
-        "spec": { "hard": { "count/jobs.batch": "0" } } });
-    let quotas =
-        Api::<k8s_openapi::api::core::v1::ResourceQuota>::namespaced(space.jobs().into_client(), &space.name);
-    let quota = serde_json::from_value(quota).expect("a quota");
-    quotas
-        .create(&PostParams::default(), &quota)
-        .await
-        .expect("it works");
-    // There is no controller that counts.
-    let counted =
-        json!({ "status": { "hard": { "count/jobs.batch": "0" }, "used": { "count/jobs.batch": "0" } } });
-    quotas
-        .patch_status("none", &PatchParams::default(), &Patch::Merge(counted))
-        .await
-        .expect("it works");
+    allow_none(space, "count/jobs.batch").await;
     for (spec, words) in [(invalid, "(422 Invalid)"), (spec("quota"), "exceeded quota")] {
         runtime.apply(FENCE, &spec).await.expect("it is accepted");
         let ended = until(&runtime, &spec.deployment, "ended", is_ended).await;
@@ -362,6 +349,61 @@ async fn refusals(space: &Space) {
         assert!(!runtime.observe().await.expect("known")[0].holds_gpus());
         stop(&runtime, &spec).await;
     }
+    assert_eq!(space.remains().await, Vec::<String>::new());
+}
+
+/// Lets a namespace have none of something.
+async fn allow_none(space: &Space, what: &str) {
+    let quota = json!({ "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "none" },
+        "spec": { "hard": { what: "0" } } });
+    let quota = serde_json::from_value(quota).expect("a quota");
+    let quotas = space.quotas();
+    let made = quotas.create(&PostParams::default(), &quota).await;
+    made.expect("it works");
+    // There is no controller that counts.
+    let counted = Patch::Merge(json!({ "status": { "hard": { what: "0" }, "used": { what: "0" } } }));
+    let told = quotas
+        .patch_status("none", &PatchParams::default(), &counted)
+        .await;
+    told.expect("it works");
+}
+
+/// A Job whose pod is refused says nothing of that; its events do.
+async fn refused_pods(space: &Space) {
+    allow_none(space, "pods").await;
+    let runtime = space.open("node-1").await;
+    let refused = spec("refused");
+    runtime.apply(FENCE, &refused).await.expect("it is accepted");
+    let ended = until(&runtime, &refused.deployment, "ended", is_ended).await;
+    let Some(WorkloadPhase::Ended { reason, .. }) = ended else {
+        unreachable!("it was waited for")
+    };
+    let words = reason.starts_with("FailedCreate: ") && reason.contains("exceeded quota: none");
+    assert!(words, "{reason}");
+    assert!(!runtime.observe().await.expect("known")[0].holds_gpus());
+    stop(&runtime, &refused).await;
+    drop(runtime);
+
+    // One that passes is put up with, also by the next agent.
+    let mut config = space.config("node-1");
+    config.patience = std::time::Duration::from_secs(600);
+    let patient = space.open_with(config.clone()).await;
+    let waits = spec("waits");
+    space.say(&waits.deployment, running());
+    patient.apply(FENCE, &waits).await.expect("it is accepted");
+    let said = space
+        .until_said(&job_name(&waits.deployment), "FailedCreate")
+        .await;
+    assert!(said.contains("exceeded quota: none"), "{said}");
+    let pending = Some(WorkloadPhase::Pending);
+    assert_eq!(phase(&patient, &waits.deployment).await, pending);
+    drop(patient);
+    let next = space.open_with(config).await;
+    assert_eq!(phase(&next, &waits.deployment).await, pending);
+    let deleted = space.quotas().delete("none", &DeleteParams::default()).await;
+    deleted.expect("it is there");
+    until(&next, &waits.deployment, "running", is_running).await;
+    stop(&next, &waits).await;
     assert_eq!(space.remains().await, Vec::<String>::new());
 }
 
