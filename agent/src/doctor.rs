@@ -1,11 +1,18 @@
-//! `chutes-agent doctor net`: whether UDP gets through between this host and the members, both ways.
+//! What is wrong around this host.
 //!
-//! Out: every member is asked, over QUIC. In: each that answers is asked to dial this host at the address that it told
-//! when it joined. Where the agent does not run, a listener stands in for its door meanwhile.
+//! `chutes-agent doctor net`: whether UDP gets through between this host and the members, both ways. Out: every member
+//! is asked, over QUIC. In: each that answers is asked to dial this host at the address that it told when it joined.
+//! Where the agent does not run, a listener stands in for its door meanwhile.
+//!
+//! `chutes-agent doctor ready`: whether what this host is configured for does its work. It needs nothing but the
+//! configuration and this host's network, so the chart's test is that.
 
 use std::io::Write as _;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use agent::config::checked::{certificates_folder, joining};
+use agent::config::units::parse_duration;
 use agent::config::{self, Sources};
 use anyhow::Context as _;
 use coordinator::door;
@@ -13,7 +20,20 @@ use coordinator::identity::Identity;
 use coordinator::join::reach::{self, Reach};
 use coordinator::join::wire::{Answer, Question};
 use coordinator::join::{Admission, client};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
+
+/// How long one answer may take: a member answers only once it has caught up, and says so before.
+const ANSWER_MAX: Duration = Duration::from_secs(10);
+/// Between two questions to what is not ready.
+const ASK_EVERY: Duration = Duration::from_millis(500);
+
+/// How it is asked.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Patience {
+    /// How long it may take to become ready, such as 30s
+    #[arg(long, value_name = "TIME", default_value = "1m", value_parser = parse_duration)]
+    patience: Duration,
+}
 
 /// What keeps this host from a member, and the way out.
 async fn why_closed(member: &str) -> String {
@@ -119,4 +139,78 @@ pub(crate) async fn net(sources: &Sources) -> anyhow::Result<()> {
     drop(stand_in);
     anyhow::ensure!(closed == 0, "{closed} ways are closed");
     Ok(())
+}
+
+/// Asks all that runs here whether it is ready, says what it heard, and fails if anything is not in time.
+///
+/// # Errors
+/// With how much is not.
+pub(crate) async fn ready(sources: &Sources, arguments: &Patience) -> anyhow::Result<()> {
+    // The caller may have installed one already; any is fine.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let (written, _) = config::read(sources)?;
+    let (member, host) = (written.coordinator.enabled, written.host.enabled);
+    anyhow::ensure!(
+        member || host,
+        "nothing is to run here: host.enabled and coordinator.enabled are both false"
+    );
+    let doors = [
+        (member, "member", written.coordinator.api_listen, "/ready"),
+        (host, "GPU proof", written.proof.listen, "/ping"),
+        (host, "images", written.registry.listen, "/v2/"),
+    ];
+    let http = reqwest::Client::builder().no_proxy().timeout(ANSWER_MAX);
+    let http = http.build()?;
+    let deadline = Instant::now() + arguments.patience;
+    let mut missing = 0;
+    for (_, what, listen, path) in doors.into_iter().filter(|(is_here, ..)| *is_here) {
+        let url = format!("http://{}{path}", reachable(listen));
+        match until_ready(&http, &url, deadline).await {
+            Ok(()) => say(&format!("{what} {url}: ready"))?,
+            Err(why) => {
+                missing += 1;
+                say(&format!("{what} {url}: NOT READY. {why}"))?;
+            }
+        }
+    }
+    anyhow::ensure!(
+        missing == 0,
+        "{missing} of what is to run here is not ready: the agent's log says why"
+    );
+    Ok(())
+}
+
+/// Asks until the answer is good; the last reason why it is not.
+async fn until_ready(http: &reqwest::Client, url: &str, deadline: Instant) -> Result<(), String> {
+    loop {
+        let why = match http.get(url).send().await {
+            Ok(answer) if answer.status().is_success() => return Ok(()),
+            Ok(answer) => {
+                let status = answer.status();
+                let text = answer.text().await.unwrap_or_default();
+                format!("It answers {status}: {}", text.trim())
+            }
+            Err(error) if error.is_connect() => "Nothing listens there".to_owned(),
+            Err(error) => format!("It does not answer: {error}"),
+        };
+        if Instant::now() >= deadline {
+            return Err(why);
+        }
+        sleep(ASK_EVERY).await;
+    }
+}
+
+/// Where a door is reached from this machine.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let mut reached = listen;
+    match listen {
+        SocketAddr::V4(address) if address.ip().is_unspecified() => {
+            reached.set_ip(Ipv4Addr::LOCALHOST.into())
+        }
+        SocketAddr::V6(address) if address.ip().is_unspecified() => {
+            reached.set_ip(Ipv6Addr::LOCALHOST.into())
+        }
+        _ => {}
+    }
+    reached
 }

@@ -108,6 +108,8 @@ enum Command {
 enum DoctorCommand {
     /// Whether UDP gets through between this host and the members, both ways
     Net,
+    /// Whether what is to run on this host is ready
+    Ready(doctor::Patience),
 }
 
 #[derive(Debug, Subcommand)]
@@ -169,6 +171,9 @@ fn dispatch() -> anyhow::Result<()> {
         Command::PacketFilter(PacketFilterCommand::Show) => show_packet_filter(&settings.sources()),
         Command::PacketFilter(PacketFilterCommand::Remove) => {
             multi_thread()?.block_on(remove_packet_filter(&settings.sources()))
+        }
+        Command::Doctor(DoctorCommand::Ready(patience)) => {
+            multi_thread()?.block_on(doctor::ready(&settings.sources(), &patience))
         }
         Command::Rejoin => setup::rejoin(&settings.sources()),
         Command::Restore(arguments) => restore::restore(&settings.sources(), &arguments),

@@ -1,11 +1,11 @@
 //! `chutes-agent doctor net`: another machine dials the UDP port, and a port that drops everything is named as blocked
-//! UDP, told apart from one that nobody has.
+//! UDP, told apart from one that nobody has. `doctor ready`: what does not answer is named.
 
 use std::net::{SocketAddr, UdpSocket};
 
 use serde_json::json;
 
-use super::machine::{Machine, SEED, until};
+use super::machine::{Machine, SEED, three, until};
 
 /// A port that takes everything and answers nothing, as one does behind a firewall that drops.
 fn dropping() -> (UdpSocket, SocketAddr) {
@@ -97,4 +97,26 @@ async fn open_ways_are_open_and_a_blocked_way_out_is_named() {
         first.door
     );
     assert!(!good && said.contains(&nobody), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_ready_on_a_host_is_named() {
+    let [mut first, mut second, mut third] = three().await;
+    let at_once = ["doctor", "ready", "--patience", "1s"];
+    let ready = first.done(&["doctor", "ready"], "/ready: ready");
+    assert!(!ready.contains("NOT"), "{ready}");
+    first.kill().await;
+    first.refused(&at_once, "/ready: NOT READY. Nothing listens there");
+    // A member without a majority listens, and is not ready.
+    second.kill().await;
+    third.refused(&at_once, "/ready: NOT READY. It answers 503");
+    third.kill().await;
+
+    // A host without a vote: its GPU proof and the door for images.
+    let host = Machine::host(3);
+    let (good, said) = host.command(&at_once, "");
+    for door in ["GPU proof http://", "images http://"] {
+        assert!(!good && said.contains(door), "{said}");
+    }
+    assert!(said.contains("2 of what is to run here is not ready"), "{said}");
 }

@@ -31,6 +31,10 @@ use super::control_plane::{ControlPlane, programs};
 use super::signed::signed;
 use super::{PATIENCE, alone, until};
 
+mod tested;
+
+use tested::tested;
+
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/chutes-miner");
 const VALIDATOR: &str = "5Dt7HZ7Zpw4DppPxFM7Ke3Cm7sDAWhsZXmM5ZAmE7dSVJbcQ";
 const MINER: &str = "miner";
@@ -361,6 +365,11 @@ async fn nodes_of_a_shared_cluster_enter_by_themselves() {
     Box::pin(interrupted(&shared)).await;
 
     let (founder, follower, running) = Box::pin(race(&shared, &first, &second, &plain)).await;
+    let (helm, said) = Box::pin(tested(&shared, founder, &[])).await;
+    assert!(
+        helm.is_ok() && said.contains("/ready: ready\n"),
+        "{helm:?} {said}"
+    );
     let cluster = founder.admission().expect("it has founded").cluster;
     let notice = shared
         .until_notice("doors", 2)
@@ -431,6 +440,9 @@ async fn nodes_of_a_shared_cluster_enter_by_themselves() {
     let after = shared.host("gpu-9", HOSTS).await;
     assert!(after.enters().await.contains(&cluster), "with two authorities");
     drop(running);
+    let (helm, said) = Box::pin(tested(&shared, founder, &["--patience", "1s"])).await;
+    let words = "/ready: NOT READY. Nothing listens there";
+    assert!(helm.is_err() && said.contains(words), "{helm:?} {said}");
     shared.plane.stop().await;
 }
 
