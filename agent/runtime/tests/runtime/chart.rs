@@ -54,6 +54,13 @@ pub(crate) async fn chart(plane: &ControlPlane) {
         plane.install(release, MINER, &values).await.expect(what);
     }
 
+    // Nobody runs its pod here: the API server takes it, and it waits.
+    let test = ["test", "gpu", "--namespace", MINER, "--timeout", "1s"];
+    assert!(plane.helm(&test).await.is_err());
+    let pods: Api<Pod> = Api::namespaced(plane.client.clone(), MINER);
+    let now = DeleteParams::default().grace_period(0);
+    let deleted = pods.delete("gpu-chutes-miner-test-ready", &now).await;
+    deleted.expect("it is there");
     Box::pin(what_an_agent_may(plane, ACCOUNT)).await;
     plane
         .helm(&["uninstall", "gpu", "--namespace", MINER])
