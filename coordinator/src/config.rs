@@ -24,6 +24,8 @@ pub struct Config {
     pub site: String,
     /// `host:port` where others reach `hosts_listen`.
     pub advertise: String,
+    /// `host:port` of doors at which other members may be, besides where they are known to be.
+    pub members: Vec<String>,
     /// Heartbeats and elections.
     pub timing: replica::Timing,
     /// Us.

@@ -226,9 +226,12 @@ pub async fn run(
     services.spawn(certificate.keep(stop.clone()));
     let address = address::Keeper {
         address: config.advertise.clone(),
+        members: config.members.clone(),
         server: admission.server.clone(),
         folder: config.identity.clone(),
         store: store.clone(),
+        replica: replica.clone(),
+        peers: peers.clone(),
     };
     services.spawn(address.keep(stop.clone()));
 
@@ -286,6 +289,7 @@ pub async fn run(
             cluster: admission.cluster.clone(),
             endpoint: endpoint.clone(),
             identity: config.identity.clone(),
+            peers,
             joins: Arc::new(Semaphore::new(gate::JOINS_MAX)),
             nodes: nodes.clone(),
         },

@@ -233,6 +233,11 @@ fn member(
     if settings.cluster.trim().is_empty() {
         checker.complain("coordinator.cluster", "coordinator.cluster must not be empty");
     }
+    for member in &settings.members {
+        if let Err(error) = with_port(member) {
+            checker.complain("coordinator.members", format!("coordinator.members: {error}"));
+        }
+    }
     let backup = backup::check(written, checker);
     let nodes = checker.take_named("nodes.config_map", nodes(written));
     Some(Member {
@@ -246,6 +251,7 @@ fn member(
             name: written.host.name.clone().unwrap_or_default(),
             site: written.host.site.clone().unwrap_or_default(),
             advertise: checker.take("coordinator.advertise", advertised(written))?,
+            members: settings.members.clone(),
             timing: match written.raft.timing {
                 written::Timing::Auto => replica::Timing::Auto,
                 written::Timing::Lan => replica::Timing::Lan,
@@ -386,19 +392,23 @@ pub fn nodes(written: &Written) -> Result<Option<nodes::Config>, String> {
     Ok(Some(config))
 }
 
+/// Refuses what is no address of a door.
+fn with_port(address: &str) -> Result<(), String> {
+    let parts = address.rsplit_once(':');
+    let port = parts.filter(|(host, _)| !host.is_empty());
+    match port.and_then(|(_, port)| port.parse::<u16>().ok()) {
+        Some(port) if port != 0 => Ok(()),
+        _ => Err(format!(
+            "{address:?}: write \"address:port\", such as \"192.0.2.1:4433\""
+        )),
+    }
+}
+
 /// Where others reach the member's door.
 fn advertised(written: &Written) -> Result<String, String> {
     let (settings, listen) = (&written.coordinator, written.coordinator.hosts_listen);
     if let Some(address) = settings.advertise.as_deref() {
-        let port = address
-            .rsplit_once(':')
-            .and_then(|(_, port)| port.parse::<u16>().ok());
-        return match port {
-            Some(port) if port != 0 => Ok(address.to_owned()),
-            _ => Err(format!(
-                "{address:?}: write \"address:port\", such as \"192.0.2.1:4433\""
-            )),
-        };
+        return with_port(address).map(|()| address.to_owned());
     }
     if !listen.ip().is_unspecified() {
         return Ok(listen.to_string());

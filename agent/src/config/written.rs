@@ -136,6 +136,9 @@ pub struct Coordinator {
     /// Where others reach `coordinator.hosts_listen`, as `address:port`. When absent, that address itself, or
     /// `host.address` with its port if it is none in particular.
     pub advertise: Option<String>,
+    /// Where other members are, as `address:port` each, besides where they are known to be. Needed when all members get
+    /// new addresses at once: set the others' on every member, and take it out when they have found each other.
+    pub members: Vec<String>,
     /// TCP address of the management API. It has no TLS of its own: loopback, or an address with TLS in front.
     pub api_listen: SocketAddr,
     /// TCP address where Prometheus reads `/metrics` of this member without a signature; none when absent. Open it to
@@ -164,6 +167,7 @@ impl Default for Coordinator {
             cluster: "chutes".to_owned(),
             hosts_listen: SocketAddr::from(([0, 0, 0, 0], 4433)),
             advertise: None,
+            members: Vec::new(),
             api_listen: SocketAddr::from(([127, 0, 0, 1], 32000)),
             metrics_listen: None,
             pay_profile: PayProfile::Of2026,

@@ -79,7 +79,7 @@ type Dialled = Option<Result<Connection, String>>;
 
 /// The connection to one peer, or the attempt to get one.
 struct Link {
-    address: String,
+    places: Vec<String>,
     begun: Instant,
     dialled: watch::Receiver<Dialled>,
     /// Datagrams received when a question was given up without any new one, and since when.
@@ -88,8 +88,8 @@ struct Link {
 
 impl Link {
     /// Whether it is up, on its way up, or failed only just now.
-    fn is_usable(&self, address: &str) -> bool {
-        self.address == address
+    fn is_usable(&self, places: &[String]) -> bool {
+        self.places.first() == places.first()
             && match &*self.dialled.borrow() {
                 Some(Ok(connection)) => connection.close_reason().is_none(),
                 Some(Err(_)) => self.begun.elapsed() < REDIAL_AFTER,
@@ -97,6 +97,13 @@ impl Link {
                 None => self.dialled.has_changed().is_ok(),
             }
     }
+}
+
+/// A member that says that it is elsewhere than where it is looked for.
+struct Moved {
+    to: String,
+    /// Where it was looked for when that was first needed; told another address, this is old.
+    from: Option<String>,
 }
 
 /// Gives the TLS settings to dial a member with: they change when certificates do.
@@ -107,6 +114,7 @@ struct Shared {
     client: Box<ClientConfigs>,
     transport: Arc<quinn::TransportConfig>,
     links: Mutex<BTreeMap<u64, Link>>,
+    moved: Mutex<BTreeMap<u64, Moved>>,
 }
 
 /// The connections to other members. Clones share them.
@@ -133,6 +141,7 @@ impl Peers {
             client: Box::new(client),
             transport: Arc::new(transport_config()),
             links: Mutex::default(),
+            moved: Mutex::default(),
         }))
     }
 
@@ -159,6 +168,38 @@ impl Peers {
                 connection.close(VarInt::from_u32(0), b"disconnected");
             }
         }
+    }
+
+    /// From now on `member` is dialled at `address` (host:port) first, until it is looked for there anyway, or at
+    /// another place than now. Whoever answers there has to have its certificate, as everywhere.
+    pub fn note_moved(&self, member: u64, address: String) {
+        let moved = Moved {
+            to: address,
+            from: None,
+        };
+        self.moved().insert(member, moved);
+    }
+
+    /// Where members say that they are that are looked for elsewhere.
+    #[must_use]
+    pub fn moved_to(&self) -> Vec<String> {
+        self.moved().values().map(|moved| moved.to.clone()).collect()
+    }
+
+    /// Where to dial a member that is looked for at `address`, best first.
+    fn places(&self, member: u64, address: &str) -> Vec<String> {
+        let mut all = self.moved();
+        if let Some(moved) = all.get_mut(&member) {
+            if moved.to != address && moved.from.get_or_insert_with(|| address.to_owned()) == address {
+                return vec![moved.to.clone(), address.to_owned()];
+            }
+            all.remove(&member);
+        }
+        vec![address.to_owned()]
+    }
+
+    fn moved(&self) -> MutexGuard<'_, BTreeMap<u64, Moved>> {
+        self.0.moved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn links(&self) -> MutexGuard<'_, BTreeMap<u64, Link>> {
@@ -211,12 +252,13 @@ impl Peers {
 
     /// The link to a member; begins one if there is none that works.
     fn dialled(&self, member: u64, address: &str) -> watch::Receiver<Dialled> {
+        let places = self.places(member, address);
         let mut links = self.links();
-        if let Some(link) = links.get(&member).filter(|link| link.is_usable(address)) {
+        if let Some(link) = links.get(&member).filter(|link| link.is_usable(&places)) {
             return link.dialled.clone();
         }
         let (done, dialled) = watch::channel(None);
-        let (shared, to) = (self.0.clone(), address.to_owned());
+        let (shared, to) = (self.0.clone(), places.clone());
         // A task of its own: a question that is given up must not end the attempt for the others.
         tokio::spawn(async move {
             let result = timeout(DIAL_MAX, dial(&shared, member, &to)).await;
@@ -224,7 +266,7 @@ impl Peers {
             done.send_replace(Some(result));
         });
         let link = Link {
-            address: address.to_owned(),
+            places,
             begun: Instant::now(),
             dialled: dialled.clone(),
             silent: None,
@@ -299,16 +341,20 @@ impl Transport for Peers {
     }
 }
 
-async fn dial(shared: &Shared, member: u64, address: &str) -> Result<Connection, String> {
+async fn dial(shared: &Shared, member: u64, places: &[String]) -> Result<Connection, String> {
     let mut config = (shared.client)(member)?;
     config.transport_config(shared.transport.clone());
     let own = shared.endpoint.local_addr().map_err(|error| error.to_string())?;
-    let found = tokio::net::lookup_host(address).await;
-    let found = found.map_err(|error| format!("{address}: {error}"))?;
-    // An IPv6 socket reaches both.
-    let candidates: Vec<SocketAddr> = found.filter(|it| own.is_ipv6() || it.is_ipv4()).collect();
+    let mut last = format!("{}: no usable address", places.join(", "));
+    let mut candidates: Vec<SocketAddr> = Vec::new();
+    for address in places {
+        match tokio::net::lookup_host(address).await {
+            // An IPv6 socket reaches both.
+            Ok(found) => candidates.extend(found.filter(|it| own.is_ipv6() || it.is_ipv4())),
+            Err(error) => last = format!("{address}: {error}"),
+        }
+    }
     let each = DIAL_MAX / u32::try_from(candidates.len().max(1)).unwrap_or(u32::MAX);
-    let mut last = format!("{address}: no usable address");
     for candidate in candidates {
         let name = server_name(member);
         let connecting = shared.endpoint.connect_with(config.clone(), candidate, &name);

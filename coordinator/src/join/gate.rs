@@ -10,6 +10,7 @@ use coordinator_core::state_machine::{Command, Reply};
 use protocol::hotkey::Hotkey;
 use protocol::time::UnixMillis;
 use quinn::{Connection, ConnectionError, Endpoint};
+use replica::quic::Peers;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -46,6 +47,8 @@ pub struct Gate {
     pub endpoint: Endpoint,
     /// Folder with the certificate that they show.
     pub identity: PathBuf,
+    /// The ways to other members: one that has moved is looked for there at once.
+    pub peers: Peers,
     /// Limits how many join at a time.
     pub joins: Arc<Semaphore>,
     /// The Kubernetes cluster whose nodes enter by themselves.
@@ -371,10 +374,20 @@ impl Gate {
         }
     }
 
-    /// Records where a host is to be found.
+    /// Records where a host is to be found. A member is looked for there before that is recorded, too: without it there
+    /// may be no majority that could record anything.
     async fn moved(&self, bearer: Option<&Bearer>, address: String) -> Result<(), No> {
-        let (record, _) = self.known(bearer).await?;
         are_words(&[("address", &address)])?;
+        let member = bearer.and_then(|bearer| {
+            self.store.read(|state| match state.standing(&bearer.key_hash) {
+                Standing::In(record) => record.member,
+                Standing::Removed(_) | Standing::Unknown => None,
+            })
+        });
+        if let Some(member) = member {
+            self.peers.note_moved(member, address.clone());
+        }
+        let (record, _) = self.known(bearer).await?;
         let server = record.host.server;
         tracing::info!(%server, before = record.host.address, address, "a host has moved");
         self.store

@@ -42,6 +42,8 @@ pub(crate) struct Host {
     pub(crate) nodes: Option<Arc<dyn Nodes>>,
     /// Where it says that it is; at its door unless the test wants otherwise.
     pub(crate) advertise: Option<String>,
+    /// Where its configuration says that other members are.
+    pub(crate) members: Vec<String>,
     /// The miner's, as this host has it; its operator signs with it too.
     pub(crate) seed: [u8; 32],
     running: Option<Running>,
@@ -67,6 +69,7 @@ impl Host {
             found_observing: false,
             nodes: None,
             advertise: None,
+            members: Vec::new(),
             seed: SEED,
             running: None,
         }
@@ -134,6 +137,7 @@ impl Host {
             name: self.name(),
             site: format!("site-{}", self.number),
             advertise: self.advertise.clone().unwrap_or_else(|| self.door.to_string()),
+            members: self.members.clone(),
             timing: replica::Timing::Lan,
             miner: self.miner(),
             validators: Directory::check(&[validator]).expect("good settings"),

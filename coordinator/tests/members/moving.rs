@@ -93,6 +93,59 @@ async fn a_member_that_moves_is_found_by_members_and_hosts() {
     }
 }
 
+/// All three get other addresses while none of them runs; those that `knows` names are told where the others are.
+async fn all_move(knows: &[usize]) {
+    let mut hosts = three().await;
+    for host in &mut hosts {
+        host.stop().await;
+    }
+    for host in &mut hosts {
+        host.move_away();
+    }
+    let doors = hosts.each_ref().map(|host| host.door.to_string());
+    for known in knows {
+        let others = doors.iter().filter(|door| **door != doors[*known]);
+        hosts[*known].members = others.cloned().collect();
+    }
+    for host in &mut hosts {
+        host.start();
+    }
+    let [mut first, mut second, mut third] = hosts;
+    let wanted = expected(&[&first, &second, &third]);
+    for host in [&first, &second, &third] {
+        until("its address is known everywhere", async || {
+            (addresses(host).await == wanted).then_some(())
+        })
+        .await;
+    }
+    all_follow(&third).await;
+    assert_eq!(second.voters().await, ["host-1", "host-2", "host-3"]);
+
+    // What was recorded is all that they need from now on.
+    for host in [&mut first, &mut second, &mut third] {
+        host.stop().await;
+        host.members.clear();
+    }
+    for host in [&mut first, &mut second, &mut third] {
+        host.start();
+    }
+    all_follow(&third).await;
+    for host in [&mut first, &mut second, &mut third] {
+        host.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_that_all_move_at_once_find_each_other_by_the_configuration() {
+    all_move(&[0, 1, 2]).await;
+}
+
+/// It tells the others where it is, and they tell it.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_three_members_one_that_knows_where_the_others_are_is_enough() {
+    all_move(&[1]).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_only_member_moves_too() {
     let mut first = Host::new(1);

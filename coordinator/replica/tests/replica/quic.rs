@@ -389,6 +389,48 @@ async fn nobody_there_is_an_answer_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_is_dialled_where_it_says_that_it_is_if_it_is_there() {
+    let authority = Authority::new();
+    let deaf = UdpSocket::bind(LOCALHOST).await.unwrap();
+    let old = deaf.local_addr().unwrap().to_string();
+    let (two, new) = answering(&authority, 2);
+    let (three, other) = answering(&authority, 3);
+    let (_one, peers) = asking(&authority, 1);
+    let ask = async |address: &str| peers.ask(2, address, b"who".to_vec(), 3 * SOON).await;
+
+    // Also while an attempt at the old address is under way.
+    let before = tokio::spawn({
+        let (peers, old) = (peers.clone(), old.clone());
+        async move { peers.ask(2, &old, b"who".to_vec(), SOON).await }
+    });
+    let mut datagram = [0; 2048];
+    deaf.recv_from(&mut datagram).await.unwrap();
+    peers.note_moved(2, new.to_string());
+    let began = Instant::now();
+    assert_eq!(ask(&old).await.unwrap(), b"who of 1");
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    assert_eq!(peers.moved_to(), [new.to_string()]);
+    before.abort();
+
+    // Looked for there anyway, it is nothing to remember.
+    assert_eq!(ask(&new.to_string()).await.unwrap(), b"who of 1");
+    assert!(peers.moved_to().is_empty());
+
+    // Somebody else is there: where it is looked for counts.
+    peers.note_moved(2, other.to_string());
+    assert_eq!(ask(&new.to_string()).await.unwrap(), b"who of 1");
+
+    // It was there, and is looked for at a third place by now.
+    peers.note_moved(2, new.to_string());
+    assert_eq!(ask(&old).await.unwrap(), b"who of 1");
+    two.close(0_u8.into(), b"");
+    let (_two, third) = answering(&authority, 2);
+    assert_eq!(ask(&third.to_string()).await.unwrap(), b"who of 1");
+    assert!(peers.moved_to().is_empty());
+    three.close(0_u8.into(), b"");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_find_each_other_over_ipv6_too() {
     let authority = Authority::new();
     let at = SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 0));
