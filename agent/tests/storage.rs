@@ -11,6 +11,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use protocol::hotkey::Signer;
 use redb::{Database, TableDefinition};
@@ -24,8 +25,8 @@ use tokio::time::timeout;
 const NO_VALIDATOR: &str = "127.0.0.1:9";
 /// How often a member is killed in the hope that its files are full.
 const LIVES_MAX: u32 = 4;
-/// What a member says whose disk is full while it runs.
-const ONLY_READ: &str = "the disk is full: this member steps down and can only be read locally";
+/// What a member says whose disk is full.
+const ONLY_READ: &str = "the disk is full: this member can only be read locally until there is room";
 /// Writes that a full disk takes at most before it refuses one: files have some room of their own.
 const WRITES_MAX: usize = 20_000;
 /// A version that this release cannot know.
@@ -82,7 +83,7 @@ async fn cut_off_and_newer_stores_are_named_with_the_way_back_and_not_tried_in_a
     let host_store = data.join("agent.redb");
     timeout(PATIENCE, async {
         while !host_store.exists() {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     })
     .await
@@ -236,6 +237,24 @@ struct Operator {
 }
 
 impl Operator {
+    /// Writes the configuration of an agent, and knows where its API will be.
+    fn of(folder: &Path) -> Self {
+        // Fails when one is installed already, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        prepare(folder, NO_VALIDATOR);
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let api = free.local_addr().expect("bound");
+        let file = folder.join("config.toml");
+        let config = std::fs::read_to_string(&file).expect("ours");
+        let listen = format!("api_listen = \"{api}\"");
+        std::fs::write(&file, config.replace("api_listen = \"127.0.0.1:0\"", &listen)).expect("ours");
+        Self {
+            http: reqwest::Client::builder().no_proxy().build().expect("a client"),
+            key: Signer::from_seed_hex(SEED).expect("a seed"),
+            api,
+        }
+    }
+
     /// Status and answer of a request; `local` asks for what the member has applied, fresh or not.
     async fn ask(&self, method: Method, path: &str, body: Value, local: bool) -> (u16, bool, Value) {
         let request = signed::signed(&self.http, &self.key, self.api, method, path, &body);
@@ -253,6 +272,29 @@ impl Operator {
         (status, is_local, answer.json().await.expect("JSON"))
     }
 
+    async fn invite(&self) -> (u16, bool, Value) {
+        self.ask(Method::POST, "/hosts/invites", json!({}), false).await
+    }
+
+    /// Checks that what was acknowledged can be read, locally, and that nothing else can be done.
+    async fn reads_all_and_no_more(&self, acknowledged: &Value) {
+        let read = async {
+            while self.state(true).await.2["now"] != acknowledged["now"] {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let read = timeout(PATIENCE, read).await;
+        read.expect("what was acknowledged can be read");
+        assert_eq!(self.invite().await.0, 503);
+        assert_eq!(self.state(false).await.0, 503);
+        for path in ["/v1/state", "/v1/status", "/hosts", "/servers/", "/v1/raft"] {
+            let (status, is_local, answer) = self.ask(Method::GET, path, Value::Null, true).await;
+            assert!(status == 200 && is_local, "{path}: {status} {answer}");
+        }
+        let (_, _, raft) = self.ask(Method::GET, "/v1/raft", Value::Null, true).await;
+        assert_eq!(raft["members"][0]["role"], "voter", "{raft}");
+    }
+
     async fn state(&self, local: bool) -> (u16, bool, Value) {
         self.ask(Method::GET, "/v1/state", Value::Null, local).await
     }
@@ -260,35 +302,20 @@ impl Operator {
 
 #[tokio::test]
 async fn a_member_whose_disk_is_full_can_be_read_and_leads_again_when_there_is_room() {
-    // Fails when one is installed already, which is as good.
-    let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = tempfile::tempdir().expect("a temporary folder");
     let data = folder.path().join("data");
     let Some(disk) = small_disk(&data) else { return };
-    prepare(folder.path(), NO_VALIDATOR);
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let api = free.local_addr().expect("bound");
-    drop(free);
-    let file = folder.path().join("config.toml");
-    let config = std::fs::read_to_string(&file).expect("ours");
-    let listen = format!("api_listen = \"{api}\"");
-    std::fs::write(&file, config.replace("api_listen = \"127.0.0.1:0\"", &listen)).expect("ours");
-    let operator = Operator {
-        http: reqwest::Client::builder().no_proxy().build().expect("a client"),
-        key: Signer::from_seed_hex(SEED).expect("a seed"),
-        api,
-    };
-    let invite = || operator.ask(Method::POST, "/hosts/invites", json!({}), false);
-
+    let operator = Operator::of(folder.path());
     let mut agent = Agent::start(folder.path());
+    let mut running = agent.started("coordinator").await;
     agent.line("coordinator", "the cluster is founded").await;
-    let (status, _, invited) = invite().await;
+    let (status, _, invited) = operator.invite().await;
     assert_eq!(status, 200, "{invited}");
     let (status, is_local, before) = operator.state(false).await;
     assert!(status == 200 && !is_local, "{before}");
     disk.fill(0);
     let mut writes = 0;
-    while invite().await.0 == 200 {
+    while operator.invite().await.0 == 200 {
         writes += 1;
         assert!(writes < WRITES_MAX, "the disk does not get full");
     }
@@ -297,25 +324,90 @@ async fn a_member_whose_disk_is_full_can_be_read_and_leads_again_when_there_is_r
     assert!(reason.contains(&data.display().to_string()), "{reason}");
 
     // Nothing is acknowledged, nothing is said to be fresh, and what it has can be read.
-    assert_eq!(invite().await.0, 503);
-    assert_eq!(operator.state(false).await.0, 503);
-    for path in ["/v1/state", "/v1/status", "/hosts", "/servers/"] {
-        let (status, is_local, answer) = operator.ask(Method::GET, path, Value::Null, true).await;
-        assert!(status == 200 && is_local, "{path}: {status} {answer}");
-    }
     let (_, _, stale) = operator.state(true).await;
+    operator.reads_all_and_no_more(&stale).await;
     assert_eq!(stale["miner"], before["miner"]);
     let (status, _, refused) = operator
         .ask(Method::POST, "/hosts/invites", json!({}), true)
         .await;
     assert_eq!(status, 503, "a write is not content with less: {refused}");
 
+    // Started on the full disk it is the same, whether its files have some room of their own or not.
+    for _ in 0..LIVES_MAX {
+        send(running, Signal::KILL);
+        running = agent.started("coordinator").await;
+        agent.line("coordinator", ONLY_READ).await;
+        operator.reads_all_and_no_more(&stale).await;
+    }
+
     disk.free();
     agent.line("coordinator", "this member leads").await;
     let (status, is_local, after) = operator.state(false).await;
     assert!(status == 200 && !is_local, "{after}");
-    let (status, _, invited) = invite().await;
+    let (status, _, invited) = operator.invite().await;
     assert_eq!(status, 200, "{invited}");
+    stop(agent).await;
+}
+
+/// A file system that keeps what is written into `lower` on a small disk: there it takes room even to open a file for
+/// writing, as with the layers of a container.
+struct Layers<'a> {
+    folder: PathBuf,
+    disk: &'a SmallDisk,
+}
+
+impl<'a> Layers<'a> {
+    fn mount(folder: &Path, lower: &Path, disk: &'a SmallDisk) -> Self {
+        let (upper, work) = (disk.folder.join("upper"), disk.folder.join("work"));
+        for made in [folder, &upper, &work] {
+            std::fs::create_dir(made).expect("there is room for a name");
+        }
+        let parts = [("lowerdir", lower), ("upperdir", &upper), ("workdir", &work)];
+        let options = parts.map(|(what, path)| format!("{what}={}", path.display()));
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "overlay", "overlay", "-o", &options.join(",")]);
+        let output = mount.arg(folder).output().expect("it can be run");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        Self {
+            folder: folder.to_owned(),
+            disk,
+        }
+    }
+}
+
+impl Drop for Layers<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+    }
+}
+
+#[tokio::test]
+async fn a_member_that_cannot_open_its_files_on_a_full_disk_can_be_read_and_starts_when_there_is_room() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let Some(disk) = small_disk(&folder.path().join("disk")) else {
+        return;
+    };
+    let operator = Operator::of(folder.path());
+    let mut agent = Agent::start(folder.path());
+    agent.line("coordinator", "the cluster is founded").await;
+    assert_eq!(operator.invite().await.0, 200);
+    let (_, _, before) = operator.state(false).await;
+    stop(agent).await;
+
+    let (member, lower) = (folder.path().join("data/coordinator"), folder.path().join("lower"));
+    std::fs::rename(&member, &lower).expect("nobody uses it");
+    let layers = Layers::mount(&member, &lower, &disk);
+    layers.disk.fill(0);
+    let mut agent = Agent::start(folder.path());
+    let said = agent.line("coordinator", ONLY_READ).await;
+    let reason = said["reason"].as_str().expect("with a reason");
+    assert!(reason.contains("raft-log.redb: No space left"), "{reason}");
+    operator.reads_all_and_no_more(&before).await;
+
+    layers.disk.free();
+    agent.line("coordinator", "this member leads").await;
+    assert_eq!(operator.invite().await.0, 200);
     stop(agent).await;
 }
 

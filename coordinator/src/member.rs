@@ -1,11 +1,12 @@
 //! A coordinator member: opens the replicated state, lets hosts, other members and operators in, and leads when it
 //! is this member's turn.
 
-use std::path::Path;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use replica::{Replica, RowChange, Start, StateMachine, Storage};
+use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -18,6 +19,7 @@ use futures_util::FutureExt as _;
 mod address;
 mod certificate;
 mod miner;
+mod reading;
 
 use crate::api;
 use crate::backup::{Keeper, Snapshots};
@@ -39,12 +41,6 @@ use crate::validator::{self, Client, ValidatorApi};
 
 /// After a failure of the replicated state, the rest gets so long to end.
 const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
-/// What the operating system says of a full disk.
-const ENOSPC: i32 = 28;
-/// Between two looks whether a full disk has room again.
-const ROOM_EVERY: Duration = Duration::from_secs(1);
-/// What counts as room.
-const ROOM_BYTES: usize = 1024 * 1024;
 /// Before leading begins anew after it has ended by itself, so that a fault that repeats does not do so at once.
 const LEAD_AGAIN: Duration = Duration::from_secs(1);
 
@@ -91,7 +87,7 @@ pub enum Error {
     Door(#[from] door::Error),
     /// A door for operators.
     #[error("listen for the {0} on {1}: {2}")]
-    Listen(&'static str, std::net::SocketAddr, std::io::Error),
+    Listen(&'static str, SocketAddr, std::io::Error),
     /// A validator's client.
     #[error("validator client: {0}")]
     Validator(#[from] validator::Error),
@@ -108,8 +104,8 @@ pub enum Error {
     Strategy(String, String),
 }
 
-/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. On a disk that is full in the
-/// middle of it, local reads are answered until there is room; then it fails, to be started anew. `nodes` is the
+/// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. On a full disk, from the start or
+/// in the middle of it, local reads are answered until there is room; then it fails, to be started anew. `nodes` is the
 /// Kubernetes cluster whose nodes enter by themselves, if there is one.
 ///
 /// # Errors
@@ -135,10 +131,7 @@ pub async fn run(
     let peers = door::peers(endpoint.clone(), config.identity.clone());
 
     let machine = Machine::new(Faults::none());
-    let storage = Storage::Files {
-        directory: config.data.join("raft"),
-    };
-    let mut replica_config = replica::Config::new(&admission.cluster, member, storage);
+    let mut replica_config = stored(&config, &admission, member);
     replica_config.address.clone_from(&config.advertise);
     replica_config.timing = config.timing;
     replica_config.start = if founding.is_some() {
@@ -146,10 +139,27 @@ pub async fn run(
     } else {
         Start::Join
     };
-    let replica = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(peers.clone())).await?;
+    let opened = Replica::open(replica_config, Box::new(machine.clone()), Arc::new(peers.clone())).await;
+    let replica = match opened {
+        Ok(replica) => replica,
+        Err(error) => {
+            endpoint.close(0_u8.into(), b"it does not start");
+            let reason = error.to_string();
+            if !reading::is_of_a_full_disk(&reason) {
+                return Err(error.into());
+            }
+            let stored = stored(&config, &admission, member);
+            let read = reading::serve(&config, stored, signer, clock, &reason, shutdown).await;
+            // What could not be read either, in a store that is new, is no news.
+            return read.map_err(|failed| match failed {
+                Error::Replica(_) => error.into(),
+                other => other,
+            });
+        }
+    };
     note_opened(&config, &mut admission)?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
-    let store = Store::new(machine, log, Arc::clone(&clock), random.u64(..));
+    let store = Store::new(machine.clone(), log, Arc::clone(&clock), random.u64(..));
 
     let mut validators = Validators::new();
     for validator in config.validators.iter() {
@@ -171,10 +181,6 @@ pub async fn run(
     }
     let validators = Arc::new(validators);
     let (hub, listings) = (Hub::default(), Listings::default());
-    let listen = async |what, address| {
-        let listener = tokio::net::TcpListener::bind(address).await;
-        listener.map_err(|error| Error::Listen(what, address, error))
-    };
     let operators = listen("management API", config.api_listen).await?;
     let prometheus = match config.metrics_listen {
         Some(address) => Some(listen("metrics", address).await?),
@@ -235,12 +241,6 @@ pub async fn run(
     };
     services.spawn(address.keep(stop.clone()));
 
-    let api_config = api::Config {
-        miner: config.miner.clone(),
-        member: config.name.clone(),
-        allow_plain_legacy_writes: config.allow_plain_legacy_writes,
-        limits: api::Limits::default(),
-    };
     let snapshots = Snapshots::new(admission.cluster.clone(), store.clone(), replica.clone());
     let keeper = Keeper::new(snapshots, config.backup.clone());
     let deps = api::Deps {
@@ -255,8 +255,8 @@ pub async fn run(
         others: Arc::new(asking),
         signer: Arc::clone(&signer),
     };
-    let limits = api_config.limits;
-    let routes = api::routes(api_config, store.clone(), deps);
+    let limits = api::Limits::default();
+    let routes = api::routes(api_config(&config), store.clone(), deps);
     // They outlive the rest where the disk is full.
     let (doors_of_operators, close_operators) = (TaskTracker::new(), CancellationToken::new());
     let serve = |routes, listener| api::serve(routes, limits, listener, close_operators.clone());
@@ -338,14 +338,9 @@ pub async fn run(
     services.close();
 
     let failure = shutdown.run_until_cancelled(failure_of(replica.health())).await;
-    let full = failure.as_deref().is_some_and(is_of_a_full_disk);
+    let full = failure.as_deref().is_some_and(reading::is_of_a_full_disk);
     match &failure {
-        Some(reason) if full => {
-            tracing::error!(
-                reason,
-                "the disk is full: this member steps down and can only be read locally"
-            );
-        }
+        Some(reason) if full => reading::say(reason),
         _ => {
             tracing::info!("coordinator member stops");
             close_operators.cancel();
@@ -370,7 +365,8 @@ pub async fn run(
     }
     let room = async {
         if full {
-            until_there_is_room(&config.data).await;
+            reading::catch_up(stored(&config, &admission, member), &machine).await;
+            reading::until_there_is_room(&config.data).await;
         }
     };
     let stopped = shutdown.run_until_cancelled(room).await.is_none();
@@ -383,24 +379,24 @@ pub async fn run(
     }
 }
 
-/// Whether a failure says that there was no room: it holds what the operating system says then.
-fn is_of_a_full_disk(reason: &str) -> bool {
-    reason.contains(&std::io::Error::from_raw_os_error(ENOSPC).to_string())
+/// The store of a member, as far as it must be known to read it.
+fn stored(config: &Config, admission: &Admission, member: u64) -> replica::Config {
+    let directory = config.data.join("raft");
+    replica::Config::new(&admission.cluster, member, Storage::Files { directory })
 }
 
-/// Returns once something can be written into a folder again.
-async fn until_there_is_room(folder: &Path) {
-    let attempt = folder.join("room.tmp");
-    loop {
-        tokio::time::sleep(ROOM_EVERY).await;
-        let written = std::fs::write(&attempt, vec![1; ROOM_BYTES]);
-        // It may not have come into being.
-        let _ = std::fs::remove_file(&attempt);
-        match written {
-            Ok(()) => return tracing::info!("the disk has room again: this member starts anew"),
-            Err(error) => tracing::debug!(%error, "the disk is full still"),
-        }
+fn api_config(config: &Config) -> api::Config {
+    api::Config {
+        miner: config.miner.clone(),
+        member: config.name.clone(),
+        allow_plain_legacy_writes: config.allow_plain_legacy_writes,
+        limits: api::Limits::default(),
     }
+}
+
+async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|error| Error::Listen(what, address, error))
 }
 
 /// This host's place in the cluster and its member id; refused when the store was opened once and is gone.

@@ -131,6 +131,15 @@ impl Machine {
         self.shared.wake();
     }
 
+    /// Takes the other's state if that has applied more; for one that no log drives any more.
+    pub fn catch_up_with(&self, other: &Self) {
+        let reached = other.shared.applied.load(Ordering::Acquire);
+        if reached > self.shared.applied.load(Ordering::Acquire) {
+            std::mem::swap(&mut *self.state_mut(), &mut *other.state_mut());
+            self.applied(reached);
+        }
+    }
+
     fn state_mut(&self) -> RwLockWriteGuard<'_, State> {
         self.shared.state.write().unwrap_or_else(PoisonError::into_inner)
     }

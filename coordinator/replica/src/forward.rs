@@ -18,7 +18,7 @@ const OLD_LEADER_MAX: Duration = Duration::from_millis(200);
 
 /// The way to a leader whose address is known.
 pub(crate) fn leader(raft: &Raft, network: &Network, leader: u64) -> Option<Peer> {
-    let members = Membership::of(&raft.metrics().borrow_watched());
+    let members = Membership::of(&raft.metrics().borrow_watched().membership_config);
     members
         .address(leader)
         .map(|address| network.peer(leader, address))

@@ -108,7 +108,7 @@ pub(crate) async fn follow(
             let now = metrics.borrow_watched();
             if members_at != Some(*now.membership_config.log_id()) {
                 members_at = Some(*now.membership_config.log_id());
-                network.set_members(Membership::of(&now));
+                network.set_members(Membership::of(&now.membership_config));
             }
             leadership.send_if_modified(|known| {
                 let new = leadership_of(&now, &lease, Some(known));

@@ -42,6 +42,7 @@ mod open;
 mod proposer;
 pub mod quic;
 mod raft;
+pub mod reading;
 pub mod recovery;
 mod rounds;
 mod snapshot;

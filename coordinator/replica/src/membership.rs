@@ -4,7 +4,7 @@
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::TransferLeaderRequest;
-use openraft::{BasicNode, ChangeMembers, Instant as _, LogId, RaftMetrics};
+use openraft::{BasicNode, ChangeMembers, Instant as _, LogId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
@@ -14,7 +14,7 @@ use crate::Replica;
 use crate::error::Error;
 use crate::leadership::{Leadership, is_only_voter};
 use crate::proposer::Backoff;
-use crate::raft::{CurrentRaft, Raft, RaftVote, Types, spawn};
+use crate::raft::{CurrentRaft, Raft, RaftMembership, RaftVote, spawn};
 
 /// Members with their addresses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -28,8 +28,8 @@ pub struct Membership {
 }
 
 impl Membership {
-    pub(crate) fn of(metrics: &RaftMetrics<Types>) -> Self {
-        let config = metrics.membership_config.membership();
+    pub(crate) fn of(stored: &RaftMembership) -> Self {
+        let config = stored.membership();
         let voters: BTreeSet<u64> = config.voter_ids().collect();
         let mut members = Self {
             changing: config.get_joint_config().len() > 1,
@@ -73,7 +73,7 @@ impl Replica {
     /// Members as this replica knows them; a change counts from the moment it is in the log.
     #[must_use]
     pub fn membership(&self) -> Membership {
-        Membership::of(&self.0.raft().metrics().borrow_watched())
+        Membership::of(&self.0.raft().metrics().borrow_watched().membership_config)
     }
 
     /// How far the others have come; empty when this member does not lead.

@@ -18,8 +18,10 @@ use crate::snapshot::MemorySnapshots;
 use redb::{BackendError, StorageBackend, backends::FileBackend};
 
 mod lane;
+mod unwritten;
 
 pub(crate) use lane::{Closed, Lane, Worker};
+use unwritten::Unwritten;
 
 /// Where a replica keeps its data.
 #[derive(Debug)]
@@ -360,6 +362,23 @@ impl Directory {
         let handle = opened.map_err(|source| self.io(&file, source))?;
         let backend = FileBackend::new(handle).map_err(|error| database_error(&file, error))?;
         Ok((Box::new(backend), file))
+    }
+
+    /// Both databases of a member that has stored something, to be read and left as they are.
+    pub(crate) fn unwritten(&self, cluster: &str, node_id: u64) -> Result<(Unwritten, Unwritten), Error> {
+        let file = self.0.join(Self::MEMBER);
+        if !file.exists() {
+            return Err(Error::Missing { file });
+        }
+        self.check_member(&Identity {
+            cluster: cluster.to_owned(),
+            node_id,
+        })?;
+        let open = |name| {
+            let file = self.0.join(name);
+            Unwritten::open(&file).map_err(|source| self.io(&file, source))
+        };
+        Ok((open(Self::LOG)?, open(Self::STATE)?))
     }
 
     pub(crate) fn log(&self) -> Result<(Box<dyn StorageBackend>, PathBuf), Error> {

@@ -1,11 +1,12 @@
 //! Members come, move, are replaced and go: learners and snapshots, changes of voters, recovery of the last one.
 
-use replica::{Error, ProposeError, Start, recovery};
+use replica::{Error, ProposeError, Start, reading, recovery};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::sleep;
 
 use crate::cluster::{Cluster, eventually, is_membership_error, propose_surely};
+use crate::store::Journal;
 
 #[tokio::test(start_paused = true)]
 async fn a_learner_gets_a_snapshot_in_pieces_of_which_one_is_lost() {
@@ -176,6 +177,29 @@ async fn the_last_one_left_goes_on_alone_when_it_is_told_to() {
     let mut empty = Cluster::new(501);
     let nothing = recovery::recover(empty.config(1, Start::Join), Vec::new()).await;
     assert!(matches!(nothing, Err(Error::Membership(_))), "{nothing:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_reads_the_store_of_a_member_sees_what_was_acknowledged_and_nothing_else() {
+    let mut cluster = Cluster::of(510, 3).await;
+    let mut acknowledged = Vec::new();
+    let leader = cluster.leader().await;
+    for number in 0..20u8 {
+        acknowledged.push(vec![number]);
+        cluster.up[&leader].propose(vec![number]).await.unwrap();
+    }
+    let others = cluster.others(leader);
+    cluster.links.cut(leader, others, true);
+    let cut_off = cluster.up[&leader].propose(b"nobody".to_vec()).await;
+    assert!(cut_off.is_err());
+    let last_index = cluster.up[&leader].metrics().last_index;
+    cluster.stop(leader).await;
+    let inspected = recovery::inspect(cluster.config(leader, Start::Join)).await.unwrap();
+    assert_eq!(inspected.last_index, last_index, "its log has more than that");
+    let (machine, published) = Journal::new();
+    let read = reading::read(cluster.config(leader, Start::Join), machine).await.unwrap();
+    assert_eq!(published.lock().unwrap().applied, acknowledged);
+    assert_eq!(read.members.voters.into_keys().collect::<Vec<_>>(), [1, 2, 3]);
 }
 
 #[tokio::test(start_paused = true)]

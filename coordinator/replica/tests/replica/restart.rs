@@ -1,6 +1,6 @@
 //! One voter on real files: what was acknowledged is there after a restart, with and without snapshots.
 
-use replica::{ProposeError, Writer};
+use replica::{ProposeError, Writer, reading};
 use std::os::unix::fs::PermissionsExt;
 
 use crate::store::{Disk, Disks, Journal, files, open, position};
@@ -167,4 +167,51 @@ async fn a_store_whose_making_was_cut_off_is_made_anew() {
     replica.propose(vec![1]).await.unwrap();
     replica.shutdown().await;
     assert!(!directory.path().join("raft-log.new").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_is_read_without_a_byte_being_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let (machine, _) = Journal::new();
+    let nothing = reading::read(files(directory.path()), machine).await;
+    assert!(
+        matches!(nothing, Err(replica::Error::Missing { .. })),
+        "{nothing:?}"
+    );
+    let files_in = || {
+        let mut found: Vec<_> = std::fs::read_dir(directory.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+            .collect();
+        found.sort();
+        found
+    };
+    assert!(files_in().is_empty());
+
+    let (replica, _) = open(files(directory.path())).await;
+    let mut acknowledged = Vec::new();
+    for number in 0..20u8 {
+        acknowledged.push(vec![number]);
+        replica.propose(vec![number]).await.unwrap();
+    }
+    // As a crash leaves them: rows are not written, and the databases were not closed.
+    let crashed = files_in();
+    replica.shutdown().await;
+    let in_order = files_in();
+    for left in [crashed, in_order] {
+        for (path, bytes) in &left {
+            std::fs::write(path, bytes).unwrap();
+        }
+        let (machine, published) = Journal::new();
+        let read = reading::read(files(directory.path()), machine).await.unwrap();
+        assert_eq!(published.lock().unwrap().applied, acknowledged);
+        assert_eq!(read.members.voters.into_keys().collect::<Vec<_>>(), [1]);
+        assert_eq!(read.term, 1);
+        assert_eq!(files_in(), left);
+    }
+    let (replica, published) = open(files(directory.path())).await;
+    replica.linearizable().await.unwrap();
+    assert_eq!(published.lock().unwrap().applied, acknowledged);
+    replica.shutdown().await;
 }
