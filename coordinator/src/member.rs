@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use replica::{Replica, RowChange, Start, StateMachine, Storage};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -32,7 +32,7 @@ use crate::identity::{CA_CERTIFICATE, CA_KEY, HostKey, Identity, IdentityError, 
 use crate::join::{Admission, Gate, Nodes, gate, node};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
-use crate::membership;
+use crate::membership::{self, HandOver, Wish};
 use crate::signer::{SealedKind, Sign};
 use crate::store::{self, BoxFuture, Log, Machine, Store};
 use crate::validator::http::Limits;
@@ -243,6 +243,7 @@ pub async fn run(
 
     let snapshots = Snapshots::new(admission.cluster.clone(), store.clone(), replica.clone());
     let keeper = Keeper::new(snapshots, config.backup.clone());
+    let (hand_over, wishes) = HandOver::channel();
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
         hosts: Arc::new(hub.clone()),
@@ -250,6 +251,7 @@ pub async fn run(
         cluster: Arc::new(api::ReplicatedCluster::new(
             admission.cluster.clone(),
             replica.clone(),
+            hand_over,
         )),
         backup: keeper.door(),
         others: Arc::new(asking),
@@ -333,7 +335,7 @@ pub async fn run(
         .found_observing
         .then_some(Command::SetObserving { observing: true });
     let founding = founding.map_or_else(Vec::new, |found| observing.into_iter().chain([found]).collect());
-    services.spawn(lead(leader, founding, configure, replica.clone(), stop.clone()));
+    services.spawn(lead(leader, founding, configure, replica.clone(), wishes, stop.clone()));
     services.spawn(keeper.run(stop.clone()));
     services.close();
 
@@ -504,43 +506,59 @@ async fn failure_of(mut health: watch::Receiver<replica::Health>) -> String {
 
 /// Leads whenever this member is the leader, until `stop`. Before anything else the cluster is founded, unless it was,
 /// and what the configuration says is written down. With the seed of another miner than the cluster's it only keeps
-/// the members right: the hotkey was replaced, and its host has not followed yet.
+/// the members right: the hotkey was replaced, and its host has not followed yet. On a wish, or when stopped, it ends what
+/// it does as a leader while it still leads, so that all that it has received is recorded.
 pub async fn lead(
     mut leader: Leader,
     founding: Vec<Command>,
     configure: Command,
     replica: Replica,
+    mut wishes: mpsc::Receiver<Wish>,
     stop: CancellationToken,
 ) {
     let mut leadership = replica.leadership();
     loop {
-        let waited = stop
-            .run_until_cancelled(leadership.wait_for(|now| now.leads))
-            .await;
-        let Some(Ok(term)) = waited.map(|waited| waited.map(|now| now.term)) else {
-            return;
+        let waited = async { leadership.wait_for(|now| now.leads).await.map(|now| now.term) };
+        let waited = tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            waited = waited => waited,
+            Some(wish) = wishes.recv() => {
+                // It says why not.
+                wish.carry_out(&replica).await;
+                continue;
+            }
         };
+        let Ok(term) = waited else { return };
         tracing::info!(term, "this member leads");
         let ended = stop.child_token();
         let this_time = leader.next_time();
         let (store, own) = (leader.store.clone(), leader.signer.hotkey().clone());
         let leading = async {
-            let members = membership::keep(store.clone(), replica.clone(), ended.clone());
+            let kept = membership::keep(store.clone(), replica.clone(), ended.clone());
+            let members = async {
+                tokio::select! {
+                    biased;
+                    wish = kept => wish,
+                    Some(wish) = wishes.recv() => Some(wish),
+                }
+            };
             match write_first(&store, &founding, &configure, &ended).await {
                 First::Written => {
                     // None goes on without the others: leading begins anew when one of them ends.
                     let end_with = ended.clone().drop_guard();
                     let run = this_time.run(ended.clone()).map(|()| drop(end_with));
                     let end_with = ended.clone().drop_guard();
-                    let led = async { tokio::join!(run, members.map(|()| drop(end_with))) };
+                    let members = members.inspect(|_| drop(end_with));
+                    let led = async { tokio::join!(run, members).1 };
                     tokio::select! {
                         biased;
-                        () = miner::replaced(&store, &own) => {}
-                        _ = led => {}
+                        () = miner::replaced(&store, &own) => None,
+                        wish = led => wish,
                     }
                 }
                 First::OtherMiner => members.await,
-                First::Cancelled => {}
+                First::Cancelled => None,
             }
         };
         let mut lost = leadership.clone();
@@ -553,7 +571,12 @@ pub async fn lead(
                 tracing::warn!(term, "this member leads no more");
                 false
             }
-            () = leading => true,
+            wish = leading => {
+                if let Some(wish) = wish {
+                    wish.carry_out(&replica).await;
+                }
+                true
+            }
         };
         ended.cancel();
         let pause = tokio::time::sleep(if begins_anew { LEAD_AGAIN } else { Duration::ZERO });

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use replica::{Progress, Replica};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::store::Store;
@@ -69,12 +70,63 @@ pub fn roles(replica: &Replica) -> Roles {
     }
 }
 
-/// Keeps the members right until cancelled; for the leader only.
-pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) {
+/// Asks the leader of this process to hand the lead over: what it has received as such is recorded before.
+#[derive(Debug, Clone)]
+pub struct HandOver(mpsc::Sender<Wish>);
+
+/// Somebody else is to lead.
+#[derive(Debug)]
+pub struct Wish {
+    to: Option<u64>,
+    done: Option<oneshot::Sender<Result<(), String>>>,
+}
+
+impl HandOver {
+    /// A way to ask, and where the wishes arrive.
+    #[must_use]
+    pub fn channel() -> (Self, mpsc::Receiver<Wish>) {
+        let (wishes, asked) = mpsc::channel(1);
+        (Self(wishes), asked)
+    }
+
+    /// Hands the lead to a member, or to the voter that has come farthest. Returns when that one leads.
+    ///
+    /// # Errors
+    /// Why that has not come to be; this member leads on, if it did.
+    pub async fn to(&self, to: Option<u64>) -> Result<(), String> {
+        let (done, outcome) = oneshot::channel();
+        let wish = Wish {
+            to,
+            done: Some(done),
+        };
+        let sent = self.0.try_send(wish);
+        sent.map_err(|_| "the lead is being handed over, or this member stops".to_owned())?;
+        let outcome = outcome.await;
+        outcome.unwrap_or_else(|_| Err("this member stops".to_owned()))
+    }
+}
+
+impl Wish {
+    /// Does it; whatever a leader does has ended.
+    pub async fn carry_out(self, replica: &Replica) {
+        let transferred = replica.transfer(self.to).await;
+        let transferred = transferred.map_err(|error| error.to_string());
+        if let Err(error) = &transferred {
+            tracing::info!(to = ?self.to, error, "the lead was not handed over");
+        }
+        if let Some(done) = self.done {
+            // Who asked may have gone away.
+            let _ = done.send(transferred);
+        }
+    }
+}
+
+/// Keeps the members right until cancelled, or until somebody else is to lead; for the leader only.
+pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> Option<Wish> {
     loop {
         let pause = tokio::time::sleep(LOOK_EVERY);
         if cancel.run_until_cancelled(pause).await.is_none() {
-            return;
+            return None;
         }
         let Some(step) = next_step(&candidates(&store, &replica), &roles(&replica)) else {
             continue;
@@ -85,7 +137,10 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) {
                 replica.add_learner(member, address).await
             }
             Step::SetVoters(voters) => replica.set_voters(voters).await,
-            Step::Transfer(member) => replica.transfer(Some(member)).await,
+            Step::Transfer(member) => {
+                let to = Some(member);
+                return Some(Wish { to, done: None });
+            }
             Step::Remove(member) => replica.remove_member(member).await,
         };
         if let Err(error) = done {

@@ -9,6 +9,7 @@ use coordinator::executor::Validators;
 use coordinator::host_link::{Hub, session};
 use coordinator::leader::{Leader, Listings, Scheduling};
 use coordinator::member::{self, ReplicatedLog};
+use coordinator::membership::HandOver;
 use coordinator::member_link::{Answering, Asking, Response};
 use coordinator::signer::Sign;
 use coordinator::store::{Machine, Store};
@@ -277,6 +278,7 @@ impl Member {
             Vec::new(),
             configure,
             replica.clone(),
+            HandOver::channel().1,
             CancellationToken::new(),
         );
         let leading = tokio::spawn(Box::pin(lead));

@@ -20,6 +20,7 @@ use super::auth::Caller;
 use super::error::{ApiError, Result};
 use super::hosts::host_named;
 use super::operate::parse;
+use crate::membership::HandOver;
 use crate::membership::policy::{self, Candidate, losses};
 use crate::store::BoxFuture;
 
@@ -68,13 +69,18 @@ pub trait ClusterView: fmt::Debug + Send + Sync {
 pub struct ReplicatedCluster {
     name: String,
     replica: Replica,
+    hand_over: HandOver,
 }
 
 impl ReplicatedCluster {
     /// A view through this replica; `name` is the cluster's.
     #[must_use]
-    pub fn new(name: String, replica: Replica) -> Self {
-        Self { name, replica }
+    pub fn new(name: String, replica: Replica, hand_over: HandOver) -> Self {
+        Self {
+            name,
+            replica,
+            hand_over,
+        }
     }
 }
 
@@ -111,10 +117,7 @@ impl ClusterView for ReplicatedCluster {
     }
 
     fn transfer(&self, to: Option<u64>) -> BoxFuture<'_, std::result::Result<(), String>> {
-        Box::pin(async move {
-            let transferred = self.replica.transfer(to).await;
-            transferred.map_err(|error| error.to_string())
-        })
+        Box::pin(self.hand_over.to(to))
     }
 }
 

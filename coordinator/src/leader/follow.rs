@@ -18,6 +18,8 @@ use crate::validator::{SocketEvent, ValidatorApi, intake, inventory};
 
 /// Tries for a definition that an event names, before the next listing has to bring it.
 const DEFINITION_TRIES: u32 = 3;
+/// What has been received when the lead is given up may take so long to be recorded.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Between two such tries.
 const DEFINITION_PAUSE: Duration = Duration::from_millis(500);
 
@@ -33,13 +35,25 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Takes events in until the socket ends.
-    pub(super) async fn take_events(
-        self,
-        mut events: mpsc::Receiver<SocketEvent>,
-        cancel: CancellationToken,
-    ) {
-        while let Some(Some(event)) = cancel.run_until_cancelled(events.recv()).await {
+    /// Takes events in until cancelled, and then those that the socket has received until it ended: nobody gets them once
+    /// more.
+    pub(super) async fn take_events(self, events: mpsc::Receiver<SocketEvent>, cancel: CancellationToken) {
+        let late = async {
+            cancel.cancelled().await;
+            tokio::time::sleep(DRAIN_MAX).await;
+        };
+        tokio::select! {
+            biased;
+            () = self.take_all(events) => {}
+            () = late => {
+                tracing::warn!(validator = %self.api.hotkey(), "not all events were recorded; the next listing brings the rest");
+            }
+        }
+        cancel.cancelled().await;
+    }
+
+    async fn take_all(&self, mut events: mpsc::Receiver<SocketEvent>) {
+        while let Some(event) = events.recv().await {
             match event {
                 SocketEvent::Event(event) => self.take(&event).await,
                 SocketEvent::RestObservationDue => self.look.notify_one(),
@@ -53,7 +67,6 @@ impl Follower {
                 SocketEvent::Disconnected(_) => {}
             }
         }
-        cancel.cancelled().await;
     }
 
     async fn take(&self, event: &Event) {

@@ -261,7 +261,7 @@ impl Socket {
             let step = tokio::select! {
                 biased;
                 () = cancel.cancelled() => {
-                    say_goodbye(&mut websocket).await;
+                    self.say_goodbye(&mut session, &mut websocket).await;
                     return None;
                 }
                 message = websocket.next() => session.on_message(message, &self.counters),
@@ -273,13 +273,13 @@ impl Socket {
                 done = self.carry_out(step, &mut session, &mut websocket) => Some(done),
             };
             let Some(done) = done else {
-                say_goodbye(&mut websocket).await;
+                self.say_goodbye(&mut session, &mut websocket).await;
                 return None;
             };
             match done {
                 Ok(()) => {}
                 Err(Stop::Reconnect(why)) => {
-                    say_goodbye(&mut websocket).await;
+                    self.say_goodbye(&mut session, &mut websocket).await;
                     let authenticated_at = session.authenticated_at;
                     return Some(End {
                         why,
@@ -346,6 +346,26 @@ impl Socket {
         send(websocket, &Packet::event("authenticate", Value::Object(members))).await?;
         session.authentication_sent();
         Ok(())
+    }
+
+    /// Leaves the namespace and closes; a validator that does not answer is not waited for. What it says before it hears
+    /// of that it says to nobody else.
+    async fn say_goodbye(&mut self, session: &mut Session, websocket: &mut WebSocket) {
+        let goodbye = async {
+            let left = websocket.send(Message::text(Packet::Disconnect.to_frame())).await;
+            if left.is_err() || websocket.close(None).await.is_err() {
+                return;
+            }
+            while let Some(message @ Ok(_)) = websocket.next().await {
+                if let Step::Broadcast(envelope) = session.on_message(Some(message), &self.counters)
+                    && let Ok(event) = event::parse(&envelope, self.signer.hotkey())
+                    && self.pass_on(event).is_err()
+                {
+                    return;
+                }
+            }
+        };
+        let _ = timeout(Duration::from_secs(1), goodbye).await;
     }
 
     /// Says what must not be lost; waits for room.
@@ -589,17 +609,6 @@ async fn send(websocket: &mut WebSocket, packet: &Packet) -> Result<(), Stop> {
         Ok(Err(error)) => Err(Stop::Reconnect(shortened(&format!("send: {error}")))),
         Err(_) => Err(Stop::Reconnect("send: timed out".to_owned())),
     }
-}
-
-/// Leaves the namespace and closes; a validator that does not answer is not waited for.
-async fn say_goodbye(websocket: &mut WebSocket) {
-    let goodbye = async {
-        let left = websocket.send(Message::text(Packet::Disconnect.to_frame())).await;
-        if left.is_ok() && websocket.close(None).await.is_ok() {
-            while websocket.next().await.is_some_and(|message| message.is_ok()) {}
-        }
-    };
-    let _ = timeout(Duration::from_secs(1), goodbye).await;
 }
 
 #[cfg(test)]

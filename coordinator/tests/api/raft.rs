@@ -9,6 +9,7 @@ use coordinator::api::{Alone, Config, Deps, Limits, ReplicatedCluster, router};
 use coordinator::backup::{self, Door, Snapshots};
 use coordinator::clock::Clock;
 use coordinator::member::ReplicatedLog;
+use coordinator::membership::HandOver;
 use coordinator::store::{BoxFuture, Machine, Store};
 use coordinator_core::state_machine::host::{InviteId, NewHost};
 use coordinator_core::state_machine::{Command, Faults, Reply};
@@ -73,7 +74,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         supported_gpus: Arc::new(Types::default()),
         hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
-        cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone())),
+        cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone(), HandOver::channel().0)),
         backup: Door::new(
             Some(Snapshots::new(
                 "cluster-1".to_owned(),

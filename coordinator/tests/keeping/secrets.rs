@@ -17,6 +17,7 @@ use coordinator::host_link::Hub;
 use coordinator::identity::{Authority, CA_KEY};
 use coordinator::join::Token;
 use coordinator::leader::Listings;
+use coordinator::membership::HandOver;
 use coordinator::signer::{LocalSigner, SealedKind};
 use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::effect::{EffectKind, EffectOutcome};
@@ -131,7 +132,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         supported_gpus: Arc::new(Validators::new()),
         hosts: Arc::new(Hub::default()),
         validator_listing: Arc::new(Listings::default()),
-        cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone())),
+        cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone(), HandOver::channel().0)),
         backup: keeper.door(),
         others: Arc::new(Alone),
         signer: Arc::new(LocalSigner::new(seed(), Arc::clone(member.store.clock()))),

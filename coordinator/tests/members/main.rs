@@ -4,6 +4,7 @@
 
 mod cluster;
 mod door;
+mod handing_over;
 mod hotkey;
 mod joining;
 mod moving;

@@ -594,6 +594,24 @@ async fn when_cancelled_it_says_goodbye() {
     assert_eq!(client.events.recv().await, None);
 }
 
+/// The validator says it to nobody else.
+#[tokio::test]
+async fn what_crosses_with_the_goodbye_is_passed_on() {
+    let (mut validator, mut client) = start(calm(), 64, URL);
+    let mut peer = validator.authenticated().await;
+    client.expect_connected().await;
+    client.expect_authenticated().await;
+    client.cancel.cancel();
+    assert_eq!(hear(&mut peer).await, "41");
+    let (frame, event) = image_created("i1");
+    say(&mut peer, &frame).await;
+    let closed = timeout(PATIENCE, peer.next()).await.expect("it closes");
+    assert!(matches!(closed, Some(Ok(Message::Close(_)))), "{closed:?}");
+    client.expect(event).await;
+    drop(peer);
+    client.stop().await;
+}
+
 #[tokio::test]
 async fn it_ends_at_any_point_when_cancelled_or_when_nobody_listens() {
     // In the handshake, before the open packet, before the answer to the authentication.
