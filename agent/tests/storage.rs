@@ -395,7 +395,10 @@ async fn a_member_that_cannot_open_its_files_on_a_full_disk_can_be_read_and_star
     let (_, _, before) = operator.state(false).await;
     stop(agent).await;
 
-    let (member, lower) = (folder.path().join("data/coordinator"), folder.path().join("lower"));
+    let (member, lower) = (
+        folder.path().join("data/coordinator"),
+        folder.path().join("lower"),
+    );
     std::fs::rename(&member, &lower).expect("nobody uses it");
     let layers = Layers::mount(&member, &lower, &disk);
     layers.disk.fill(0);

@@ -335,7 +335,14 @@ pub async fn run(
         .found_observing
         .then_some(Command::SetObserving { observing: true });
     let founding = founding.map_or_else(Vec::new, |found| observing.into_iter().chain([found]).collect());
-    services.spawn(lead(leader, founding, configure, replica.clone(), wishes, stop.clone()));
+    services.spawn(lead(
+        leader,
+        founding,
+        configure,
+        replica.clone(),
+        wishes,
+        stop.clone(),
+    ));
     services.spawn(keeper.run(stop.clone()));
     services.close();
 

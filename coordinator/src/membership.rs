@@ -95,10 +95,7 @@ impl HandOver {
     /// Why that has not come to be; this member leads on, if it did.
     pub async fn to(&self, to: Option<u64>) -> Result<(), String> {
         let (done, outcome) = oneshot::channel();
-        let wish = Wish {
-            to,
-            done: Some(done),
-        };
+        let wish = Wish { to, done: Some(done) };
         let sent = self.0.try_send(wish);
         sent.map_err(|_| "the lead is being handed over, or this member stops".to_owned())?;
         let outcome = outcome.await;

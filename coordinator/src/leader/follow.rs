@@ -176,3 +176,79 @@ pub(super) async fn only_list(
     };
     cancel.run_until_cancelled(listing).await;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::WallClock;
+    use crate::signer::key::{Key, Seed};
+    use crate::signer::{LocalSigner, Sign};
+    use crate::store::{BoxFuture, Log, Machine};
+    use crate::validator::directory::ValidatorSettings;
+    use crate::validator::http::Limits;
+    use crate::validator::{Client, Directory};
+    use coordinator_core::state_machine::Faults;
+    use protocol::hotkey::Signer;
+    use protocol::id::InstanceId;
+    use tokio::time::{Instant, timeout};
+
+    /// A log without a majority.
+    #[derive(Debug)]
+    struct Silent;
+
+    impl Log for Silent {
+        fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+            Box::pin(std::future::pending())
+        }
+
+        fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+            Box::pin(std::future::pending())
+        }
+
+        fn leads_now(&self) -> bool {
+            true
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_that_cannot_be_recorded_holds_up_the_end_of_leading_for_a_moment_only() {
+        let clock = Arc::new(WallClock);
+        let store = Store::new(Machine::new(Faults::none()), Arc::new(Silent), clock.clone(), 1);
+        let settings = ValidatorSettings {
+            hotkey: Signer::from_seed(&[2; 32]).hotkey().to_string(),
+            api: "http://127.0.0.1:9".to_owned(),
+            socket: "ws://127.0.0.1:9".to_owned(),
+            registry: "127.0.0.1:9".to_owned(),
+        };
+        let directory = Directory::check(&[settings]).expect("good settings");
+        let signer: Arc<dyn Sign> = Arc::new(LocalSigner::new(Key::new(&Seed::new([1; 32])), clock.clone()));
+        let api = Client::new(
+            directory.iter().next().expect("one"),
+            Arc::clone(&signer),
+            clock,
+            Limits::default(),
+            Arc::new(|| true),
+            fastrand::Rng::with_seed(1),
+        );
+        let follower = Follower {
+            store,
+            miner: signer.hotkey().clone(),
+            api: Arc::new(api.expect("a client")),
+            listings: Listings::default(),
+            look: Arc::new(Notify::new()),
+            triggers: Triggers::channel().0,
+            observe_every: Duration::from_secs(60),
+        };
+        let (socket, events) = mpsc::channel(8);
+        let event = Event::InstanceVerified {
+            instance: InstanceId::parse("i1").expect("an id"),
+        };
+        socket.try_send(SocketEvent::Event(event)).expect("there is room");
+        let cancel = CancellationToken::new();
+        cancel.cancel();
+        let began = Instant::now();
+        let taken = timeout(2 * DRAIN_MAX, follower.take_events(events, cancel)).await;
+        taken.expect("it ends");
+        assert!(began.elapsed() >= DRAIN_MAX, "{:?}", began.elapsed());
+    }
+}

@@ -55,7 +55,8 @@ impl Keeper {
             match self.known() {
                 Some(known) => {
                     let told = timeout(TELL_MAX, self.tell()).await;
-                    if let Err(why) = told.unwrap_or_else(|_| Err("no member has recorded it yet".to_owned())) {
+                    if let Err(why) = told.unwrap_or_else(|_| Err("no member has recorded it yet".to_owned()))
+                    {
                         tracing::warn!(
                             known,
                             address = self.address,

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator_core::state_machine::Faults;
-use replica::reading::Read;
 use replica::reading;
+use replica::reading::Read;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -164,7 +164,9 @@ pub(super) async fn serve(
         doors.spawn(api::serve(routes.metrics, limits, prometheus, close.clone()));
     }
     doors.close();
-    let room = shutdown.run_until_cancelled(until_there_is_room(&config.data)).await;
+    let room = shutdown
+        .run_until_cancelled(until_there_is_room(&config.data))
+        .await;
     close.cancel();
     doors.wait().await;
     match room {

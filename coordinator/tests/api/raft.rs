@@ -74,7 +74,11 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         supported_gpus: Arc::new(Types::default()),
         hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
-        cluster: Arc::new(ReplicatedCluster::new("cluster-1".to_owned(), replica.clone(), HandOver::channel().0)),
+        cluster: Arc::new(ReplicatedCluster::new(
+            "cluster-1".to_owned(),
+            replica.clone(),
+            HandOver::channel().0,
+        )),
         backup: Door::new(
             Some(Snapshots::new(
                 "cluster-1".to_owned(),

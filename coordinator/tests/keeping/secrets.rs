@@ -132,7 +132,11 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         supported_gpus: Arc::new(Validators::new()),
         hosts: Arc::new(Hub::default()),
         validator_listing: Arc::new(Listings::default()),
-        cluster: Arc::new(ReplicatedCluster::new(CLUSTER.to_owned(), member.replica.clone(), HandOver::channel().0)),
+        cluster: Arc::new(ReplicatedCluster::new(
+            CLUSTER.to_owned(),
+            member.replica.clone(),
+            HandOver::channel().0,
+        )),
         backup: keeper.door(),
         others: Arc::new(Alone),
         signer: Arc::new(LocalSigner::new(seed(), Arc::clone(member.store.clock()))),

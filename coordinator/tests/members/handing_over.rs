@@ -15,7 +15,9 @@ use super::until;
 async fn validator(listener: TcpListener) {
     let mut number = 0;
     while let Ok((stream, _)) = listener.accept().await {
-        let Ok(mut peer) = accept_async(stream).await else { continue };
+        let Ok(mut peer) = accept_async(stream).await else {
+            continue;
+        };
         number += 1;
         // One at a time: there is one leader.
         serve(&mut peer, number).await;
@@ -52,13 +54,19 @@ fn job(id: &str) -> Message {
 async fn jobs(host: &Host) -> Option<Vec<String>> {
     let state = host.ask(Method::GET, "/v1/state", &Value::Null).await.ok()?;
     let jobs = state["jobs"].as_array()?.iter();
-    Some(jobs.filter_map(|job| Some(job["job_id"].as_str()?.to_owned())).collect())
+    Some(
+        jobs.filter_map(|job| Some(job["job_id"].as_str()?.to_owned()))
+            .collect(),
+    )
 }
 
 async fn until_offered(host: &Host, wanted: &[&str]) {
     until("the jobs are known", async || {
         let jobs = jobs(host).await?;
-        wanted.iter().all(|job| jobs.iter().any(|known| known == job)).then_some(())
+        wanted
+            .iter()
+            .all(|job| jobs.iter().any(|known| known == job))
+            .then_some(())
     })
     .await;
 }

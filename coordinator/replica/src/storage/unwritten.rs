@@ -161,7 +161,10 @@ mod tests {
                 let mut out = vec![9; random.usize(..=expected.len() - offset)];
                 file.read(offset as u64, &mut out).unwrap();
                 assert!(out == expected[offset..offset + out.len()], "round {round}");
-                assert!(file.read(offset as u64, &mut vec![0; expected.len() - offset + 1]).is_err());
+                assert!(
+                    file.read(offset as u64, &mut vec![0; expected.len() - offset + 1])
+                        .is_err()
+                );
             }
             assert_eq!(std::fs::read(&path).unwrap(), before);
         }

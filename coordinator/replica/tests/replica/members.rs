@@ -194,10 +194,14 @@ async fn who_reads_the_store_of_a_member_sees_what_was_acknowledged_and_nothing_
     assert!(cut_off.is_err());
     let last_index = cluster.up[&leader].metrics().last_index;
     cluster.stop(leader).await;
-    let inspected = recovery::inspect(cluster.config(leader, Start::Join)).await.unwrap();
+    let inspected = recovery::inspect(cluster.config(leader, Start::Join))
+        .await
+        .unwrap();
     assert_eq!(inspected.last_index, last_index, "its log has more than that");
     let (machine, published) = Journal::new();
-    let read = reading::read(cluster.config(leader, Start::Join), machine).await.unwrap();
+    let read = reading::read(cluster.config(leader, Start::Join), machine)
+        .await
+        .unwrap();
     assert_eq!(published.lock().unwrap().applied, acknowledged);
     assert_eq!(read.members.voters.into_keys().collect::<Vec<_>>(), [1, 2, 3]);
 }
