@@ -122,9 +122,7 @@ impl Wish {
 pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> Option<Wish> {
     loop {
         let pause = tokio::time::sleep(LOOK_EVERY);
-        if cancel.run_until_cancelled(pause).await.is_none() {
-            return None;
-        }
+        cancel.run_until_cancelled(pause).await?;
         let Some(step) = next_step(&candidates(&store, &replica), &roles(&replica)) else {
             continue;
         };
