@@ -42,7 +42,7 @@ pub struct Pace {
 
 impl Pace {
     /// For members in one place.
-    pub const LAN: Self = Self::of_heartbeat(100);
+    pub const LAN: Self = Self::of_heartbeat(80);
     /// For members far apart.
     pub const WAN: Self = Self::of_heartbeat(500);
 

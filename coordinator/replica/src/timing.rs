@@ -301,15 +301,15 @@ mod tests {
             wanted(Pace::of_heartbeat(now), Some(Duration::from_millis(worst_ms))).heartbeat_ms
         };
         for (now, worst_ms, expected) in [
-            (100, 0, 100),
-            (100, 33, 100),
-            (100, 34, 150),
-            (100, 200, 757),
-            (757, 200, 757),
-            (757, 130, 757),
-            (757, 100, 337),
-            (337, 0, 100),
-            (100, 5000, 1800),
+            (80, 0, 80),
+            (80, 26, 80),
+            (80, 27, 120),
+            (80, 200, 607),
+            (607, 200, 607),
+            (607, 130, 607),
+            (607, 100, 405),
+            (405, 0, 80),
+            (80, 5000, 1800),
         ] {
             assert_eq!(after(now, worst_ms), expected, "{now} ms, way of {worst_ms} ms");
         }

@@ -19,7 +19,9 @@ use crate::raft::{RaftLogId, Types};
 use crate::wire::APPEND_BYTES;
 
 /// How often entries are sent to a member that they do not wait for.
-const GATHER: Duration = Duration::from_millis(4);
+const GATHER: Duration = Duration::from_millis(10);
+/// So often it is asked again whether they wait for it now: another may have become slow.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// How long news of what is committed waits for entries to go along with.
 const HOLD_COMMITTED: Duration = Duration::from_millis(2);
 
@@ -88,7 +90,8 @@ where
                 Some(sent) if !self.peer.is_waited_for() => sent + GATHER,
                 _ => break,
             };
-            if due <= Instant::now() {
+            let now = Instant::now();
+            if due <= now {
                 break;
             }
             tokio::select! {
@@ -105,7 +108,7 @@ where
                         break;
                     }
                 },
-                () = sleep_until(due) => break,
+                () = sleep_until(due.min(now + LOOK_AGAIN)) => {}
             }
         }
         Some(append)
