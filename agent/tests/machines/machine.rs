@@ -198,10 +198,22 @@ timing = "lan"
         self.running = Some(agent.expect("the program runs"));
     }
 
-    /// As a power cut would end it: its children end with it.
+    /// As a power cut would end it: its children end with it, and have ended when this returns.
     pub(crate) async fn kill(&mut self) {
         let mut agent = self.running.take().expect("it runs");
+        let agent_id = agent.id().expect("it runs");
+        let children = std::fs::read_to_string(format!("/proc/{agent_id}/task/{agent_id}/children"));
+        let children = children.expect("it runs");
         agent.kill().await.expect("it is ours");
+        until("its children end", async || {
+            let ended = |child: &str| {
+                let stat = std::fs::read_to_string(format!("/proc/{child}/stat"));
+                // Nobody may have asked yet how it ended.
+                stat.map_or(true, |stat| stat.contains(") Z "))
+            };
+            children.split_whitespace().all(ended).then_some(())
+        })
+        .await;
     }
 
     async fn send(&self, method: Method, path: &str, body: &Value) -> Result<reqwest::Response, String> {

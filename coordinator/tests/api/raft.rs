@@ -70,6 +70,13 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         allow_plain_legacy_writes: false,
         limits: Limits::default(),
     };
+    let (hand_over, mut wishes) = HandOver::channel();
+    let of_wishes = replica.clone();
+    tokio::spawn(async move {
+        while let Some(wish) = wishes.recv().await {
+            wish.carry_out(&of_wishes).await;
+        }
+    });
     let deps = Deps {
         supported_gpus: Arc::new(Types::default()),
         hosts: Arc::new(Reports::default()),
@@ -77,7 +84,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         cluster: Arc::new(ReplicatedCluster::new(
             "cluster-1".to_owned(),
             replica.clone(),
-            HandOver::channel().0,
+            hand_over,
         )),
         backup: Door::new(
             Some(Snapshots::new(

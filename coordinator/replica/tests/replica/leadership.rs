@@ -260,7 +260,7 @@ async fn the_timing_follows_the_way_between_the_members() {
     // The way gets shorter: a long time later so do the heartbeats, and nothing is lost on the way.
     cluster.links.slow(Duration::from_millis(1));
     eventually("everybody speeds up", Duration::from_secs(1000), || {
-        paces(&cluster).iter().all(|pace| *pace == 100)
+        paces(&cluster).iter().all(|pace| *pace == PACE.heartbeat_ms)
     })
     .await;
     propose_surely(&cluster.up[&survivor], b"last").await;
