@@ -388,42 +388,33 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_named() {
-        let set = |set: fn(&mut RawConfig)| {
+        type Change = fn(&mut RawConfig);
+        let wrong: [(&str, Change); 8] = [
+            ("packet_filter.interfaces: \"lo\"", |it| {
+                it.interfaces.push("lo".to_owned())
+            }),
+            ("packet_filter.interfaces: \"*\"", |it| {
+                it.interfaces.push("*".to_owned())
+            }),
+            ("packet_filter.networks: \"10.42.0.0/33\"", |it| {
+                it.networks.push("10.42.0.0/33".to_owned())
+            }),
+            ("packet_filter.networks: \"10.42.0.1/16\"", |it| {
+                it.networks.push("10.42.0.1/16".to_owned())
+            }),
+            ("packet_filter.open: \"53\"", |it| it.open.push("53".to_owned())),
+            ("packet_filter.open: \"tcp/0\"", |it| {
+                it.open.push("tcp/0".to_owned())
+            }),
+            ("packet_filter.refused: \"here\"", |it| {
+                it.refused.push("here".to_owned())
+            }),
+            ("are both empty", |it| it.interfaces.clear()),
+        ];
+        for (why, set) in wrong {
             let mut written = written();
             set(&mut written);
-            checked(&written).expect_err("it is wrong")
-        };
-        for (why, error) in [
-            (
-                "packet_filter.interfaces: \"lo\"",
-                set(|it| it.interfaces.push("lo".to_owned())),
-            ),
-            (
-                "packet_filter.interfaces: \"*\"",
-                set(|it| it.interfaces.push("*".to_owned())),
-            ),
-            (
-                "packet_filter.networks: \"10.42.0.0/33\"",
-                set(|it| it.networks.push("10.42.0.0/33".to_owned())),
-            ),
-            (
-                "packet_filter.networks: \"10.42.0.1/16\"",
-                set(|it| it.networks.push("10.42.0.1/16".to_owned())),
-            ),
-            (
-                "packet_filter.open: \"53\"",
-                set(|it| it.open.push("53".to_owned())),
-            ),
-            (
-                "packet_filter.open: \"tcp/0\"",
-                set(|it| it.open.push("tcp/0".to_owned())),
-            ),
-            (
-                "packet_filter.refused: \"here\"",
-                set(|it| it.refused.push("here".to_owned())),
-            ),
-            ("are both empty", set(|it| it.interfaces.clear())),
-        ] {
+            let error = checked(&written).expect_err("it is wrong");
             assert!(error.contains(why), "{error} does not say {why}");
         }
     }

@@ -83,6 +83,14 @@ impl Validator {
         say(&mut peer, AUTH_SUCCESS).await;
         peer
     }
+
+    /// The same, and the client has said so.
+    async fn authenticated_to(&mut self, client: &mut Client) -> Peer {
+        let peer = self.authenticated().await;
+        client.expect_connected().await;
+        client.expect_authenticated().await;
+        peer
+    }
 }
 
 const AUTH_SUCCESS: &str = r#"42["auth_success",{"message":"Authenticated"}]"#;
@@ -233,9 +241,7 @@ fn image_created(image: &str) -> (String, SocketEvent) {
 #[tokio::test]
 async fn it_authenticates_again_and_again_on_one_socket() {
     let (mut validator, mut client) = start(quick(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     for _ in 0..6 {
         check_authentication(&hear(&mut peer).await);
         say(&mut peer, AUTH_SUCCESS).await;
@@ -252,9 +258,7 @@ async fn a_member_that_leads_no_more_does_not_authenticate_again() {
     let asked = Arc::clone(&leads);
     let leads_now = Arc::new(move || asked.load(Ordering::Relaxed));
     let (mut validator, mut client) = start_while(leads_now, quick(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     leads.store(false, Ordering::Relaxed);
     let mut heard = Vec::new();
     while let Ok(Some(Ok(message))) = timeout(PATIENCE, peer.next()).await {
@@ -310,9 +314,7 @@ async fn pings_are_answered_and_events_passed_on_in_order_repeated_or_not() {
 #[tokio::test]
 async fn bad_frames_are_dropped_and_the_connection_stays() {
     let (mut validator, mut client) = start(calm(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     let (good, event) = image_created("good");
     let cuts = (1..good.len()).step_by(7).map(|end| good[..end].to_owned());
     let malformed: Vec<String> = [
@@ -399,9 +401,7 @@ async fn bad_frames_are_dropped_and_the_connection_stays() {
 #[tokio::test]
 async fn large_events_are_accepted_and_huge_frames_end_the_connection() {
     let (mut validator, mut client) = start(calm(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     let padding = |bytes| {
         broadcast(
             "image_created",
@@ -419,9 +419,7 @@ async fn large_events_are_accepted_and_huge_frames_end_the_connection() {
         panic!("it must not accept 32 MiB");
     };
     assert!(why.contains("long"), "{why}");
-    let _peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let _peer = validator.authenticated_to(&mut client).await;
     client.stop().await;
 }
 
@@ -554,9 +552,7 @@ async fn silence_and_missing_answers_end_a_connection() {
 #[tokio::test]
 async fn a_full_queue_drops_events_and_asks_for_a_listing() {
     let (mut validator, mut client) = start(calm(), 4, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     for number in 0..50 {
         say(&mut peer, &image_created(&format!("i{number}")).0).await;
     }
@@ -579,9 +575,7 @@ async fn a_full_queue_drops_events_and_asks_for_a_listing() {
 #[tokio::test]
 async fn when_cancelled_it_says_goodbye() {
     let (mut validator, mut client) = start(calm(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     client.cancel.cancel();
     assert_eq!(hear(&mut peer).await, "41");
     let closed = timeout(PATIENCE, peer.next()).await.expect("it closes");
@@ -598,9 +592,7 @@ async fn when_cancelled_it_says_goodbye() {
 #[tokio::test]
 async fn what_crosses_with_the_goodbye_is_passed_on() {
     let (mut validator, mut client) = start(calm(), 64, URL);
-    let mut peer = validator.authenticated().await;
-    client.expect_connected().await;
-    client.expect_authenticated().await;
+    let mut peer = validator.authenticated_to(&mut client).await;
     client.cancel.cancel();
     assert_eq!(hear(&mut peer).await, "41");
     let (frame, event) = image_created("i1");
