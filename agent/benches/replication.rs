@@ -25,7 +25,6 @@ mod usage;
 
 use load::{Load, Requests};
 use report::Rounds;
-use usage::Usage;
 
 /// How many clients write at a time.
 const CLIENTS: [usize; 3] = [1, 64, 256];
@@ -98,14 +97,14 @@ impl System {
     async fn round(&mut self, row: &str, clients: usize, signed: bool, time: Duration) -> anyhow::Result<()> {
         let mut load = Load::connect(self.requests.as_ref(), clients, signed).await?;
         load.run(WARM_UP).await?;
-        let before = Usage::of(self.processes());
+        let before = usage::time(self.processes());
         let written = load.run(time).await?;
-        let used = Usage::of(self.processes()).since(&before);
+        let used = usage::time(self.processes()).saturating_sub(before);
         let writes = written.latencies.len() as f64;
         let p = |share| written.percentile(share).as_secs_f64() * 1e3;
         let figures = [
             ("writes_per_second", writes / written.took.as_secs_f64()),
-            ("cpu_us_per_write", used.cpu.as_secs_f64() * 1e6 / writes),
+            ("cpu_us_per_write", used.as_secs_f64() * 1e6 / writes),
             ("p50_ms", p(0.50)),
             ("p99_ms", p(0.99)),
         ];
@@ -198,10 +197,14 @@ async fn measure(options: &Options) -> anyhow::Result<Value> {
     }
     for system in &mut systems {
         for member in &system.members {
-            let kib = Usage::of(member.iter().copied()).resident_kib as f64;
-            system
-                .rounds
-                .add("after the run", "resident_mib_per_member", kib / 1024.0);
+            let (all, each_once) = usage::resident_kib(member)?;
+            let figures = [
+                ("resident_mib_per_member", each_once),
+                ("resident_mib_counted_per_process", all),
+            ];
+            for (figure, kib) in figures {
+                system.rounds.add("after the run", figure, kib as f64 / 1024.0);
+            }
         }
     }
     let disk_after = usage::disk_latency(folder)?;
@@ -243,13 +246,13 @@ async fn idle(systems: &mut [System], time: Duration) -> anyhow::Result<()> {
     say("idle");
     // What starting left over is done by then.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let before: Vec<Usage> = systems
+    let before: Vec<Duration> = systems
         .iter()
-        .map(|system| Usage::of(system.processes()))
+        .map(|system| usage::time(system.processes()))
         .collect();
     tokio::time::sleep(time).await;
     for (system, before) in systems.iter_mut().zip(before) {
-        let used = Usage::of(system.processes()).since(&before).cpu;
+        let used = usage::time(system.processes()).saturating_sub(before);
         let of_a_core = used.as_secs_f64() / time.as_secs_f64() / system.members.len() as f64;
         system
             .rounds

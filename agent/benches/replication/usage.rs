@@ -1,9 +1,10 @@
-//! What processes used: time and memory from `/proc`, calls of fsync and fdatasync from `perf`; and how fast the
+//! What processes used: time and pages of memory from `/proc`, calls of fsync and fdatasync from `perf`; and how fast the
 //! disk is.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -18,32 +19,16 @@ use tokio::time::Instant;
 
 /// Linux counts processes' time in hundredths of a second, whatever its own clock does.
 const TICKS_PER_SECOND: f64 = 100.0;
+/// Bytes of a page of x86-64, the one architecture that agents run on.
+const PAGE: u64 = 4096;
 const TMPFS: i64 = 0x0102_1994;
 const DISK_WRITES: u32 = 300;
 /// Bytes of each of them: about a group of commands.
 const DISK_WRITE_BYTES: usize = 4096;
 
-/// What processes have used so far.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Usage {
-    pub(crate) cpu: Duration,
-    pub(crate) resident_kib: u64,
-}
-
-impl Usage {
-    pub(crate) fn of(processes: impl Iterator<Item = u32>) -> Self {
-        processes.fold(Self::default(), |sum, process| Self {
-            cpu: sum.cpu + cpu(process).unwrap_or_default(),
-            resident_kib: sum.resident_kib + resident_kib(process).unwrap_or_default(),
-        })
-    }
-
-    pub(crate) fn since(&self, before: &Self) -> Self {
-        Self {
-            cpu: self.cpu.saturating_sub(before.cpu),
-            resident_kib: self.resident_kib,
-        }
-    }
+/// User and system time that processes have used so far.
+pub(crate) fn time(processes: impl Iterator<Item = u32>) -> Duration {
+    processes.map(|process| cpu(process).unwrap_or_default()).sum()
 }
 
 /// The fields of `/proc/PID/stat` behind the name, which may have blanks in it.
@@ -61,10 +46,43 @@ fn cpu(process: u32) -> Option<Duration> {
     ))
 }
 
-fn resident_kib(process: u32) -> Option<u64> {
-    let text = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().trim_end_matches(" kB").parse().ok()
+/// What the processes of one member hold in memory, in KiB: all pages, and each page once, however many of them share it.
+pub(crate) fn resident_kib(processes: &[u32]) -> anyhow::Result<(u64, u64)> {
+    let mut pages = Vec::new();
+    for process in processes {
+        add_pages(*process, &mut pages).with_context(|| format!("the pages of process {process}"))?;
+    }
+    let kib = |count: usize| count as u64 * (PAGE / 1024);
+    let all = pages.len();
+    pages.sort_unstable();
+    pages.dedup();
+    Ok((kib(all), kib(pages.len())))
+}
+
+/// Adds the numbers of the page frames that a process has mapped.
+fn add_pages(process: u32, pages: &mut Vec<u64>) -> anyhow::Result<()> {
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    let page_map = File::open(format!("/proc/{process}/pagemap"))?;
+    for line in std::fs::read_to_string(format!("/proc/{process}/maps"))?.lines() {
+        let (range, _) = line.split_once(' ').context("a mapping without a range")?;
+        let (first, end) = range.split_once('-').context("a range without an end")?;
+        let first = u64::from_str_radix(first, 16)? / PAGE;
+        let end = u64::from_str_radix(end, 16)? / PAGE;
+        let mut entries = vec![0; usize::try_from(end - first)? * 8];
+        // The kernel's own pages at the end of the address space are in no page map.
+        let Ok(read) = page_map.read_at(&mut entries, first * 8) else {
+            continue;
+        };
+        for entry in entries[..read].chunks_exact(8) {
+            let entry = u64::from_ne_bytes(entry.try_into()?);
+            if entry & PRESENT != 0 {
+                anyhow::ensure!(entry & FRAME != 0, "only root sees which pages are shared");
+                pages.push(entry & FRAME);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A process and all that it has started.

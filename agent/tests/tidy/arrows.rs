@@ -32,6 +32,7 @@ const ORDERS: &[Order] = &[
             &["placement"],
             &["desired"],
             &["state"],
+            &["ages"],
             &["command", "outbox"],
             &["effect"],
             &["adoption"],

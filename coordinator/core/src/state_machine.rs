@@ -32,6 +32,7 @@ pub mod taking_over;
 mod testing;
 pub mod upgrading;
 
+mod ages;
 mod enrolment;
 mod hotkey;
 mod joining;

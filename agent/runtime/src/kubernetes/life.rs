@@ -225,10 +225,14 @@ impl Work<'_> {
             // Before anything of it is written.
             return Err(Given::Up(format!("the Job {name} is another miner's")));
         }
-        let ports = self.ports(fence, spec).await?;
         let code = manifest::code(spec, fence, settings, false);
-        self.insist("write its code", || apply(&cluster.code, &code))
-            .await?;
+        // Side by side: each is a call that the chute waits for.
+        let (ports, written) = tokio::join!(
+            self.ports(fence, spec),
+            self.insist("write its code", || apply(&cluster.code, &code)),
+        );
+        let ports = ports?;
+        written?;
         let launched = manifest::service(spec, fence, settings, true);
         self.insist("note the launch", || apply(&cluster.services, &launched))
             .await?;

@@ -1,6 +1,6 @@
 //! The effects that wait to be done, and which of them may be done now.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::effect::{Effect, EffectId, Subject};
 use super::table::Table;
@@ -9,7 +9,7 @@ use super::table::Table;
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Outbox {
     pub(crate) pending: Table<EffectId, Effect>,
-    by_subject: BTreeMap<Subject, Vec<EffectId>>,
+    by_subject: BTreeMap<Subject, BTreeSet<EffectId>>,
 }
 
 impl Outbox {
@@ -18,16 +18,16 @@ impl Outbox {
         self.by_subject
             .entry(effect.subject.clone())
             .or_default()
-            .push(effect.id);
+            .insert(effect.id);
         self.pending.insert(effect.id, effect);
     }
 
-    /// Puts an effect that was read from disk in place.
+    /// Puts an effect that was read from disk in place. Rows come in the order of their bytes, which is not that of ids.
     pub(crate) fn restore(&mut self, effect: Effect) {
         self.by_subject
             .entry(effect.subject.clone())
             .or_default()
-            .push(effect.id);
+            .insert(effect.id);
         self.pending.restore(effect.id, effect);
     }
 
@@ -35,7 +35,7 @@ impl Outbox {
     pub(crate) fn remove(&mut self, id: EffectId) -> Option<Effect> {
         let effect = self.pending.remove(&id)?;
         if let Some(ids) = self.by_subject.get_mut(&effect.subject) {
-            ids.retain(|other| *other != id);
+            ids.remove(&id);
             if ids.is_empty() {
                 self.by_subject.remove(&effect.subject);
             }

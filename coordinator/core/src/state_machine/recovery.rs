@@ -30,6 +30,7 @@ impl State {
         let settings = self.settings_mut();
         let now = settings.now;
         settings.incarnation = now.unix_seconds().max(settings.incarnation + 1);
+        self.ask_for_reports();
         let hosts = self.hosts.values().filter(|record| record.is_in());
         let others: Vec<u64> = hosts
             .filter_map(|record| record.member)
@@ -45,6 +46,9 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use protocol::report::{HostFacts, WorkloadReport};
+    use protocol::workload::Fence;
+
     use crate::state_machine::codec::Row;
     use crate::state_machine::command::Command;
     use crate::state_machine::host::Pin;
@@ -107,6 +111,44 @@ mod tests {
             Ok(Reply::Done)
         );
         assert!(!world.0.is_given_up(3), "it is out altogether");
+    }
+
+    /// It may have forgotten what was placed last, and took the GPUs that this holds for free.
+    #[test]
+    fn nothing_is_placed_before_hosts_report_anew() {
+        let mut world = World::of_three();
+        let incarnation = world.0.settings().incarnation;
+        let facts = HostFacts {
+            server: id("d"),
+            name: "d".to_owned(),
+            address: "203.0.113.1".to_owned(),
+            proof_port: 1,
+            devices: vec![],
+            cpu_count: 32,
+            memory_gb: 256,
+            disk_free_gb: 500,
+            agent_version: "0.1.0".to_owned(),
+        };
+        world
+            .at(3_000, Command::RecordHost { facts })
+            .expect("it has joined");
+        let fence = Fence {
+            incarnation,
+            revision: 0,
+        };
+        let report = Command::RecordWorkloads {
+            server: id("d"),
+            report: WorkloadReport {
+                fence,
+                workloads: vec![],
+            },
+        };
+        world.at(3_000, report).expect("it is known");
+        assert_eq!(world.0.servers().get(&id("d")).unwrap().reported, Some(fence));
+        world
+            .at(9_000_000, Command::Recover { member: 2 })
+            .expect("it goes on");
+        assert_eq!(world.0.servers().get(&id("d")).unwrap().reported, None);
     }
 
     #[test]

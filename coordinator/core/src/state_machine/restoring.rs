@@ -43,12 +43,7 @@ impl State {
         if let Some(cluster) = self.cluster.get_mut(&0) {
             cluster.next_member = cluster.next_member.max(incarnation);
         }
-        let servers: Vec<_> = self.servers.keys().cloned().collect();
-        for server in servers {
-            if let Some(server) = self.servers.get_mut(&server) {
-                server.reported = None;
-            }
-        }
+        self.ask_for_reports();
         let invites: Vec<_> = self.invites.keys().copied().collect();
         for invite in invites {
             self.invites.remove(&invite);

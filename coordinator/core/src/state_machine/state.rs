@@ -7,6 +7,7 @@ use protocol::id::{ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
+use super::ages::Ages;
 use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
 use super::command::{ANSWERS_MAX, Answer, PayProfile, REQUEST_MEMORY_LEAST_MS, Reply, RequestId};
 use super::deployment::{Audit, Deployment};
@@ -163,9 +164,9 @@ struct Index {
     gpus_by_server: BTreeMap<ServerId, BTreeSet<GpuId>>,
     deployments_by_server: BTreeMap<ServerId, BTreeSet<DeploymentId>>,
     deployments_by_chute: BTreeMap<ChuteKey, BTreeSet<DeploymentId>>,
-    by_config: BTreeMap<ConfigId, DeploymentId>,
-    by_instance: BTreeMap<InstanceId, DeploymentId>,
-    answers_by_age: BTreeSet<(UnixMillis, RequestId)>,
+    by_config: BTreeMap<ConfigId, BTreeSet<DeploymentId>>,
+    by_instance: BTreeMap<InstanceId, BTreeSet<DeploymentId>>,
+    answers_by_age: Ages,
 }
 
 impl State {
@@ -259,14 +260,18 @@ impl State {
     pub(crate) fn remember_answer(&mut self, request: RequestId, answer: Answer) {
         while self.answers.len() >= ANSWERS_MAX && self.forget_answer(REQUEST_MEMORY_LEAST_MS) {}
         let at = self.settings.now;
-        self.index.answers_by_age.insert((at, request));
+        self.index.answers_by_age.insert(at, request);
         let answer = answer.into();
         self.answers.insert(request, Answered { at, answer });
     }
 
     /// Forgets the oldest answer, if it was given `age_ms` ago or earlier; says whether it was.
     pub(crate) fn forget_answer(&mut self, age_ms: u64) -> bool {
-        let oldest = self.index.answers_by_age.first().copied();
+        let answers = &self.answers;
+        let oldest = self
+            .index
+            .answers_by_age
+            .first(|request| answers.get(&request).map(|answered| answered.at));
         let Some((_, request)) = oldest.filter(|(at, _)| self.settings.now.since(*at) >= age_ms) else {
             return false;
         };
@@ -283,6 +288,17 @@ impl State {
             .into_iter()
             .flatten()
             .filter_map(|id| self.gpus.get(id))
+    }
+
+    /// What hosts reported so far says nothing of what this state does not know: nothing is placed on a server before it
+    /// reports again.
+    pub(crate) fn ask_for_reports(&mut self) {
+        let servers: Vec<_> = self.servers.keys().cloned().collect();
+        for server in servers {
+            if let Some(server) = self.servers.get_mut(&server) {
+                server.reported = None;
+            }
+        }
     }
 
     /// Deployments on one server, in order.
@@ -312,12 +328,18 @@ impl State {
     /// The deployment that a validator means by a launch config or an instance.
     #[must_use]
     pub fn deployment_of(&self, config: Option<&ConfigId>, instance: &InstanceId) -> Option<&DeploymentId> {
-        let by_config = config.and_then(|config| self.index.by_config.get(config));
-        by_config.or_else(|| self.index.by_instance.get(instance))
+        let by_config = config.and_then(|config| self.deployment_of_config(config));
+        by_config.or_else(|| self.one_of(self.index.by_instance.get(instance)?))
     }
 
     pub(crate) fn deployment_of_config(&self, config: &ConfigId) -> Option<&DeploymentId> {
-        self.index.by_config.get(config)
+        self.one_of(self.index.by_config.get(config)?)
+    }
+
+    /// A name is one deployment's. Of several that a validator gave it to, one that is not gone is meant.
+    fn one_of<'a>(&self, ids: &'a BTreeSet<DeploymentId>) -> Option<&'a DeploymentId> {
+        let here = ids.iter().find(|id| self.deployments.contains_key(id));
+        here.or_else(|| ids.first())
     }
 
     pub(crate) fn insert_gpu(&mut self, gpu: Gpu) {
@@ -351,15 +373,17 @@ impl State {
     /// Names of a deployment that the validator chose; both stay findable after it is gone.
     pub(crate) fn set_config(&mut self, id: &DeploymentId, config: ConfigId) {
         if let Some(deployment) = self.deployments.get_mut(id) {
-            self.index.by_config.insert(config.clone(), id.clone());
-            deployment.config = Some(config);
+            if let Some(former) = deployment.config.replace(config.clone()) {
+                remove_from(&mut self.index.by_config, &former, id);
+            }
+            self.index.by_config.entry(config).or_default().insert(id.clone());
         }
     }
 
     pub(crate) fn set_instance(&mut self, id: &DeploymentId, instance: InstanceId) {
         if let Some(deployment) = self.deployments.get_mut(id) {
-            self.index.by_instance.insert(instance.clone(), id.clone());
-            deployment.instance = Some(instance);
+            let former = deployment.instance.replace(instance.clone());
+            self.index.rename_instance(id, former, instance);
         }
     }
 
@@ -369,18 +393,18 @@ impl State {
 
     pub(crate) fn set_audit_instance(&mut self, id: &DeploymentId, instance: InstanceId) {
         if let Some(audit) = self.audits.get_mut(id) {
-            self.index.by_instance.insert(instance.clone(), id.clone());
-            audit.deployment.instance = Some(instance);
+            let former = audit.deployment.instance.replace(instance.clone());
+            self.index.rename_instance(id, former, instance);
         }
     }
 
     pub(crate) fn remove_audit(&mut self, id: &DeploymentId) {
         if let Some(audit) = self.audits.remove(id) {
             if let Some(config) = &audit.deployment.config {
-                self.index.by_config.remove(config);
+                remove_from(&mut self.index.by_config, config, id);
             }
             if let Some(instance) = &audit.deployment.instance {
-                self.index.by_instance.remove(instance);
+                remove_from(&mut self.index.by_instance, instance, id);
             }
         }
     }
@@ -424,10 +448,9 @@ impl State {
         for audit in self.audits.values() {
             index.add_names(&audit.deployment);
         }
-        let answers = self.answers.iter();
-        index.answers_by_age = answers
-            .map(|(request, answered)| (answered.at, *request))
-            .collect();
+        for (request, answered) in self.answers.iter() {
+            index.answers_by_age.insert(answered.at, *request);
+        }
         index
     }
 }
@@ -448,11 +471,20 @@ impl Index {
 
     fn add_names(&mut self, deployment: &Deployment) {
         if let Some(config) = &deployment.config {
-            self.by_config.insert(config.clone(), deployment.id.clone());
+            let ids = self.by_config.entry(config.clone()).or_default();
+            ids.insert(deployment.id.clone());
         }
         if let Some(instance) = &deployment.instance {
-            self.by_instance.insert(instance.clone(), deployment.id.clone());
+            let ids = self.by_instance.entry(instance.clone()).or_default();
+            ids.insert(deployment.id.clone());
         }
+    }
+
+    fn rename_instance(&mut self, id: &DeploymentId, former: Option<InstanceId>, instance: InstanceId) {
+        if let Some(former) = former {
+            remove_from(&mut self.by_instance, &former, id);
+        }
+        self.by_instance.entry(instance).or_default().insert(id.clone());
     }
 }
 

@@ -2,6 +2,7 @@
 //! command.
 
 mod answers;
+mod restarting;
 mod taking_over;
 
 use protocol::id::ServerId;

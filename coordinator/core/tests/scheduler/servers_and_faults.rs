@@ -157,6 +157,28 @@ fn a_27_an_early_instance_is_not_lost() {
     }
 }
 
+/// Whoever had applied both knew the deployment by both; a member that had read its rows, by the second only.
+#[test]
+fn a_second_instance_of_a_config_takes_the_place_of_the_first() {
+    let mut fleet = Fleet::new(PayProfile::Of2026);
+    fleet.server("s", 1, "a6000", 0.3);
+    let c = fleet.chute("c", 1, &["a6000"]);
+    let placed = fleet.place(&c, "s", None);
+    let config = fleet.deployment(&placed).config.clone();
+    assert!(config.is_some());
+    let [first, second] = ["i", "j"].map(|name| InstanceId::parse(name).unwrap());
+    for instance in [&first, &second] {
+        fleet.ok(Command::RecordInstanceCreated {
+            validator: validator(1),
+            chute: c.chute.clone(),
+            config: config.clone(),
+            instance: instance.clone(),
+        });
+    }
+    assert_eq!(fleet.state.deployment_of(None, &first), None);
+    assert_eq!(fleet.state.deployment_of(None, &second), Some(&placed));
+}
+
 #[test]
 fn a_28_progress_keeps_a_launch_alive() {
     for progress in [true, false] {

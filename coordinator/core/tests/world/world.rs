@@ -10,6 +10,7 @@ use coordinator_core::state_machine::command::{
 use coordinator_core::state_machine::deployment::{Phase, StopReason};
 use coordinator_core::state_machine::effect::{Effect, EffectKind, EffectOutcome, Subject};
 use coordinator_core::state_machine::invariant::violations;
+use coordinator_core::state_machine::state::Settings;
 use coordinator_core::state_machine::{Command, Faults, Proposal, State, apply};
 use protocol::hotkey::{Hotkey, Signer};
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId, JobId, ServerId};
@@ -27,6 +28,8 @@ pub(crate) struct World {
     state: State,
     rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
     log: Vec<Vec<u8>>,
+    /// Effects are counted from here.
+    first_effect: u64,
     now: UnixMillis,
     hosts: Vec<Host>,
     key: Hotkey,
@@ -38,6 +41,18 @@ pub(crate) struct World {
 
 type Step = Result<(), String>;
 
+/// An empty state of a cluster that has done so many effects before.
+fn beginning(faults: Faults, effects: u64) -> State {
+    let settings = Settings {
+        next_effect: effects,
+        ..Settings::default()
+    };
+    const VERSION_1: u8 = 0;
+    const SETTINGS: u8 = 1;
+    let value = postcard::to_stdvec(&(VERSION_1, settings)).expect("plain data");
+    State::from_rows(&mut std::iter::once((SETTINGS, vec![], value)), faults).expect("a good row")
+}
+
 impl World {
     pub(crate) fn new(seed: u64, faults: Faults) -> Self {
         let mut random = fastrand::Rng::with_seed(seed);
@@ -45,10 +60,13 @@ impl World {
             .map(|number| Host::new(number, random.u8(1..=4)))
             .collect();
         let key = Signer::from_seed(&[2; 32]).hotkey().clone();
+        // The bytes of some numbers sort otherwise than the numbers.
+        let first_effect = random.u64(..700);
         let mut world = Self {
             random,
             faults,
-            state: State::new(faults),
+            first_effect,
+            state: beginning(faults, first_effect),
             rows: BTreeMap::new(),
             log: vec![],
             now: UnixMillis(1_800_000_000_000),
@@ -727,7 +745,7 @@ impl World {
 
     /// The same log gives the same state, and the same rows.
     pub(crate) fn replay(&mut self) -> Step {
-        let mut state = State::new(self.faults);
+        let mut state = beginning(self.faults, self.first_effect);
         for bytes in &self.log {
             let _ = apply(
                 &mut state,
