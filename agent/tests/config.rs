@@ -246,6 +246,11 @@ fn what_makes_no_sense_is_refused_with_the_reason() {
             "address = \"http://192.0.2.1\"",
             "without a scheme",
         ),
+        (
+            "address = \"192.0.2.1\"",
+            "[host.addresses]\nhost-1 = \"http://192.0.2.1\"",
+            "host.addresses = \"http://192.0.2.1\": write an address or a name alone",
+        ),
         ("id = \"host-1.example\"", "id = \"host_1\"", "host.id"),
         (
             "enabled = true",
@@ -320,6 +325,16 @@ fn services_get_what_was_written() {
     assert_eq!(host.proof.socket, Path::new("/srv/chutes/run/proof.sock"));
     assert_eq!(host.data.socket, Path::new("/srv/chutes/run/data.sock"));
     assert_eq!(host.data.registry.upstreams.len(), 1);
+    assert_eq!(host.host.identity.address, "192.0.2.1");
+
+    // The settings of several hosts, of which this is one.
+    let case = Case::new();
+    case.edit(
+        "[coordinator]",
+        "[host.addresses]\nhost-1 = \"203.0.113.7\"\nhost-2 = \"203.0.113.8\"\n[coordinator]",
+    );
+    let host = case.load().config.host.expect("enabled");
+    assert_eq!(host.host.identity.address, "203.0.113.7");
 
     let case = Case::new();
     case.edit("enabled = true", "enabled = false")

@@ -316,12 +316,19 @@ fn identity(written: &Written, checker: &mut Checker<'_>) -> Option<Identity> {
         .require("host.id", written.host.id.as_ref(), "the identity of this host")
         .and_then(|text| checker.take("host.id", server_id(text)));
     let why = "where validators reach this host from outside";
-    let address = checker.require("host.address", written.host.address.as_ref(), why);
+    let of_name = name.and_then(|name| written.host.addresses.get(name));
+    let (key, address) = match of_name {
+        Some(address) => ("host.addresses", Some(address)),
+        None => (
+            "host.address",
+            checker.require("host.address", written.host.address.as_ref(), why),
+        ),
+    };
     if let Some(address) = address
-        && (address.contains("://") || address.contains(['/', ' ']))
+        && (address.is_empty() || address.contains("://") || address.contains(['/', ' ']))
     {
-        let text = format!("host.address = {address:?}: write an address or a name alone, without a scheme");
-        checker.complain("host.address", text);
+        let text = format!("{key} = {address:?}: write an address or a name alone, without a scheme");
+        checker.complain(key, text);
     }
     Some(Identity {
         server: id?,

@@ -1,6 +1,7 @@
 //! Settings as they are written. The comments on the keys are the documentation of the keys:
 //! `docs/configuration.md` is made of them.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -107,6 +108,10 @@ pub struct Host {
     /// TCP address where Prometheus reads `/metrics` of the host's doors, cache and GPU proof without a signature; none
     /// when absent. Open it to networks that you trust only.
     pub metrics_listen: Option<SocketAddr>,
+    /// For settings that several hosts share: addresses under which validators reach them from outside, by `host.name`.
+    /// A host that is not named here has `host.address`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub addresses: BTreeMap<String, String>,
 }
 
 impl Default for Host {
@@ -119,6 +124,7 @@ impl Default for Host {
             coordinator: None,
             site: None,
             metrics_listen: None,
+            addresses: BTreeMap::new(),
         }
     }
 }

@@ -224,6 +224,7 @@ async fn every_set_of_values(plane: &ControlPlane) {
             "podDisruptionBudget.minAvailable=2",
             "metrics.enabled=true",
             "metrics.serviceMonitor=true",
+            "host.addresses.gpu-1=203.0.113.7",
             "runtime.namespace=default",
         ],
         &[
@@ -267,6 +268,7 @@ async fn every_set_of_values(plane: &ControlPlane) {
         ("image.tag=latest", "tag"),
         ("miner.hotkey=5abc", "hotkey"),
         ("proof.port=70000", "port"),
+        ("host.addresses.gpu-1=", "addresses"),
         ("metrics.port=9464", "port"),
         ("packetFilter.networks={10.42}", "networks"),
     ];
