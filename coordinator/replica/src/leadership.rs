@@ -2,7 +2,8 @@
 //!
 //! The Raft library lets a leader that is cut off call itself one for ever, since it cannot commit anything.
 //! Ours also acts on the outside, so it leads only while its quorum lease holds: a majority answered what it
-//! sent less than the longest election silence ago. No other member can win an election before that.
+//! sent less than the longest election silence ago. No other member can win an election before that: whoever
+//! answered helps to elect nobody else until then, also when it starts anew meanwhile (see `starting`).
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::{Instant as _, RaftMetrics, ServerState};

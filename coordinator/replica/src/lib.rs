@@ -10,7 +10,7 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `proposer`, `leadership`, `hearing`, `wire`, `transport`, `urgency`, `answer`, `forward`, `membership`, `quic`.
+//! `snapshot`, `machine`, `proposer`, `leadership`, `starting`, `hearing`, `wire`, `transport`, `urgency`, `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{Fatal, LinearizableReadError, RaftError};
@@ -46,6 +46,7 @@ pub mod reading;
 pub mod recovery;
 mod rounds;
 mod snapshot;
+mod starting;
 mod state_store;
 mod storage;
 mod timing;
@@ -196,6 +197,8 @@ impl Replica {
             length,
             given_up: followed,
         };
+        let silence = timing::silence(*lease.length.borrow(), ways.longest_lease(&members));
+        let promised = starting::followed(log.vote(), node_id);
         let kept = machine.keep();
         let started = seed
             .scope(Raft::new(
@@ -238,6 +241,10 @@ impl Replica {
             network.clone(),
         );
         seed.scope(async {
+            if let Some(leader) = promised {
+                let started = raft.borrow().clone();
+                starting::keep_promise(&started, raft.clone(), leader, silence).await;
+            }
             raft::spawn(async move {
                 proposer.run().await;
                 drop(proposer_end);

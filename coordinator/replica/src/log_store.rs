@@ -159,10 +159,14 @@ impl LogStore {
         self.tail.lock().entries.keys().next().copied()
     }
 
+    /// The newest vote that is on the disk.
+    pub(crate) fn vote(&self) -> Option<RaftVote> {
+        self.tail.lock().vote
+    }
+
     /// Returns when everything that was given to the store is on the disk.
     pub(crate) async fn settle(&mut self) -> io::Result<()> {
-        let vote = self.tail.lock().vote;
-        match vote {
+        match self.vote() {
             // Writes are done in order: the same vote once more comes after all of them.
             Some(vote) => self.save_vote(&vote).await,
             None => Ok(()),
@@ -276,7 +280,7 @@ impl RaftLogReader<Types> for LogStore {
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<RaftVote>> {
-        Ok(self.tail.lock().vote)
+        Ok(self.vote())
     }
 }
 

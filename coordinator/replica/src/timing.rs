@@ -18,6 +18,7 @@ use tokio::time::{Instant, sleep};
 use crate::config::{Pace, Timing};
 use crate::error::Error;
 use crate::raft::{Raft, RaftMembership};
+use crate::starting::{followed, keep_promise};
 use crate::transport::{Network, Peer};
 use crate::wire::{Answer, Request};
 use crate::{Inner, Replica};
@@ -107,6 +108,15 @@ impl Ways {
             .min()
     }
 
+    /// The longest lease among the voters, as far as they told.
+    pub(crate) fn longest_lease(&self, members: &RaftMembership) -> Option<Duration> {
+        let ways = self.lock();
+        members
+            .voter_ids()
+            .filter_map(|voter| ways.get(&voter)?.lease)
+            .max()
+    }
+
     /// Forgets those who are no members any more.
     fn keep_only(&self, members: &RaftMembership) {
         self.lock().retain(|member, _| members.get_node(member).is_some());
@@ -168,6 +178,16 @@ fn pace_of(config: &openraft::Config) -> Pace {
 /// How long the confirmation of a majority holds, by the library's own settings.
 pub(crate) fn lease(config: &openraft::Config) -> Duration {
     Duration::from_millis(config.election_timeout_max)
+}
+
+/// For how long a member that starts with the lease `own` takes its leader as heard: the leader may count on a
+/// longer one, up to `before`, until it is told of this one.
+pub(crate) fn silence(own: Duration, before: Option<Duration>) -> Duration {
+    let longest = Duration::from_millis(Pace::of_heartbeat(HEARTBEAT_MS_MAX).election_max_ms);
+    match before.map(|before| before.min(longest)) {
+        Some(before) if before > own => before + OFTEN + ECHO_MAX,
+        _ => own,
+    }
 }
 
 impl Inner {
@@ -256,6 +276,8 @@ impl Replica {
         // The library takes everything in the log for durable when it starts.
         let mut log = self.0.log.clone();
         log.settle().await.map_err(|error| fail(error.to_string()))?;
+        let followed = followed(log.vote(), self.0.member);
+        let before = self.0.ways.longest_lease(members).max(Some(self.0.own_lease()));
         let machine = running.machine.succeed().await;
         running.machine = machine.keep();
         set(&mut running.config, pace);
@@ -264,6 +286,11 @@ impl Replica {
         let started = self.0.seed.scope(started).await;
         let raft = started.map_err(|fatal| fail(fatal.to_string()))?;
         let alone = raft.voter_ids().eq([self.0.member]);
+        if let Some(leader) = followed {
+            let silence = silence(lease(raft.config()), before);
+            let promise = keep_promise(&raft, self.0.raft.subscribe(), leader, silence);
+            self.0.seed.scope(promise).await;
+        }
         self.0.raft.send_replace(raft.clone());
         self.0.agree_on_lease(members);
         if alone {

@@ -1,6 +1,6 @@
 //! Who leads, and for how long: check-quorum, pre-vote, transfer, timing.
 
-use replica::{Error, Timing};
+use replica::{Error, Start, Timing};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
@@ -41,6 +41,118 @@ async fn a_leader_that_is_cut_off_stops_leading_before_another_leads() {
     assert_eq!(cluster.commands(old)[0], b"new");
     assert_eq!(cluster.leader().await, new);
     assert_eq!(cluster.up[&new].metrics().term, term);
+}
+
+/// Looks at every moment of two leases: two leaders at once never, one at the end.
+async fn no_two_lead(cluster: &Cluster, lease: Duration, case: &str) {
+    let began = Instant::now();
+    while began.elapsed() < 2 * lease {
+        let up = cluster.up.iter();
+        let leaders: Vec<u64> = up
+            .filter(|(_, it)| it.leads_now())
+            .map(|(member, _)| *member)
+            .collect();
+        assert!(
+            leaders.len() <= 1,
+            "{case}: {leaders:?} lead after {:?}",
+            began.elapsed()
+        );
+        sleep(Duration::from_millis(1)).await;
+    }
+    let new = cluster.leader_of(&[2, 3]).await;
+    propose_surely(&cluster.up[&new], b"after").await;
+    assert!(
+        began.elapsed() <= 4 * lease,
+        "{case}: after {:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_starts_again_elects_nobody_while_the_leader_counts_on_it() {
+    for seed in 410..413 {
+        for killed in [false, true] {
+            let mut cluster = Cluster::of(seed, 3).await;
+            assert_eq!(cluster.leader().await, 1);
+            // Member 3 hears the leader no more and asks member 2 again and again.
+            cluster.links.cut(1, [3], true);
+            sleep(3 * LEASE + Duration::from_millis(90 * (seed - 410))).await;
+            assert!(cluster.up[&1].leads_now());
+            if killed {
+                cluster.kill(2);
+                cluster.links.cut(2, [3], false);
+                cluster.start(2, Start::Join).await;
+            } else {
+                cluster.links.cut(1, [2], true);
+                cluster.stop(2).await;
+                cluster.start(2, Start::Join).await;
+            }
+            no_two_lead(&cluster, LEASE, &format!("seed {seed}, killed: {killed}")).await;
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_changes_its_pace_elects_nobody_while_the_leader_counts_on_it() {
+    for seed in 420..423 {
+        let mut cluster = Cluster::new(seed);
+        cluster.configure = |config| {
+            if config.node_id == 2 {
+                config.timing = Timing::Auto;
+            }
+        };
+        cluster.found(3).await;
+        assert_eq!(cluster.leader().await, 1);
+        cluster.links.cut(1, [3], true);
+        sleep(3 * LEASE).await;
+        cluster.links.slow(Duration::from_millis(30));
+        let began = Instant::now();
+        while cluster.up[&2].pace() == PACE {
+            assert!(began.elapsed() < Duration::from_secs(60), "the pace stays");
+            sleep(Duration::from_millis(1)).await;
+        }
+        cluster.links.slow(Duration::ZERO);
+        cluster.links.cut(1, [2], true);
+        assert!(cluster.up[&1].leads_now());
+        no_two_lead(&cluster, LEASE, &format!("seed {seed}")).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_member_that_starts_with_a_shorter_lease_keeps_to_the_longer_one_that_it_granted() {
+    let wide = Duration::from_millis(replica::Pace::WAN.election_max_ms);
+    for seed in 440..442 {
+        let mut cluster = Cluster::new(seed);
+        cluster.configure = |config| config.timing = Timing::Wan;
+        cluster.found(3).await;
+        assert_eq!(cluster.leader().await, 1);
+        sleep(wide).await;
+        cluster.links.cut(1, [3], true);
+        sleep(3 * wide).await;
+        cluster.stop(2).await;
+        cluster.configure = |config| config.timing = Timing::Auto;
+        assert_eq!(cluster.start(2, Start::Join).await.pace(), PACE);
+        cluster.links.cut(1, [2], true);
+        assert!(cluster.up[&1].leads_now());
+        no_two_lead(&cluster, wide, &format!("seed {seed}")).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn members_that_all_start_again_have_a_leader_as_soon_as_after_the_loss_of_one() {
+    for seed in 430..433 {
+        let mut cluster = Cluster::of(seed, 3).await;
+        cluster.up[&1].propose(b"before".to_vec()).await.unwrap();
+        for member in 1..=3 {
+            cluster.kill(member);
+        }
+        for member in 1..=3 {
+            cluster.restart(member).await;
+        }
+        let began = Instant::now();
+        cluster.leader().await;
+        assert!(began.elapsed() <= 4 * LEASE, "seed {seed}: {:?}", began.elapsed());
+    }
 }
 
 #[tokio::test(start_paused = true)]
