@@ -177,6 +177,10 @@ impl Body {
     }
 
     async fn write_rows(&mut self) -> io::Result<()> {
+        // A panic may have left a command half applied: the next start applies it again, to rows without it.
+        if let Some(reason) = self.shared.failure() {
+            return Err(io::Error::other(reason));
+        }
         let rows = self.guarded(StateMachine::changed_rows)?;
         self.commands_unwritten = 0;
         self.state.write(rows, self.applied.clone()).await

@@ -1,8 +1,9 @@
 //! Losses of power, full disks, failing syncs, a panicking machine: nothing acknowledged is lost, nothing is
 //! acknowledged that could be, and the replica says that it failed.
 
-use replica::{Config, Health, ProposeError, Replica};
+use replica::{Config, Health, ProposeError, Replica, RowChange, StateMachine};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use crate::store::{Disks, Journal, open, position};
 
@@ -52,12 +53,8 @@ async fn lives_of_a_machine(seed: u64) {
         disks.power.fail_after(Some(random.u64(1..250)));
         let (machine, _) = Journal::new();
         // The power may go while the store is being opened: that is a life as well.
-        if let Ok(replica) = Replica::open(
-            config(&disks, seed),
-            machine,
-            std::sync::Arc::new(replica::Unconnected),
-        )
-        .await
+        if let Ok(replica) =
+            Replica::open(config(&disks, seed), machine, Arc::new(replica::Unconnected)).await
         {
             load(&replica, &mut next, &mut acknowledged, &mut random).await;
             replica.shutdown().await;
@@ -178,6 +175,49 @@ async fn a_full_disk_fails_the_replica_and_loses_nothing() {
 #[tokio::test]
 async fn a_failed_sync_fails_the_replica_and_loses_nothing() {
     check_failure(|disks| disks.log.fail_syncs(true)).await;
+}
+
+/// Panics in the middle of a command, when a part of its rows has changed already.
+struct Half(Box<Journal>);
+
+impl StateMachine for Half {
+    fn apply(&mut self, command: &[u8]) -> Vec<u8> {
+        let reply = self.0.apply(command);
+        assert_ne!(command, b"half", "the test wants a panic");
+        reply
+    }
+
+    fn changed_rows(&mut self) -> Vec<RowChange> {
+        self.0.changed_rows()
+    }
+
+    fn load(&mut self, rows: &mut dyn Iterator<Item = (u8, Vec<u8>, Vec<u8>)>) -> Result<(), String> {
+        self.0.load(rows)
+    }
+
+    fn applied(&mut self, index: u64) {
+        self.0.applied(index);
+    }
+}
+
+#[tokio::test]
+async fn half_a_command_never_gets_to_the_disk() {
+    let disks = Disks::new(10);
+    let (machine, _) = Journal::new();
+    let transport = Arc::new(replica::Unconnected);
+    let opened = Replica::open(disks.config(10), Box::new(Half(machine)), transport).await;
+    let replica = opened.expect("the store is new");
+    replica.propose(b"a".to_vec()).await.expect("the machine works");
+    replica
+        .propose(b"half".to_vec())
+        .await
+        .expect_err("the machine panicked");
+    replica.shutdown().await;
+    let (replica, published) = open(disks.config(11)).await;
+    replica.linearizable().await.expect("the only voter leads");
+    let applied = published.lock().expect("no test panics with it").applied.clone();
+    assert_eq!(applied, [b"a".to_vec(), b"half".to_vec()]);
+    replica.shutdown().await;
 }
 
 #[tokio::test]
