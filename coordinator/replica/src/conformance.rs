@@ -1,8 +1,11 @@
 //! The Raft library's own suite for log and state stores, over memory without threads and over files with
-//! them, and our own test of the bounded tail.
+//! them, and our own tests of the bounded tail and of snapshots.
 
+use futures_util::stream;
 use openraft::entry::RaftEntry as _;
-use openraft::storage::{IOFlushed, RaftLogReader, RaftLogStorage};
+use openraft::storage::{
+    IOFlushed, RaftLogReader, RaftLogStorage, RaftSnapshotBuilder, RaftStateMachine, Snapshot,
+};
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, LogId, StorageError};
@@ -150,5 +153,34 @@ fn entries_that_memory_forgot_are_read_from_the_file() {
             .expect("the beginning can be purged");
         let entries = log.try_get_log_entries(..).await.expect("the log can be read");
         assert_eq!(indexes(entries), (21..40).collect::<Vec<_>>());
+    });
+}
+
+async fn apply(machine: &mut Machine, entries: Vec<RaftEntry>) {
+    let entries = stream::iter(entries.into_iter().map(|entry| Ok((entry, None))));
+    machine.apply(entries).await.expect("the machine works");
+}
+
+#[test]
+fn a_snapshot_that_was_begun_earlier_does_not_replace_a_newer_one() {
+    Types::run(async {
+        let opened = open::open(in_memory(), Box::new(Nothing), &Shared::new()).await;
+        let opened = opened.expect("a new store opens");
+        let mut machine = opened.machine;
+        apply(&mut machine, (0..3).map(|index| entry(1, index)).collect()).await;
+        let mut builder = machine.get_snapshot_builder().await;
+        // What a leader that is further sends in the meantime.
+        let (_log, mut further) = store(in_memory()).await;
+        apply(&mut further, (0..6).map(|index| entry(1, index)).collect()).await;
+        let sent = further.get_snapshot_builder().await.build_snapshot().await;
+        let Snapshot { meta, snapshot } = sent.expect("it is written");
+        let installed = machine.install_snapshot(&meta, snapshot).await;
+        installed.expect("it is sound");
+
+        let built = builder.build_snapshot().await.expect("it is written");
+        assert_eq!(built.meta, meta);
+        let current = opened.place.current().expect("memory can be read");
+        let current = current.expect("one is there").rows().expect("it is sound");
+        assert_eq!(current.header().meta(), meta);
     });
 }

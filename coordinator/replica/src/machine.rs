@@ -426,6 +426,16 @@ fn write_view(
     left_out: Option<u8>,
     _lock: OwnedMutexGuard<()>,
 ) -> io::Result<SnapshotOf<Types, SnapshotData>> {
+    // A newer one may have been installed while this one waited for its turn: the log goes on from that.
+    if let Some(current) = place.current()?
+        && let Ok(meta) = current.rows().map(|rows| rows.header().meta())
+        && meta.last_log_id > header.applied.last
+    {
+        return Ok(Snapshot {
+            meta,
+            snapshot: current,
+        });
+    }
     let mut rows = Rows::of(view).map_err(io::Error::other)?;
     place.replace(|out| {
         let each = rows.by_ref().map(|(table, key, value)| Row { table, key, value });
