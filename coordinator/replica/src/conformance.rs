@@ -9,6 +9,8 @@ use openraft::storage::{
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::type_config::TypeConfigExt;
 use openraft::{EntryPayload, LogId, StorageError};
+use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::health::Shared;
@@ -19,6 +21,7 @@ use crate::raft::{Commands, LeaderId, RaftEntry, Types};
 use crate::snapshot::MemorySnapshots;
 use crate::state_store::RowChange;
 use crate::storage::{Storage, Writer};
+use crate::{Replica, Unconnected};
 
 struct Nothing;
 
@@ -183,4 +186,28 @@ fn a_snapshot_that_was_begun_earlier_does_not_replace_a_newer_one() {
         let current = current.expect("one is there").rows().expect("it is sound");
         assert_eq!(current.header().meta(), meta);
     });
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_that_is_wanted_while_another_is_written_follows_it() {
+    let opened = Replica::open(in_memory(), Box::new(Nothing), Arc::new(Unconnected)).await;
+    let replica = opened.expect("a new store opens");
+    let mut wanted = tokio::task::JoinSet::new();
+    let writing = replica.0.snapshot_lock.clone().lock_owned().await;
+    for command in [b"a", b"b"] {
+        replica
+            .propose(command.to_vec())
+            .await
+            .expect("the only voter leads");
+        let replica = replica.clone();
+        wanted.spawn(async move { replica.snapshot().await });
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    drop(writing);
+    while let Some(written) = wanted.join_next().await {
+        written.expect("no panic").expect("it is written");
+    }
+    let metrics = replica.metrics();
+    assert_eq!(metrics.snapshot_index, metrics.applied_index);
+    replica.shutdown().await;
 }

@@ -85,6 +85,9 @@ use transport::Network;
 /// that is away at `warn`; this crate says once that it is.
 pub const QUIET_LOG_DIRECTIVE: &str = "openraft=error";
 
+/// After so long without news a snapshot is asked for again.
+const SNAPSHOT_AGAIN: Duration = Duration::from_secs(1);
+
 /// One member's replica. Clones are handles to the same one.
 #[derive(Clone)]
 pub struct Replica(Arc<Inner>);
@@ -438,22 +441,33 @@ impl Replica {
             None => return Err(Error::Stopped),
         };
         let raft = self.0.raft();
-        let triggered = self.0.seed.scope(raft.trigger().snapshot()).await;
-        triggered.map_err(|fatal| self.failed(&fatal))?;
         let mut metrics = raft.metrics();
         let written = async {
+            let mut seen = metrics.borrow_watched().snapshot;
             loop {
-                {
-                    let now = metrics.borrow_watched();
-                    if now.snapshot >= target {
-                        return Ok(());
+                // The library ignores this while another one is being written, which may have begun too early.
+                let triggered = self.0.seed.scope(raft.trigger().snapshot()).await;
+                triggered.map_err(|fatal| self.failed(&fatal))?;
+                let again = Instant::now() + SNAPSHOT_AGAIN;
+                loop {
+                    {
+                        let now = metrics.borrow_watched();
+                        if now.snapshot >= target {
+                            return Ok(());
+                        }
+                        if let Err(fatal) = &now.running_state {
+                            return Err(self.failed(fatal));
+                        }
+                        if now.snapshot != seen {
+                            seen = now.snapshot;
+                            break;
+                        }
                     }
-                    if let Err(fatal) = &now.running_state {
-                        return Err(self.failed(fatal));
+                    match timeout_at(again, metrics.changed()).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(_)) => return Err(Error::Stopped),
+                        Err(_) => break,
                     }
-                }
-                if metrics.changed().await.is_err() {
-                    return Err(Error::Stopped);
                 }
             }
         };
