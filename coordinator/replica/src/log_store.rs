@@ -4,7 +4,6 @@
 //! The newest entries stay in memory within a limit of bytes; older ones are read from the file.
 
 use futures_util::stream::{self, Stream, StreamExt, TryStreamExt};
-use openraft::EntryPayload;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -15,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::format::encode_entry;
 use crate::health::{Shared, count};
-use crate::raft::{RaftEntry, RaftLogId, RaftMembership, RaftVote, Types};
+use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
 use crate::state_store::StateLane;
 use crate::storage::{Closed, Lane};
 use crate::wire::APPEND_BYTES;
@@ -140,18 +139,6 @@ impl LogStore {
         tail.report(&tail.lock());
         let lane = start(tail.clone())?;
         Ok(Self { tail, lane, state })
-    }
-
-    /// Members as of the newest entry in memory that says so.
-    pub(crate) fn newest_members(&self) -> Option<RaftMembership> {
-        let tail = self.tail.lock();
-        let mut newest = tail.entries.values().rev();
-        newest.find_map(|(entry, _)| match &entry.payload {
-            EntryPayload::Membership(members) => {
-                Some(RaftMembership::new(Some(entry.log_id), members.clone()))
-            }
-            _ => None,
-        })
     }
 
     /// Index of the first entry in memory.

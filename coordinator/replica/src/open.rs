@@ -37,6 +37,7 @@ struct Checked {
     state: StoreFile,
     applied: Applied,
     place: Place,
+    members: RaftMembership,
     machine: Box<dyn StateMachine>,
 }
 
@@ -58,6 +59,7 @@ pub(crate) async fn open(
         state,
         applied,
         place,
+        members,
         machine,
     } = checked;
 
@@ -76,7 +78,6 @@ pub(crate) async fn open(
     });
     let log = log.map_err(thread(log_name))?;
     let snapshot_lock = SnapshotLock::default();
-    let members = log.newest_members().unwrap_or_else(|| applied.membership.clone());
     let parts = Parts {
         cluster,
         applied,
@@ -144,6 +145,7 @@ fn check(config: Config, mut machine: Box<dyn StateMachine>, shared: &Shared) ->
         shared.note_snapshot(&data);
     }
     check_together(&stored, &applied, snapshot.as_ref(), &state)?;
+    let members = newest_members(&stored, &applied, snapshot.as_ref());
     load_rows(&state, machine.as_mut())?;
     if let Some(last) = applied.last {
         machine.applied(last.index);
@@ -157,8 +159,20 @@ fn check(config: Config, mut machine: Box<dyn StateMachine>, shared: &Shared) ->
         state,
         applied,
         place,
+        members,
         machine,
     })
+}
+
+/// Members as of the newest place that says so: after a crash the rows of the state may be older than the log and the
+/// snapshot.
+fn newest_members(stored: &Stored, applied: &Applied, snapshot: Option<&Header>) -> RaftMembership {
+    let in_snapshot = snapshot.map(|header| &header.applied.membership);
+    let all = stored.members.iter().chain(in_snapshot);
+    let newest = all
+        .chain([&applied.membership])
+        .max_by_key(|members| *members.log_id());
+    newest.unwrap_or(&applied.membership).clone()
 }
 
 /// Each file may be sound by itself and still not fit the others, as when one was restored from a copy.

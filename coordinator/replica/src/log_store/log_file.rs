@@ -12,7 +12,7 @@ use crate::error::Error;
 use crate::faults::Faults;
 use crate::format::{decode_entry, decode_log_id, decode_vote, encode_log_id, encode_vote};
 use crate::health::{Shared, count};
-use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
+use crate::raft::{RaftEntry, RaftLogId, RaftMembership, RaftVote, Types};
 use crate::storage::{META, StoreFile, Worker};
 
 const LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("log");
@@ -83,6 +83,8 @@ pub(crate) struct Stored {
     pub(crate) purged: Option<RaftLogId>,
     pub(crate) committed: Option<RaftLogId>,
     pub(crate) last: Option<RaftLogId>,
+    /// Members as of the newest entry that says so, however old.
+    pub(crate) members: Option<RaftMembership>,
     /// Size of all entries.
     pub(crate) bytes: usize,
     /// The newest entries with their sizes, within the limit of the tail.
@@ -296,6 +298,7 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
         let mut first_fault = None;
         let (mut bytes, mut all_bytes) = (0, 0);
         let mut previous: Option<RaftLogId> = None;
+        let mut members = None;
         for row in table.iter()? {
             let (index, value) = row?;
             let entry = match decode_entry(value.value()) {
@@ -311,6 +314,9 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
                 break;
             }
             previous = Some(entry.log_id);
+            if let EntryPayload::Membership(newer) = &entry.payload {
+                members = Some(RaftMembership::new(previous, newer.clone()));
+            }
             let size = size_in_memory(&entry);
             bytes += size;
             all_bytes += size;
@@ -320,13 +326,14 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
                 bytes -= size;
             }
         }
-        Ok((rows, previous, all_bytes, first_fault))
+        Ok((rows, previous, members, all_bytes, first_fault))
     })?;
-    let (rows, last, bytes, fault) = rows;
+    let (rows, last, members, bytes, fault) = rows;
     if let Some(fault) = fault {
         return Err(fault);
     }
     stored.last = last;
+    stored.members = members;
     stored.bytes = bytes;
     stored.newest = rows.into();
     Ok(stored)

@@ -1,8 +1,9 @@
 //! One voter on real files: what was acknowledged is there after a restart, with and without snapshots.
 
-use replica::{ProposeError, Writer, reading};
+use replica::{ProposeError, Start, Writer, reading, recovery};
 use std::os::unix::fs::PermissionsExt;
 
+use crate::cluster::{Cluster, propose_surely};
 use crate::store::{Disk, Disks, Journal, files, open, position};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -214,4 +215,24 @@ async fn a_store_is_read_without_a_byte_being_written() {
     replica.linearizable().await.unwrap();
     assert_eq!(published.lock().unwrap().applied, acknowledged);
     replica.shutdown().await;
+}
+
+/// Rows are forced to the disk seldom: a crash may take all of them, and the log is longer than its part in memory.
+#[tokio::test(start_paused = true)]
+async fn the_members_are_known_from_the_whole_log() {
+    let mut cluster = Cluster::new(60);
+    cluster.configure = |config| config.log_tail_bytes_max = 1_000;
+    cluster.found(3).await;
+    for number in 0..20u8 {
+        propose_surely(&cluster.up[&1], &[number; 200]).await;
+    }
+    cluster.up[&2].linearizable().await.unwrap();
+    cluster.kill(2);
+    let condition = recovery::inspect(cluster.config(2, Start::Join)).await.unwrap();
+    assert!(condition.voters.into_iter().eq(1..=3));
+    let (machine, _) = Journal::new();
+    let read = reading::read(cluster.config(2, Start::Join), machine)
+        .await
+        .unwrap();
+    assert!(read.members.voters.into_keys().eq(1..=3));
 }
