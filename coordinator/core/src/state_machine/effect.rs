@@ -19,7 +19,7 @@ pub enum Subject {
     Deployment(DeploymentId),
     /// Everything about one server and its GPUs.
     Server(ServerId),
-    /// An instance that is none of ours.
+    /// An instance that no deployment accounts for, or none any more.
     Instance(InstanceId),
 }
 

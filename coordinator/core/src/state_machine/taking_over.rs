@@ -16,7 +16,7 @@ use super::chute::uses_launch_config;
 use super::command::{Answer, Rejection, Reply};
 use super::deployment::{Deployment, Facts, Flow, Phase};
 use super::desired::DISK_GB_DEFAULT;
-use super::effect::Subject;
+use super::effect::{EffectKind, Subject};
 use super::job::Job;
 use super::server::{ENROLMENT_TIMEOUT_MS, Enrolment, EnrolmentPhase, Gpu, Server};
 use super::state::State;
@@ -59,12 +59,34 @@ impl State {
             }
             return Ok(Reply::Done);
         }
-        self.observing.remove(&0);
+        let since = self.observing.remove(&0).unwrap_or_default();
         self.forget_what_was_missing();
         for id in ids {
             self.act_again_on(&id);
         }
+        self.give_back_jobs_that_ended_since(since);
         Ok(Reply::Done)
+    }
+
+    /// Gives back the jobs of deployments that are gone since then: nobody was told while the cluster observed, and the
+    /// other miner may have been stopped before it saw the end. Giving back one that it has given back changes nothing.
+    /// An instance that is still listed is deleted by the listings, and not before this is done: its subject is taken.
+    fn give_back_jobs_that_ended_since(&mut self, since: UnixMillis) {
+        let ended: Vec<_> = self
+            .audits
+            .values()
+            .filter(|audit| audit.gone_at >= since)
+            .filter_map(|audit| {
+                let gone = &audit.deployment;
+                let job = gone.job_to_give_back(&gone.stop.as_ref()?.reason)?;
+                Some((gone.chute.validator.clone(), job.clone(), gone.instance.clone()?))
+            })
+            .collect();
+        for (validator, job, instance) in ended {
+            let subject = Subject::Instance(instance);
+            self.withdraw(&subject);
+            self.push_effect(subject, validator, EffectKind::ReleaseJob { job });
+        }
     }
 
     /// Takes back what waits for a validator about a subject.

@@ -15,7 +15,7 @@ use crate::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use crate::state_machine::codec::Row;
 use crate::state_machine::command::{Command, PayProfile, Placement};
 use crate::state_machine::deployment::{Facts, Phase, StopReason};
-use crate::state_machine::effect::{EffectKind, Subject};
+use crate::state_machine::effect::{EffectKind, EffectOutcome, Subject};
 use crate::state_machine::taking_over::Difference;
 use crate::state_machine::{Faults, Rejection, Reply, State};
 
@@ -463,6 +463,59 @@ fn an_end_while_observing_is_told_afterwards() {
     let observe = Command::SetObserving { observing: true };
     world.at(NOW, observe).expect("it acts");
     assert_eq!(world.0.outbox().iter().count(), 0);
+}
+
+/// Found by a review: the other miner was stopped before it saw the end, and here nothing was left of it when it acted.
+#[test]
+fn a_job_that_is_gone_when_the_cluster_acts_is_given_back() {
+    let mut world = observing();
+    let job = |name: &str, gpu: u8| {
+        let mut job = deployment(name, &[gpu], earning());
+        job.job = Some(JobId::parse(&format!("job-of-{name}")).expect("good"));
+        job
+    };
+    let mut unclaimed = job("unclaimed", 3);
+    unclaimed.instance = None;
+    let chute = deployment("no-job", &[4], earning());
+    let mut taken = adoption(vec![job("ended", 1), job("withdrawn", 2), unclaimed, chute]);
+    taken.gpus.push((gpu(4), true));
+    world.at(NOW, Command::AdoptServer(taken)).expect("a good one");
+    let withdrawn = JobId::parse("job-of-withdrawn").expect("good");
+    let command = Command::RecordJobDeleted { job: withdrawn };
+    world.at(NOW, command).expect("it is known");
+    // It has none of them any more, and once more as it is not to have them either.
+    for _ in 0..2 {
+        let report = WorkloadReport {
+            fence: world.0.fence_of(&id("server-1")).expect("it has joined"),
+            workloads: Vec::new(),
+        };
+        let server = id("server-1");
+        let command = Command::RecordWorkloads { server, report };
+        world.at(NOW + 1, command).expect("it belongs to it");
+    }
+    assert!(world.0.deployments().is_empty(), "all are gone");
+    assert_eq!(world.0.outbox().iter().count(), 0);
+
+    let act = Command::SetObserving { observing: false };
+    world.at(NOW + 2, act).expect("it observes");
+    let ended = JobId::parse("job-of-ended").expect("good");
+    let release = EffectKind::ReleaseJob { job: ended };
+    let kinds: Vec<_> = world.0.outbox().iter().map(|effect| &effect.kind).collect();
+    assert_eq!(kinds, [&release], "once, and before its instance is deleted");
+    let instance = InstanceId::parse("instance-of-ended").expect("good");
+    let deployment = DeploymentId::parse("ended").expect("good");
+    world.0.delete_late_instance(&deployment, instance);
+    assert_eq!(world.0.outbox().iter().count(), 1, "its turn comes later");
+    let finished = Command::FinishEffect {
+        effect: world.0.outbox().iter().next().expect("it waits").id,
+        outcome: EffectOutcome::Done,
+    };
+    world.at(NOW + 3, finished).expect("it was the oldest");
+    for observing in [true, false] {
+        let command = Command::SetObserving { observing };
+        world.at(NOW + 4, command).expect("always accepted");
+    }
+    assert_eq!(world.0.outbox().iter().count(), 0, "not once more");
 }
 
 /// Found by a review: an instance that was to be deleted as a stranger, and is taken over.
