@@ -1,5 +1,7 @@
 //! The transition function: one match over [`Command`].
 
+use protocol::time::UnixMillis;
+
 use super::command::{
     Allowance, Answer, Command, GUARD_MEMORY_MS, Proposal, REQUEST_MEMORY_MS, Rejection, Reply,
 };
@@ -16,9 +18,7 @@ pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
         guard,
         command,
     } = proposal;
-    if at > state.settings.now {
-        state.settings_mut().now = at;
-    }
+    state.pass_to(at);
     if let Some(answer) = state.answer_to(request) {
         return answer;
     }
@@ -37,6 +37,18 @@ pub fn apply(state: &mut State, proposal: Proposal) -> Answer {
 }
 
 impl State {
+    fn pass_to(&mut self, at: UnixMillis) {
+        if at > self.settings.now {
+            self.settings_mut().now = at;
+        }
+    }
+
+    /// Applies a command to a copy that is thrown away: nobody repeats it, so no answer is remembered.
+    pub(crate) fn rehearse(&mut self, at: UnixMillis, command: Command) -> Answer {
+        self.pass_to(at);
+        self.apply_command(command)
+    }
+
     fn apply_command(&mut self, command: Command) -> Answer {
         match command {
             Command::Configure {

@@ -10,4 +10,5 @@ mod random_fleets;
 mod replacing;
 mod servers_and_faults;
 mod strategies;
+mod trial;
 mod victims_and_jobs;

@@ -29,7 +29,7 @@ fn every_decision_is_accepted() {
     let mut seen = Seen::default();
     for seed in 0..300 {
         println!("seed {seed}");
-        run(seed, &mut seen);
+        grow(seed, 14, &mut seen);
     }
     println!("{seen:?}");
     assert!(seen.launches > 1000 && seen.victims > 40, "{seen:?}");
@@ -39,7 +39,12 @@ fn every_decision_is_accepted() {
     );
 }
 
-fn run(seed: u64, seen: &mut Seen) {
+/// A fleet after `rounds` of whatever a seed brings.
+pub(crate) fn grown(seed: u64, rounds: u32) -> Fleet {
+    grow(seed, rounds, &mut Seen::default())
+}
+
+fn grow(seed: u64, rounds: u32, seen: &mut Seen) -> Fleet {
     let mut random = fastrand::Rng::with_seed(seed);
     let profile = if random.bool() {
         PayProfile::Of2026
@@ -63,7 +68,7 @@ fn run(seed: u64, seen: &mut Seen) {
     for name in &names {
         publish(&mut fleet, &mut random, name, "v0");
     }
-    for round in 0..14 {
+    for round in 0..rounds {
         disturb(&mut fleet, &mut random, &servers, &names, round);
         let trigger = trigger(&fleet, &mut random, &names);
         let decisions = fleet.plan(trigger);
@@ -72,6 +77,7 @@ fn run(seed: u64, seen: &mut Seen) {
         fleet.check("a pass");
         settle(&mut fleet, &mut random, &servers);
     }
+    fleet
 }
 
 fn count(decisions: &[Decision], fleet: &Fleet, seen: &mut Seen) {
