@@ -6,7 +6,7 @@
 //! ```
 //! In reading order: `error.rs`, `auth.rs`, `connection.rs`, `objects.rs`; the routes of the original (`servers.rs`,
 //! `enrolment.rs`, `deployments.rs`); our own under `/v1` (`status.rs`, `timeline.rs`, `diff.rs`, `explain.rs`,
-//! `operate.rs`, `import.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `hotkey.rs`, `snapshots.rs`, `upgrade.rs`, and
+//! `operate.rs`, `import.rs`, `trial.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `hotkey.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
 use std::fmt;
@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
 use crate::backup::Door;
+use crate::leader::Scheduling;
 use crate::member_link::AnswerRequest;
 use crate::signer::Sign;
 use crate::store::Store;
@@ -62,6 +63,7 @@ mod snapshots;
 mod state;
 mod status;
 mod timeline;
+mod trial;
 mod upgrade;
 mod workload;
 
@@ -128,6 +130,8 @@ pub struct Deps {
     pub hosts: Arc<dyn Hosts>,
     /// What validators listed last.
     pub validator_listing: Arc<dyn ValidatorListing>,
+    /// By what this member would place chutes, if it led and the cluster acted.
+    pub scheduling: Scheduling,
     /// The members of the replicated log.
     pub cluster: Arc<dyn ClusterView>,
     /// Snapshots that leave the cluster.

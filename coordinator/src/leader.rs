@@ -4,10 +4,11 @@
 //!
 //! - `follow.rs`: what one validator says, by socket and by listing;
 //! - `schedule.rs`: when a strategy is asked, and what becomes of its decisions;
+//! - `trial.rs`: what would be done if the cluster did not observe;
 //! - here: deadlines and silent hosts.
 //!
-//! While the cluster observes, the leader watches hosts and reads validators' listings, for `diff`, and does nothing
-//! else: another miner acts with this hotkey.
+//! While the cluster observes, the leader watches hosts and reads validators' listings, for `diff` and for the trial, and
+//! does nothing else: another miner acts with this hotkey.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,8 +31,10 @@ use crate::validator::{Directory, SocketEvent, socket};
 
 mod follow;
 mod schedule;
+mod trial;
 
 pub use schedule::{Scheduling, Triggers};
+pub use trial::Look;
 
 /// A host that was silent for this long is not used for new work, in ms.
 const SILENCE_MAX_MS: u64 = 30_000;

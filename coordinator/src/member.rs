@@ -248,6 +248,7 @@ pub async fn run(
         supported_gpus: Arc::new(validators.as_ref().clone()),
         hosts: Arc::new(hub.clone()),
         validator_listing: Arc::new(listings.clone()),
+        scheduling: scheduling.clone(),
         cluster: Arc::new(api::ReplicatedCluster::new(
             admission.cluster.clone(),
             replica.clone(),

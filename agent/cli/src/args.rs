@@ -312,7 +312,7 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: HotkeyCommand,
     },
-    /// Lets the cluster only watch, while another miner acts with this hotkey, or act again
+    /// Lets the cluster only watch, while another miner acts with this hotkey, or act again; shows what it would do
     Observe {
         #[command(subcommand)]
         command: ObserveCommand,
@@ -352,6 +352,12 @@ pub(crate) struct Import {
     /// Do it
     #[arg(long)]
     pub(crate) apply: bool,
+    /// Show also what the cluster would do if it had taken them over and acted; nothing is written anywhere
+    #[arg(long, conflicts_with = "apply")]
+    pub(crate) observe: bool,
+    /// With --observe: go on, and print decisions as they come (+) and go (-)
+    #[arg(long, short, requires = "observe")]
+    pub(crate) follow: bool,
     /// Only this server (repeatable)
     #[arg(long, value_name = "NAME")]
     pub(crate) server: Vec<String>,
@@ -551,6 +557,17 @@ pub(crate) enum UpgradeCommand {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ObserveCommand {
+    /// Show what the cluster would do now if it acted: what it would place, stop and delete; nothing is done
+    Trial {
+        #[command(flatten)]
+        miner: Miner,
+        /// Also say of each chute that would be left alone why
+        #[arg(long, conflicts_with = "follow")]
+        all: bool,
+        /// Go on, and print decisions as they come (+) and go (-)
+        #[arg(long, short)]
+        follow: bool,
+    },
     /// Leave validators alone from now on: no socket, no launch, nothing told; what runs goes on
     Start {
         #[command(flatten)]

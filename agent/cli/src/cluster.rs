@@ -9,6 +9,7 @@ use crate::inventory::text_of;
 use crate::miner::Miner;
 use crate::output::{Colour, Lines, Printer, Table, confirmed, warn};
 use crate::request::escape;
+use crate::trial;
 
 pub(crate) async fn status(printer: &Printer, arguments: &args::Miner) -> Result<()> {
     let status = Miner::new(arguments)?.get("/v1/status").await?;
@@ -254,9 +255,17 @@ fn acts(observing_since: &Value) -> String {
     }
 }
 
-/// Lets the cluster only watch, or act.
+/// Lets the cluster only watch, or act, or says what it would do.
 pub(crate) async fn observe(printer: &Printer, command: ObserveCommand) -> Result<()> {
     let (arguments, observing) = match command {
+        ObserveCommand::Trial { miner, all, follow } => {
+            let miner = Miner::new(&miner)?;
+            return if follow {
+                trial::follow(printer, &miner).await
+            } else {
+                trial::trial(printer, &miner, all).await
+            };
+        }
         ObserveCommand::Start { miner } => (miner, true),
         ObserveCommand::Stop { miner, yes } => {
             if !yes {

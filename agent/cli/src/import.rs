@@ -26,6 +26,7 @@ use crate::args;
 use crate::miner::Miner;
 use crate::output::{Colour, Lines, Printer, Table, warn};
 use crate::request::Refused;
+use crate::trial;
 use objects::{Cluster, Mark};
 use plan::{Plan, ServerPlan};
 
@@ -37,14 +38,14 @@ const ASK_EVERY: Duration = Duration::from_millis(500);
 pub(crate) async fn import(printer: &Printer, arguments: &args::Import) -> Result<()> {
     let miner = Miner::new(&arguments.miner)?;
     let cluster = Cluster::open(arguments.kubeconfig.as_deref(), &arguments.namespace).await?;
-    let rows = rows::read(&arguments.postgres).await?;
-    let objects = cluster.list().await?;
-    let mut plan = plan::plan(&rows, &objects);
-    select(&mut plan, &arguments.server)?;
-    let mut outcomes = Vec::new();
-    for server in &plan.servers {
-        outcomes.push(ask(&miner, server, false).await?);
+    if arguments.follow {
+        let look = async || {
+            let (plan, outcomes) = compare(&miner, &cluster, arguments).await?;
+            try_out(&miner, &plan, &outcomes).await
+        };
+        return trial::follow_each(printer, look).await;
     }
+    let (plan, mut outcomes) = compare(&miner, &cluster, arguments).await?;
     let broken_off = if arguments.apply {
         let due = plan.servers.iter().zip(&mut outcomes);
         let due = due.filter(|(_, outcome)| outcome.problems.is_empty());
@@ -52,7 +53,12 @@ pub(crate) async fn import(printer: &Printer, arguments: &args::Import) -> Resul
     } else {
         None
     };
-    print(printer, &plan, &outcomes, arguments.apply)?;
+    let tried = if arguments.observe {
+        Some(try_out(&miner, &plan, &outcomes).await?)
+    } else {
+        None
+    };
+    print(printer, &plan, &outcomes, arguments.apply, tried)?;
     if let Some(error) = broken_off {
         return Err(error);
     }
@@ -64,6 +70,42 @@ pub(crate) async fn import(printer: &Printer, arguments: &args::Import) -> Resul
         bail!("{with_problems} of {} servers have problems", outcomes.len());
     }
     Ok(())
+}
+
+/// What is there, and what taking it over would change.
+async fn compare(miner: &Miner, cluster: &Cluster, arguments: &args::Import) -> Result<(Plan, Vec<Outcome>)> {
+    let rows = rows::read(&arguments.postgres).await?;
+    let objects = cluster.list().await?;
+    let mut plan = plan::plan(&rows, &objects);
+    select(&mut plan, &arguments.server)?;
+    let mut outcomes = Vec::new();
+    for server in &plan.servers {
+        outcomes.push(ask(miner, server, false).await?);
+    }
+    Ok((plan, outcomes))
+}
+
+/// What our miner would do if it had taken over what can be, and acted.
+async fn try_out(miner: &Miner, plan: &Plan, outcomes: &[Outcome]) -> Result<Value> {
+    let good = plan.servers.iter().zip(outcomes);
+    let good = good.filter(|(_, outcome)| outcome.problems.is_empty());
+    let servers = good.map(|(server, _)| without_code(server.request.clone()));
+    let mut tried = trial::with_servers(miner, servers.collect()).await?;
+    if let Some(in_the_way) = tried["in_the_way"].as_array_mut() {
+        for (server, outcome) in plan.servers.iter().zip(outcomes) {
+            let problems = outcome.problems.iter();
+            in_the_way.extend(problems.map(|problem| json!(format!("server {}: {problem}", server.name))));
+        }
+    }
+    Ok(tried)
+}
+
+/// The code of chutes decides nothing, and all servers go into one request.
+fn without_code(mut request: Value) -> Value {
+    for deployment in request["deployments"].as_array_mut().into_iter().flatten() {
+        deployment["chute"]["code"] = json!("");
+    }
+    request
 }
 
 /// What became of a server.
@@ -245,7 +287,13 @@ async fn write(cluster: &Cluster, marks: &[Mark], written: &mut usize, problems:
     true
 }
 
-fn print(printer: &Printer, plan: &Plan, outcomes: &[Outcome], apply: bool) -> Result<()> {
+fn print(
+    printer: &Printer,
+    plan: &Plan,
+    outcomes: &[Outcome],
+    apply: bool,
+    tried: Option<Value>,
+) -> Result<()> {
     let servers = || plan.servers.iter().zip(outcomes);
     if !printer.wants_tables() {
         let servers = servers().map(|(server, outcome)| {
@@ -259,12 +307,16 @@ fn print(printer: &Printer, plan: &Plan, outcomes: &[Outcome], apply: bool) -> R
         let left_out = plan.left_out.iter();
         let left_out =
             left_out.map(|left| json!({ "server": left.server, "what": left.what, "why": left.why }));
-        return printer.value(&json!({
+        let mut answer = json!({
             "apply": apply,
             "servers": servers.collect::<Vec<_>>(),
             "left_out": left_out.collect::<Vec<_>>(),
             "left_alone": plan.left_alone.iter().map(|left| &left.job).collect::<Vec<_>>(),
-        }));
+        });
+        if let Some(tried) = tried {
+            answer["trial"] = tried;
+        }
+        return printer.value(&answer);
     }
     let title = if apply { "Import" } else { "To be taken over" };
     let mut table = Table::new(title, Lines::Rounded, &["Server", "What"]);
@@ -309,6 +361,9 @@ fn print(printer: &Printer, plan: &Plan, outcomes: &[Outcome], apply: bool) -> R
             "Left alone: no row knows the Job {} on {}. It goes on, and its GPUs count as free",
             left.job, left.node
         ));
+    }
+    if let Some(tried) = tried {
+        return trial::print(printer, &tried);
     }
     if !apply {
         warn("Nothing was changed. With --apply it is done");

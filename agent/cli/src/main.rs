@@ -25,6 +25,7 @@ mod remote;
 mod request;
 mod snapshots;
 mod stream;
+mod trial;
 mod upgrade;
 
 use args::{Arguments, Command};

@@ -4,6 +4,8 @@
 mod hotkey;
 #[path = "command_line/kept.rs"]
 mod kept;
+#[path = "command_line/trial.rs"]
+mod trial;
 #[path = "command_line/world.rs"]
 mod world;
 

@@ -29,7 +29,7 @@ use super::objects::chute_name;
 use super::status::phase_word;
 use crate::host_link::Hub;
 use crate::leader::Listings;
-use crate::validator::intake;
+use crate::validator::{intake, inventory};
 
 /// What hosts reported last, and the way to ask those that are connected to this member.
 pub trait Hosts: fmt::Debug + Send + Sync {
@@ -62,12 +62,19 @@ impl Hosts for Hub {
 pub trait ValidatorListing: fmt::Debug + Send + Sync {
     /// The last look at a validator; none before the first.
     fn last_listing(&self, validator: &Hotkey) -> Option<Observation>;
+
+    /// All of the last look at a validator; none before the first.
+    fn last_look(&self, validator: &Hotkey) -> Option<Arc<inventory::Observation>>;
 }
 
 impl ValidatorListing for Listings {
     fn last_listing(&self, validator: &Hotkey) -> Option<Observation> {
         self.get(validator)
             .map(|observed| intake::core_observation(&observed))
+    }
+
+    fn last_look(&self, validator: &Hotkey) -> Option<Arc<inventory::Observation>> {
+        self.get(validator)
     }
 }
 

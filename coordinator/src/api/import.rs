@@ -34,6 +34,22 @@ struct Import {
     deployments: Vec<DeploymentThere>,
 }
 
+/// A server of another miner with what runs on it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct There {
+    server: ServerThere,
+    deployments: Vec<DeploymentThere>,
+}
+
+/// A server of another miner that is one of our hosts.
+#[derive(Debug, Clone)]
+pub(super) struct Found {
+    pub(super) adoption: Adoption,
+    /// Why validators would not find it.
+    pub(super) problem: Option<String>,
+}
+
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServerThere {
@@ -203,6 +219,33 @@ impl ServerThere {
     }
 }
 
+impl There {
+    pub(super) fn name(&self) -> &str {
+        &self.server.name
+    }
+
+    /// Which of our hosts it is; none if no host of its name has joined.
+    pub(super) fn find(self, record: &Record, now: UnixMillis) -> Result<Option<Found>> {
+        let Self { server, deployments } = self;
+        let mut hosts = record.servers().values();
+        let Some(host) = hosts.find(|host| host.facts.name == server.name) else {
+            return Ok(None);
+        };
+        let address = &host.facts.address;
+        let problem = server.ip_address.as_ref().filter(|there| *there != address);
+        let problem = problem.map(|there| {
+            format!("validators know its GPUs under {there}, and its agent says {address}: set host.address")
+        });
+        let adoption = server.adoption(host.id().clone(), deployments, now)?;
+        Ok(Some(Found { adoption, problem }))
+    }
+}
+
+/// What to do where no host of that name has joined.
+pub(super) fn no_host(name: &str) -> String {
+    format!("no host with the name {name} has joined: its agent comes first")
+}
+
 pub(super) async fn import(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -213,28 +256,18 @@ pub(super) async fn import(
         server,
         deployments,
     } = parse(&body)?;
-    let (name, address_there) = (server.name.clone(), server.ip_address.clone());
-    let of_that_name = |record: &Record| {
-        let server = record.servers().values().find(|server| server.facts.name == name);
-        server
-            .map(|server| (server.id().clone(), server.facts.address.clone()))
-            .ok_or_else(|| {
-                let detail = format!("no host with the name {name} has joined: its agent comes first");
-                ApiError::new(StatusCode::NOT_FOUND, detail)
-            })
-    };
+    let there = There { server, deployments };
+    let name = there.name().to_owned();
     api.store.linearizable().await?;
-    let (id, address) = api.store.read(of_that_name)?;
-    let adoption = server.adoption(id.clone(), deployments, api.store.clock().now())?;
+    let now = api.store.clock().now();
+    let found = api.store.read(|record| there.find(record, now))?;
+    let found = found.ok_or_else(|| ApiError::new(StatusCode::NOT_FOUND, no_host(&name)))?;
+    let Found { adoption, problem } = found;
     let mut difference = api.store.read(|record| record.difference(&adoption));
-    if let Some(there) = address_there.filter(|there| *there != address) {
-        difference.problems.push(format!(
-            "validators know its GPUs under {there}, and its agent says {address}: set host.address"
-        ));
-    }
+    difference.problems.extend(problem);
     let mut answer = json!({
         "server": name,
-        "server_id": id,
+        "server_id": adoption.server,
         "changes": difference.changes,
         "problems": difference.problems,
         "applied": false,

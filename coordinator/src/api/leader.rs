@@ -20,7 +20,7 @@ use protocol::logs::{HostAnswer, HostQuestion};
 use tower_service::Service as _;
 
 use super::auth::Caller;
-use super::{Api, LocalRead, diff, hosts, raft, read_body};
+use super::{Api, LocalRead, diff, hosts, raft, read_body, trial};
 use crate::member_link;
 use crate::store::BoxFuture;
 
@@ -101,6 +101,7 @@ pub(super) fn reads() -> Router<Arc<Api>> {
         .route("/hosts", get(hosts::list))
         .route("/v1/raft", get(raft::raft))
         .route("/v1/diff", get(diff::diff))
+        .route("/v1/observing/trial", get(trial::trial).post(trial::trial_with))
 }
 
 /// The writes of the leader alone; both need a signature that binds the request.

@@ -155,7 +155,8 @@ fn of_server(record: &Record, server: &Server) -> Value {
     })
 }
 
-fn effect_word(kind: &coordinator_core::state_machine::effect::EffectKind) -> &'static str {
+/// The word for what is to be done.
+pub(super) fn effect_word(kind: &coordinator_core::state_machine::effect::EffectKind) -> &'static str {
     use coordinator_core::state_machine::effect::EffectKind;
     match kind {
         EffectKind::FetchLaunchConfig { .. } => "fetch a launch config",

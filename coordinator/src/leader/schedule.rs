@@ -24,6 +24,8 @@ use crate::validator::inventory::Observation;
 
 /// Questions that may wait. If there are more, the next pass over everything answers them.
 const TRIGGERS_MAX: usize = 256;
+/// Between two passes over everything, where no setting says it.
+const TICK_EVERY_DEFAULT: Duration = Duration::from_secs(15);
 /// Changes of the state are looked at this often at most.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
@@ -81,6 +83,17 @@ pub struct Scheduling {
     last: Arc<Mutex<Option<Plan>>>,
 }
 
+/// The built-in strategy.
+impl Default for Scheduling {
+    fn default() -> Self {
+        Self {
+            strategy: Arc::default(),
+            tick_every: TICK_EVERY_DEFAULT,
+            last: Arc::default(),
+        }
+    }
+}
+
 impl Scheduling {
     /// With the strategy of this name.
     ///
@@ -94,6 +107,10 @@ impl Scheduling {
             tick_every,
             last: Arc::default(),
         })
+    }
+
+    pub(super) fn strategy(&self) -> &strategy::Scheduler {
+        &self.strategy
     }
 
     /// What came out of the last pass over everything, for people.
@@ -207,7 +224,7 @@ fn free_gpus(state: &State) -> usize {
 }
 
 /// What strategies may know of the network, from the last listings.
-fn market_of(listings: &[Arc<Observation>]) -> Market {
+pub(super) fn market_of(listings: &[Arc<Observation>]) -> Market {
     let mut market = Market::default();
     for observed in listings {
         add_listing(&mut market, observed);

@@ -21,7 +21,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::executor::Validators;
 use crate::host_link::Hub;
-use crate::leader::Listings;
+use crate::leader::{Listings, Scheduling};
 use crate::signer::Sign;
 use crate::store::{BoxFuture, Log, Machine, Store};
 
@@ -151,6 +151,8 @@ pub(super) async fn serve(
         supported_gpus: Arc::new(Validators::new()),
         hosts: Arc::new(Hub::default()),
         validator_listing: Arc::new(Listings::default()),
+        // It cannot lead, so it places nothing.
+        scheduling: Scheduling::default(),
         cluster: Arc::new(Remembered { cluster, own, read }),
         backup: backup::Door::default(),
         others: Arc::new(api::Alone),

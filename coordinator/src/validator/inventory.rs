@@ -55,6 +55,13 @@ impl<T> Observed<T> {
         }
     }
 
+    fn asked_at(&self) -> Option<UnixMillis> {
+        match self {
+            Self::Unknown { .. } => None,
+            Self::Known { asked_at, .. } => Some(*asked_at),
+        }
+    }
+
     fn failure(&self) -> Option<&str> {
         match self {
             Self::Unknown { why } => Some(why),
@@ -93,6 +100,26 @@ pub struct Observation {
 }
 
 impl Observation {
+    /// When the first of what is known was asked for; none if nothing is.
+    #[must_use]
+    pub fn read_at(&self) -> Option<UnixMillis> {
+        [
+            self.chutes.asked_at(),
+            self.images.asked_at(),
+            self.nodes.asked_at(),
+            self.instances.asked_at(),
+            self.jobs.asked_at(),
+            self.bounties.asked_at(),
+            self.metrics.asked_at(),
+            self.utilization.asked_at(),
+            self.rolling_updates.asked_at(),
+            self.active_instances.asked_at(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
     /// Name and reason of each resource that is unknown.
     #[must_use]
     pub fn unknown(&self) -> Vec<(&'static str, &str)> {

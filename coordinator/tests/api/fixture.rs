@@ -13,8 +13,10 @@ use coordinator::api::{
 };
 use coordinator::backup::Door;
 use coordinator::clock::Clock;
+use coordinator::leader::Scheduling;
 use coordinator::signer::{Key, LocalSigner, Seed, Sign};
 use coordinator::store::{BoxFuture, Store};
+use coordinator::validator::inventory;
 use coordinator_core::state_machine::chute::{ChuteCode, ChuteDefinition, ChuteKey};
 use coordinator_core::state_machine::command::{Observation, PayProfile, Placement};
 use coordinator_core::state_machine::effect::{EffectKind, EffectOutcome};
@@ -191,6 +193,7 @@ impl Fixture {
             supported_gpus: Arc::new(Types(BTreeMap::from([(validator.clone(), types)]))),
             hosts: Arc::clone(&reports) as Arc<dyn Hosts>,
             validator_listing: Arc::new(listings.clone()),
+            scheduling: Scheduling::default(),
             cluster: Arc::clone(&members) as Arc<dyn ClusterView>,
             backup: Door::default(),
             others: Arc::new(Alone),
@@ -569,19 +572,36 @@ impl Fixture {
 
 /// Remembers the last look at each validator; clones share it.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct LastListings(Arc<Mutex<BTreeMap<Hotkey, Observation>>>);
+pub(crate) struct LastListings(Arc<Mutex<Looks>>);
+
+#[derive(Debug, Default)]
+struct Looks {
+    in_part: BTreeMap<Hotkey, Observation>,
+    whole: BTreeMap<Hotkey, Arc<inventory::Observation>>,
+}
 
 impl LastListings {
-    /// Replaces the last look.
+    /// Replaces the last look, as far as it is compared.
     pub(crate) fn record(&self, observation: Observation) {
         let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        looks.insert(observation.validator.clone(), observation);
+        looks.in_part.insert(observation.validator.clone(), observation);
+    }
+
+    /// Replaces all of the last look.
+    pub(crate) fn record_whole(&self, look: inventory::Observation) {
+        let mut looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looks.whole.insert(look.validator.clone(), Arc::new(look));
     }
 }
 
 impl ValidatorListing for LastListings {
     fn last_listing(&self, validator: &Hotkey) -> Option<Observation> {
         let looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        looks.get(validator).cloned()
+        looks.in_part.get(validator).cloned()
+    }
+
+    fn last_look(&self, validator: &Hotkey) -> Option<Arc<inventory::Observation>> {
+        let looks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        looks.whole.get(validator).cloned()
     }
 }

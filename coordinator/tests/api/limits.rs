@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::fixture::LastListings;
 use coordinator::api::{Alone, Config, Deps, Limits, router, serve};
 use coordinator::backup::Door;
+use coordinator::leader::Scheduling;
 use coordinator::store::{BoxFuture, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,6 +46,7 @@ async fn served(
         supported_gpus: Arc::new(Types::default()),
         hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
+        scheduling: Scheduling::default(),
         cluster: Arc::new(Members::default()),
         others: Arc::new(Alone),
         backup: Door::default(),

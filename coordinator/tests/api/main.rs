@@ -15,3 +15,4 @@ mod limits;
 mod original;
 mod own;
 mod raft;
+mod trial;

@@ -8,6 +8,7 @@ use axum::http::StatusCode;
 use coordinator::api::{Alone, Config, Deps, Limits, ReplicatedCluster, router};
 use coordinator::backup::{self, Door, Snapshots};
 use coordinator::clock::Clock;
+use coordinator::leader::Scheduling;
 use coordinator::member::ReplicatedLog;
 use coordinator::membership::HandOver;
 use coordinator::store::{BoxFuture, Machine, Store};
@@ -81,6 +82,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         supported_gpus: Arc::new(Types::default()),
         hosts: Arc::new(Reports::default()),
         validator_listing: Arc::new(LastListings::default()),
+        scheduling: Scheduling::default(),
         cluster: Arc::new(ReplicatedCluster::new(
             "cluster-1".to_owned(),
             replica.clone(),

@@ -16,7 +16,7 @@ use coordinator::executor::Validators;
 use coordinator::host_link::Hub;
 use coordinator::identity::{Authority, CA_KEY};
 use coordinator::join::Token;
-use coordinator::leader::Listings;
+use coordinator::leader::{Listings, Scheduling};
 use coordinator::membership::HandOver;
 use coordinator::signer::{LocalSigner, SealedKind};
 use coordinator_core::state_machine::Command;
@@ -132,6 +132,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         supported_gpus: Arc::new(Validators::new()),
         hosts: Arc::new(Hub::default()),
         validator_listing: Arc::new(Listings::default()),
+        scheduling: Scheduling::default(),
         cluster: Arc::new(ReplicatedCluster::new(
             CLUSTER.to_owned(),
             member.replica.clone(),

@@ -32,6 +32,10 @@ async fn a_cluster_founded_observing_opens_no_socket_until_it_is_told_to_act() {
     assert!(observing(&host).await, "also after a restart");
     // Written by the same leader, after it has begun.
     host.invite(json!({ "eligible": true })).await;
+    let trial = async |host: &Host| host.ask(Method::GET, "/v1/observing/trial", &Value::Null).await;
+    let tried = trial(&host).await.expect("it observes");
+    let in_the_way = tried["in_the_way"].to_string();
+    assert!(in_the_way.contains("no host has joined"), "{in_the_way}");
     let called = timeout(std::time::Duration::ZERO, validator.accept()).await;
     assert!(called.is_err(), "nobody opened it: {called:?}");
 
@@ -39,6 +43,8 @@ async fn a_cluster_founded_observing_opens_no_socket_until_it_is_told_to_act() {
     let set = async |host: &Host, observing| host.ask(Method::PUT, "/v1/observing", &put(observing)).await;
     let answer = set(&host, false).await.expect("it may");
     assert_eq!(answer, json!({ "observing": false, "changed": true }));
+    let (status, refused) = trial(&host).await.expect_err("it acts");
+    assert_eq!(status, 409, "{refused}");
     let (socket, _) = timeout(PATIENCE, validator.accept())
         .await
         .expect("it is opened soon")

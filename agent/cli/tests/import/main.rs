@@ -363,6 +363,26 @@ async fn a_running_miner_goes_over_and_no_chute_ends() {
     );
     assert_eq!(dry["left_alone"], json!([]));
 
+    // What it would do if it had taken them over: on a copy.
+    let (code, dry) = operator.import_json(&url, &["--observe"]).await;
+    let tried = &dry["trial"];
+    assert_eq!((code, &tried["stopped"]), (Some(0), &json!([])), "{dry:#}");
+    let there = deployments().iter().filter(|it| it.is_taken_over()).count();
+    assert_eq!(tried["go_on"], json!(there), "{tried:#}");
+    let placed = &tried["placed"][0];
+    assert_eq!(placed["chute_name"], ours::NEW_CHUTE, "{tried:#}");
+    assert_eq!(placed["gpus"].as_array().map(Vec::len), Some(1), "{tried:#}");
+    let run = operator.import(&url, &["--observe"]).await;
+    let words = [
+        "Would be placed",
+        ours::NEW_CHUTE,
+        "! the instances at validator",
+        "Nothing was done",
+    ];
+    run.ends(0, &words);
+    assert_eq!(settled(&space).await, before, "nothing is marked");
+    assert!(ours.store.read(|state| state.deployments().is_empty()));
+
     // First one server alone, then all.
     let run = operator.import(&url, &["--server", "gpu-03", "--apply"]).await;
     run.ends(0, &["gpu-03", "locked"]);

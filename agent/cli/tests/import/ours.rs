@@ -13,8 +13,10 @@ use coordinator::api::{
 };
 use coordinator::backup::Door;
 use coordinator::clock::WallClock;
+use coordinator::leader::Scheduling;
 use coordinator::signer::{Key, LocalSigner, Seed};
 use coordinator::store::{BoxFuture, Store};
+use coordinator::validator::inventory::{self, Observed};
 use coordinator_core::state_machine::Command;
 use coordinator_core::state_machine::command::{Observation, PayProfile};
 use coordinator_core::state_machine::effect::EffectOutcome;
@@ -26,6 +28,7 @@ use protocol::report::{HostFacts, WorkloadReport};
 use protocol::time::UnixMillis;
 use protocol::workload::Fence;
 use runtime::kubernetes::Kubernetes;
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -33,7 +36,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::control_plane::Space;
-use crate::original::{SERVERS, gpu, server_name, validator};
+use crate::original::{self, SERVERS, gpu, server_name, validator};
 
 /// What the API asks of others: there are none.
 #[derive(Debug)]
@@ -58,6 +61,45 @@ impl Hosts for Nobody {
 impl ValidatorListing for Nobody {
     fn last_listing(&self, _: &Hotkey) -> Option<Observation> {
         None
+    }
+
+    fn last_look(&self, validator: &Hotkey) -> Option<Arc<inventory::Observation>> {
+        Some(Arc::new(look(validator)))
+    }
+}
+
+/// A chute that nobody runs.
+pub(crate) const NEW_CHUTE: &str = "new-chute";
+
+/// One chute could be read, and nothing else.
+fn look(validator: &Hotkey) -> inventory::Observation {
+    fn unknown<T>() -> Observed<T> {
+        Observed::Unknown {
+            why: "cut".to_owned(),
+        }
+    }
+    let chute = json!({
+        "chute_id": NEW_CHUTE, "version": "v1", "name": NEW_CHUTE, "chutes_version": "0.3.40",
+        "supported_gpus": ["h100_sxm"], "node_selector": { "gpu_count": 1 }, "cords": [1],
+        "effective_compute_multiplier": 3.0,
+    });
+    inventory::Observation {
+        validator: validator.clone(),
+        chutes: Observed::Known {
+            asked_at: UnixMillis(original::CREATED_AT_MS),
+            rows: vec![serde_json::from_value(chute).expect("a row as on the wire")],
+            broken_rows: 1,
+        },
+        images: unknown(),
+        nodes: unknown(),
+        instances: unknown(),
+        jobs: unknown(),
+        bounties: unknown(),
+        metrics: unknown(),
+        utilization: unknown(),
+        rolling_updates: unknown(),
+        active_instances: unknown(),
+        clock_offset_ms: None,
     }
 }
 
@@ -101,6 +143,7 @@ impl Ours {
             supported_gpus: Arc::new(Nobody),
             hosts: Arc::new(Nobody),
             validator_listing: Arc::new(Nobody),
+            scheduling: Scheduling::default(),
             cluster: Arc::new(Nobody),
             backup: Door::default(),
             others: Arc::new(Alone),
