@@ -13,7 +13,7 @@ use crate::miner::Miner;
 use crate::output::{Colour, Lines, Printer, Table, warn};
 use crate::request::Refused;
 
-/// Between two looks of `--follow`; validators' listings are not read more often either.
+/// Between two looks of `--follow`. The leader reads validators' listings once a minute.
 const EVERY: Duration = Duration::from_secs(30);
 
 fn path(all: bool) -> &'static str {
