@@ -548,7 +548,7 @@ pub async fn lead(
                 tokio::select! {
                     biased;
                     wish = kept => wish,
-                    Some(wish) = wishes.recv() => Some(wish),
+                    Some(wish) = membership::next_wish(&mut wishes, &replica) => Some(wish),
                 }
             };
             match write_first(&store, &founding, &configure, &ended).await {

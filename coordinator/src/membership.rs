@@ -104,16 +104,44 @@ impl HandOver {
 }
 
 impl Wish {
+    /// Whoever asked has been told that there was no answer: what happened afterwards would surprise them.
+    fn is_forgotten(&self) -> bool {
+        self.done.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+
     /// Does it; whatever a leader does has ended.
     pub async fn carry_out(self, replica: &Replica) {
+        if self.is_forgotten() {
+            return;
+        }
         let transferred = replica.transfer(self.to).await;
-        let transferred = transferred.map_err(|error| error.to_string());
-        if let Err(error) = &transferred {
+        self.answer(transferred);
+    }
+
+    fn answer(self, outcome: Result<(), replica::Error>) {
+        let outcome = outcome.map_err(|error| error.to_string());
+        if let Err(error) = &outcome {
             tracing::info!(to = ?self.to, error, "the lead was not handed over");
         }
         if let Some(done) = self.done {
             // Who asked may have gone away.
-            let _ = done.send(transferred);
+            let _ = done.send(outcome);
+        }
+    }
+}
+
+/// The next wish that is worth ending all that a leader does; those that change nothing are answered at once. None when
+/// nobody can ask any more.
+pub async fn next_wish(wishes: &mut mpsc::Receiver<Wish>, replica: &Replica) -> Option<Wish> {
+    loop {
+        let wish = wishes.recv().await?;
+        if wish.is_forgotten() {
+            continue;
+        }
+        match replica.can_hand_over(wish.to) {
+            Ok(target) if target == replica.member() => wish.answer(Ok(())),
+            Ok(_) => return Some(wish),
+            Err(error) => wish.answer(Err(error)),
         }
     }
 }
@@ -132,10 +160,13 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> 
                 replica.add_learner(member, address).await
             }
             Step::SetVoters(voters) => replica.set_voters(voters).await,
-            Step::Transfer(member) => {
-                let to = Some(member);
-                return Some(Wish { to, done: None });
-            }
+            Step::Transfer(member) => match replica.can_hand_over(Some(member)) {
+                Ok(to) => {
+                    let to = Some(to);
+                    return Some(Wish { to, done: None });
+                }
+                Err(error) => Err(error),
+            },
             Step::Remove(member) => replica.remove_member(member).await,
         };
         if let Err(error) = done {

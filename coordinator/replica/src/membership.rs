@@ -194,24 +194,9 @@ impl Replica {
     /// `Timeout` when nobody took over, in which case this member leads on; `Stopped` or `Failed`.
     pub async fn transfer(&self, to: Option<u64>) -> Result<(), Error> {
         let lease = *self.0.lease.length.borrow();
-        let (own, target) = {
-            let metrics = self.0.raft().metrics();
-            let metrics = metrics.borrow_watched();
-            if metrics.current_leader != Some(metrics.id) {
-                return Err(Error::NotLeader {
-                    leader: metrics.current_leader,
-                });
-            }
-            (metrics.vote, to.map_or_else(|| self.most_advanced(), Ok)?)
-        };
+        let (own, target) = self.successor(to)?;
         if target == self.member() {
             return Ok(());
-        }
-        let known = self.membership();
-        let answers = self.progress().get(&target).and_then(|it| it.answered_ago);
-        if !known.voters.contains_key(&target) || answers.is_none_or(|ago| ago >= lease) {
-            let reason = format!("member {target} is not a voter that answers");
-            return Err(Error::Membership(reason));
         }
         // From here on others may win, whatever the lease: stop leading first.
         self.0.given_up.send_replace(own.leader_id.term);
@@ -241,16 +226,50 @@ impl Replica {
         }
     }
 
-    fn most_advanced(&self) -> Result<u64, Error> {
-        let known = self.membership();
+    /// Whom [`Replica::transfer`] would hand the lead to now; nothing changes. Whoever ends something before it hands the
+    /// lead over asks first: a member counts for a while after its death, and is not handed the lead.
+    ///
+    /// # Errors
+    /// `NotLeader`, or `Membership` when that one, or everybody, is not a voter or does not answer.
+    pub fn can_hand_over(&self, to: Option<u64>) -> Result<u64, Error> {
+        self.successor(to).map(|(_, target)| target)
+    }
+
+    /// The vote by which this member leads, and who would take over. The library's metrics are borrowed once at a time:
+    /// a second time, while they wait to be changed, would wait for ever.
+    fn successor(&self, to: Option<u64>) -> Result<(RaftVote, u64), Error> {
+        let own = {
+            let metrics = self.0.raft().metrics();
+            let metrics = metrics.borrow_watched();
+            if metrics.current_leader != Some(metrics.id) {
+                return Err(Error::NotLeader {
+                    leader: metrics.current_leader,
+                });
+            }
+            metrics.vote
+        };
+        if to == Some(self.member()) {
+            return Ok((own, self.member()));
+        }
         let lease = *self.0.lease.length.borrow();
-        let progress = self.progress();
-        let others = progress.iter().filter(|(member, progress)| {
-            known.voters.contains_key(member) && progress.answered_ago.is_some_and(|ago| ago < lease)
+        let voters = self.membership().voters;
+        let mut able = self.progress();
+        able.retain(|member, it| {
+            voters.contains_key(member) && it.answered_ago.is_some_and(|ago| ago < lease)
         });
-        let best = others.max_by_key(|(_, progress)| progress.matched);
-        let nobody = || Error::Membership("no other voter answers".to_owned());
-        best.map(|(member, _)| *member).ok_or_else(nobody)
+        let target = match to {
+            Some(target) if able.contains_key(&target) => target,
+            Some(target) => {
+                let reason = format!("member {target} is not a voter that answers");
+                return Err(Error::Membership(reason));
+            }
+            None => {
+                let best = able.iter().max_by_key(|(_, progress)| progress.matched);
+                let nobody = || Error::Membership("no other voter answers".to_owned());
+                *best.ok_or_else(nobody)?.0
+            }
+        };
+        Ok((own, target))
     }
 
     /// Waits until another member leads; none at the deadline.

@@ -38,6 +38,8 @@ pub(crate) struct Host {
     /// Where the validator's socket is: nobody listens there unless the test does.
     pub(crate) socket: SocketAddr,
     pub(crate) found_observing: bool,
+    /// Short, so that what waits for an election does not take long.
+    pub(crate) timing: replica::Timing,
     /// The Kubernetes cluster whose nodes enter.
     pub(crate) nodes: Option<Arc<dyn Nodes>>,
     /// Where it says that it is; at its door unless the test wants otherwise.
@@ -67,6 +69,7 @@ impl Host {
             api: api.local_addr().expect("bound"),
             socket: NO_VALIDATOR,
             found_observing: false,
+            timing: replica::Timing::Lan,
             nodes: None,
             advertise: None,
             members: Vec::new(),
@@ -138,7 +141,7 @@ impl Host {
             site: format!("site-{}", self.number),
             advertise: self.advertise.clone().unwrap_or_else(|| self.door.to_string()),
             members: self.members.clone(),
-            timing: replica::Timing::Lan,
+            timing: self.timing,
             miner: self.miner(),
             validators: Directory::check(&[validator]).expect("good settings"),
             hosts_listen: self.door,
