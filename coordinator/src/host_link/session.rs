@@ -266,13 +266,18 @@ impl Session<'_> {
         .await
     }
 
+    /// Records what is new. What was recorded already is so once more where the state says otherwise: an older report, which
+    /// another member had taken and was slow to pass on, came after it. Only on the host's word, so that two sessions of
+    /// one host do not contradict each other without end.
     async fn record_report(&mut self, report: WorkloadReport) -> Result<(), End> {
         let same = self.recorded.as_ref().is_some_and(|last| *last == report);
         let only_progress = self
             .recorded
             .as_ref()
             .is_some_and(|last| *last == without_progress(&report, last));
-        if same || (only_progress && self.recorded_at.elapsed() < PROGRESS_EVERY) {
+        let is_old = same || (only_progress && self.recorded_at.elapsed() < PROGRESS_EVERY);
+        let holds = |state: &State| state.holds_report(&self.server, &report);
+        if is_old && self.context.store.read(holds) {
             return Ok(());
         }
         let server = self.server.clone();
@@ -387,6 +392,8 @@ mod tests {
     use crate::clock::ManualClock;
     use crate::signer::{Key, LocalSigner, Seed};
     use coordinator_core::state_machine::host::{NewHost, Rotation};
+    use protocol::id::DeploymentId;
+    use protocol::report::WorkloadStatus;
 
     fn context(clock: &Arc<ManualClock>, hub: &Hub) -> Context {
         let key = Key::new(&Seed::new([1; 32]));
@@ -454,6 +461,59 @@ mod tests {
         assert_eq!(reachable(&store), Some(false));
         let again = timeout(Duration::from_secs(10), until(true)).await;
         assert!(again.is_ok(), "it counts as silent although it is connected");
+        session.abort();
+    }
+
+    /// Found in review: a member that stood still passed a report on after the host had gone to another member, which had
+    /// recorded a newer one of the same set. What runs no more stayed as a workload of nobody's, and the host got no work
+    /// until it was connected anew.
+    #[tokio::test]
+    async fn an_older_report_that_comes_late_does_not_stay() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let context = context(&clock, &Hub::default());
+        let store = context.store.clone();
+        let (to_session, incoming) = mpsc::channel(1);
+        let (outgoing, _from_session) = mpsc::channel(8);
+        to_session.send(hello()).await.expect("there is room");
+        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let server = ServerId::parse("host-1").expect("valid");
+        let strangers = |store: &Store| {
+            store.read(|state| {
+                let server = state.servers().get(&server)?;
+                server.reported.map(|_| server.strangers.len())
+            })
+        };
+        let until = async |wanted| {
+            let mut changes = store.changes();
+            while strangers(&store) != Some(wanted) {
+                changes.changed().await;
+            }
+        };
+        let newer = WorkloadReport {
+            fence: Fence {
+                incarnation: store.read(|state| state.settings().incarnation),
+                revision: 3,
+            },
+            workloads: Vec::new(),
+        };
+        let reported = FromHost::Report(newer.clone());
+        to_session.send(reported.clone()).await.expect("it goes on");
+        until(0).await;
+        let mut report = newer;
+        report.workloads.push(WorkloadStatus {
+            deployment: DeploymentId::parse("d1").expect("valid"),
+            phase: WorkloadPhase::Stopping,
+        });
+        let server = server.clone();
+        let older = Command::RecordWorkloads { server, report };
+        store.propose(older).await.expect("it is known");
+        assert_eq!(strangers(&store), Some(1));
+        to_session.send(reported).await.expect("it goes on");
+        let set_right = timeout(Duration::from_secs(10), until(0)).await;
+        assert!(
+            set_right.is_ok(),
+            "the host reports nothing, and the older report stays"
+        );
         session.abort();
     }
 

@@ -17,6 +17,11 @@ use super::state::{State, Stranger};
 /// How long a bounty is remembered that nothing renews, in ms (the validator's own limit).
 const BOUNTY_MEMORY_MS: u64 = 86_400_000;
 
+fn listed_in(report: &WorkloadReport) -> BTreeMap<&DeploymentId, &WorkloadPhase> {
+    let listed = report.workloads.iter();
+    listed.map(|status| (&status.deployment, &status.phase)).collect()
+}
+
 impl State {
     pub(crate) fn record_workloads(&mut self, id: &ServerId, report: &WorkloadReport) -> Answer {
         let server = self.known_server(id)?;
@@ -24,16 +29,8 @@ impl State {
         if report.fence.incarnation != self.settings.incarnation || overtaken {
             return Ok(Reply::Unchanged);
         }
-        let listed: BTreeMap<&DeploymentId, &WorkloadPhase> = report
-            .workloads
-            .iter()
-            .map(|status| (&status.deployment, &status.phase))
-            .collect();
-        let strangers: Vec<DeploymentId> = listed
-            .keys()
-            .filter(|d| !self.deployments.contains_key(d))
-            .map(|d| (*d).clone())
-            .collect();
+        let listed = listed_in(report);
+        let strangers = self.strangers_among(&listed);
         if server.reported != Some(report.fence) || server.strangers != strangers {
             let server = self.servers.get_mut(id).expect("known");
             server.reported = Some(report.fence);
@@ -48,6 +45,34 @@ impl State {
             );
         }
         Ok(Reply::Done)
+    }
+
+    /// Whether the state says of a server what its report says, or what one of a later set does. Reports of one set bear no
+    /// order: one that was long under way may have been recorded after a newer one.
+    #[must_use]
+    pub fn holds_report(&self, id: &ServerId, report: &WorkloadReport) -> bool {
+        let Some(server) = self.servers.get(id) else {
+            return true;
+        };
+        let overtaken = server.reported.is_some_and(|fence| fence > report.fence);
+        if report.fence.incarnation != self.settings.incarnation || overtaken {
+            return true;
+        }
+        let listed = listed_in(report);
+        let same_ports = |deployment: &Deployment| match listed.get(&deployment.id) {
+            Some(WorkloadPhase::Running { ports, .. }) if deployment.phase.is_desired() => {
+                deployment.ports == *ports
+            }
+            _ => true,
+        };
+        server.reported == Some(report.fence)
+            && server.strangers == self.strangers_among(&listed)
+            && self.deployments_on(id).all(same_ports)
+    }
+
+    fn strangers_among(&self, listed: &BTreeMap<&DeploymentId, &WorkloadPhase>) -> Vec<DeploymentId> {
+        let strangers = listed.keys().filter(|id| !self.deployments.contains_key(id));
+        strangers.map(|id| (*id).clone()).collect()
     }
 
     fn record_workload(&mut self, id: &DeploymentId, revision: u64, seen: Option<&WorkloadPhase>) {
