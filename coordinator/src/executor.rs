@@ -14,6 +14,7 @@ use coordinator_core::state_machine::effect::{Effect, EffectId, EffectKind, Effe
 use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::signer::{SealedKind, Sign};
@@ -32,6 +33,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 const LAUNCH_TRIES_MAX: u32 = 4;
 /// Between two questions after a verification.
 const VERIFICATION_POLL: Duration = Duration::from_secs(1);
+/// What is being asked of a validator when the lead is given up may take so long to be answered and recorded.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 /// Status of an outcome that no validator gave: the effect was not wanted any more.
 const NOT_WANTED: u16 = 410;
 /// Status of an outcome that no validator gave: the answer was not usable.
@@ -59,7 +62,8 @@ impl Executor {
         }
     }
 
-    /// Works until cancelled. What is under way then is dropped; the next leader does it again.
+    /// Works until cancelled. Nothing is begun then, and what was asked already is recorded, if the answer comes soon: a
+    /// launch config, say, is given to a job once, and refused to the next leader.
     pub async fn run(self, cancel: CancellationToken, mut random: fastrand::Rng) {
         let mut changes = self.store.changes();
         let mut tasks: JoinSet<EffectId> = JoinSet::new();
@@ -77,16 +81,16 @@ impl Executor {
             });
             for effect in ready {
                 under_way.insert(effect.id);
-                let (executor, random) = (self.clone(), random.fork());
+                let (executor, random, cancel) = (self.clone(), random.fork(), cancel.clone());
                 tasks.spawn(async move {
                     let id = effect.id;
-                    executor.finish(effect, random).await;
+                    executor.finish(effect, random, &cancel).await;
                     id
                 });
             }
             tokio::select! {
                 biased;
-                () = cancel.cancelled() => return,
+                () = cancel.cancelled() => break,
                 Some(ended) = tasks.join_next() => match ended {
                     Ok(id) => { under_way.remove(&id); }
                     Err(error) => {
@@ -98,10 +102,18 @@ impl Executor {
                 () = changes.changed() => {}
             }
         }
+        let all_ended = async { while tasks.join_next().await.is_some() {} };
+        if timeout(DRAIN_MAX, all_ended).await.is_err() {
+            let dropped = tasks.len();
+            tracing::warn!(
+                dropped,
+                "not all effects have ended; the next leader does them again"
+            );
+        }
     }
 
-    /// Tries an effect until it has an outcome, and reports that.
-    async fn finish(&self, effect: Effect, mut random: fastrand::Rng) {
+    /// Tries an effect until it has an outcome, and reports that. When cancelled it does not try once more.
+    async fn finish(&self, effect: Effect, mut random: fastrand::Rng, cancel: &CancellationToken) {
         let mut pause = PAUSE_MIN;
         let mut tries = 0;
         let outcome = loop {
@@ -112,8 +124,18 @@ impl Executor {
                     detail: "not wanted any more".to_owned(),
                 };
             }
+            if cancel.is_cancelled() {
+                return;
+            }
             tries += 1;
-            match self.perform(&effect).await {
+            let performed = self.perform(&effect);
+            let performed = match effect.kind {
+                // It may take minutes, and the next leader asks as well as this one.
+                EffectKind::AwaitVerification { .. } => cancel.run_until_cancelled(performed).await,
+                _ => Some(performed.await),
+            };
+            let Some(performed) = performed else { return };
+            match performed {
                 Ok(outcome) => break outcome,
                 Err(error) if gives_up(&effect.kind, &error, tries) => {
                     let status = error.status().unwrap_or(UNUSABLE);
@@ -125,7 +147,8 @@ impl Executor {
                 }
                 Err(error) => {
                     tracing::warn!(effect = effect.id, kind = label(&effect.kind), %error, tries, "effect failed, trying again");
-                    tokio::time::sleep(pause.mul_f64(0.5 + random.f64())).await;
+                    let pausing = tokio::time::sleep(pause.mul_f64(0.5 + random.f64()));
+                    cancel.run_until_cancelled(pausing).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                 }
             }

@@ -37,6 +37,8 @@ pub(crate) struct Host {
     api: SocketAddr,
     /// Where the validator's socket is: nobody listens there unless the test does.
     pub(crate) socket: SocketAddr,
+    /// Where its REST interface is: nobody listens there unless the test does.
+    pub(crate) validator: SocketAddr,
     pub(crate) found_observing: bool,
     /// Short, so that what waits for an election does not take long.
     pub(crate) timing: replica::Timing,
@@ -68,6 +70,7 @@ impl Host {
             door: door.local_addr().expect("bound"),
             api: api.local_addr().expect("bound"),
             socket: NO_VALIDATOR,
+            validator: NO_VALIDATOR,
             found_observing: false,
             timing: replica::Timing::Lan,
             nodes: None,
@@ -130,7 +133,7 @@ impl Host {
     fn config(&self) -> Config {
         let validator = ValidatorSettings {
             hotkey: Signer::from_seed(&[2; 32]).hotkey().to_string(),
-            api: format!("http://{NO_VALIDATOR}"),
+            api: format!("http://{}", self.validator),
             socket: format!("ws://{}", self.socket),
             registry: NO_VALIDATOR.to_string(),
         };
@@ -283,9 +286,14 @@ pub(crate) async fn three() -> [Host; 3] {
 }
 
 /// The same, of these hosts.
-pub(crate) async fn cluster_of(mut hosts: [Host; 3]) -> [Host; 3] {
+pub(crate) async fn cluster_of(hosts: [Host; 3]) -> [Host; 3] {
+    hosts[0].found();
+    cluster_founded_by_the_first(hosts).await
+}
+
+/// The same, of which the first one has founded it.
+pub(crate) async fn cluster_founded_by_the_first(mut hosts: [Host; 3]) -> [Host; 3] {
     let [first, others @ ..] = &mut hosts;
-    first.found();
     first.start();
     for host in others {
         let token = first.invite(json!({ "eligible": true })).await;

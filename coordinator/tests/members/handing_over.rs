@@ -10,6 +10,7 @@ use replica::Timing;
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, accept_async};
 
@@ -18,8 +19,9 @@ use super::until;
 
 /// A validator that offers jobs: one with the session, and one more when it is told goodbye, which crosses with that.
 #[derive(Default)]
-struct Validator {
+pub(crate) struct Validator {
     sessions: AtomicU32,
+    pub(crate) goodbye: Notify,
 }
 
 impl Validator {
@@ -30,12 +32,12 @@ impl Validator {
             };
             let number = self.sessions.fetch_add(1, Ordering::Relaxed) + 1;
             // One at a time: there is one leader.
-            serve(&mut peer, number).await;
+            serve(&mut peer, number, &self.goodbye).await;
         }
     }
 }
 
-async fn serve(peer: &mut WebSocketStream<TcpStream>, number: u32) -> Option<()> {
+async fn serve(peer: &mut WebSocketStream<TcpStream>, number: u32, goodbye: &Notify) -> Option<()> {
     let open =
         r#"0{"sid":"x","upgrades":[],"pingTimeout":600000,"pingInterval":600000,"maxPayload":1000000}"#;
     peer.send(Message::text(open)).await.ok()?;
@@ -43,7 +45,10 @@ async fn serve(peer: &mut WebSocketStream<TcpStream>, number: u32) -> Option<()>
         let Message::Text(text) = message else { continue };
         match text.as_str() {
             "40" => peer.send(Message::text(r#"40{"sid":"abc"}"#)).await.ok()?,
-            "41" => peer.send(job(&format!("{number}-late"))).await.ok()?,
+            "41" => {
+                goodbye.notify_one();
+                peer.send(job(&format!("{number}-late"))).await.ok()?;
+            }
             text if text.starts_with("42") => {
                 let success = r#"42["auth_success",{"message":"Authenticated"}]"#;
                 peer.send(Message::text(success)).await.ok()?;
@@ -71,7 +76,7 @@ async fn jobs(host: &Host) -> Option<Vec<String>> {
     )
 }
 
-async fn until_offered(host: &Host, wanted: &[&str]) {
+pub(crate) async fn until_offered(host: &Host, wanted: &[&str]) {
     until("the jobs are known", async || {
         let jobs = jobs(host).await?;
         wanted
@@ -83,7 +88,7 @@ async fn until_offered(host: &Host, wanted: &[&str]) {
 }
 
 /// Three hosts, and their validator's socket.
-async fn hosts_with_a_validator() -> ([Host; 3], Arc<Validator>) {
+pub(crate) async fn hosts_with_a_validator() -> ([Host; 3], Arc<Validator>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let mut hosts = [1, 2, 3].map(Host::new);
     for host in &mut hosts {

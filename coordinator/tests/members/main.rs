@@ -7,6 +7,7 @@ mod door;
 mod handing_over;
 mod hotkey;
 mod joining;
+mod launching;
 mod moving;
 mod nodes;
 mod observing;
