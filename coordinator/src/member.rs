@@ -244,6 +244,7 @@ pub async fn run(
     let snapshots = Snapshots::new(admission.cluster.clone(), store.clone(), replica.clone());
     let keeper = Keeper::new(snapshots, config.backup.clone());
     let (hand_over, wishes) = HandOver::channel();
+    membership::ask_before_handing_over(&replica, hand_over.clone());
     let deps = api::Deps {
         supported_gpus: Arc::new(validators.as_ref().clone()),
         hosts: Arc::new(hub.clone()),

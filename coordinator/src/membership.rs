@@ -103,6 +103,14 @@ impl HandOver {
     }
 }
 
+/// Has the replica ask the leader of this process as well, where it must hand over by itself.
+pub fn ask_before_handing_over(replica: &Replica, hand_over: HandOver) {
+    replica.hand_over_through(move || {
+        let hand_over = hand_over.clone();
+        Box::pin(async move { hand_over.to(None).await.is_ok() })
+    });
+}
+
 impl Wish {
     /// Whoever asked has been told that there was no answer: what happened afterwards would surprise them.
     fn is_forgotten(&self) -> bool {

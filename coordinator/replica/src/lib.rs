@@ -110,6 +110,7 @@ struct Inner {
     lease: Lease,
     /// Where [`Lease::given_up`] comes from.
     given_up: watch::Sender<u64>,
+    hand_over: std::sync::OnceLock<membership::HandOver>,
     /// Limits the batches of other members.
     forwarded: Semaphore,
     queue: Queue,
@@ -275,6 +276,7 @@ impl Replica {
             receiver: Receiver::new(cluster, place, writer),
             lease,
             given_up,
+            hand_over: std::sync::OnceLock::new(),
             forwarded: Semaphore::new(answer::FORWARDED_MAX),
             queue,
             shared,

@@ -1,6 +1,7 @@
 //! Who belongs to the cluster, and how that changes: learner first, voter when it has caught up, one change
 //! at a time. All changes are asked of the leader.
 
+use futures_util::future::BoxFuture;
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::raft::TransferLeaderRequest;
@@ -8,7 +9,7 @@ use openraft::{BasicNode, ChangeMembers, Instant as _, LogId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::Replica;
 use crate::error::Error;
@@ -62,6 +63,12 @@ pub struct Progress {
     /// How long ago the leader sent what it answered last.
     pub answered_ago: Option<Duration>,
 }
+
+/// Hands the lead over; false when it was not handed over.
+pub(crate) type HandOver = Box<dyn Fn() -> BoxFuture<'static, bool> + Send + Sync>;
+
+/// Whoever acts as the leader gets so long to end that and to hand over.
+const HAND_OVER_MAX: Duration = Duration::from_secs(10);
 
 impl Replica {
     /// Own member id.
@@ -294,6 +301,17 @@ impl Replica {
         }
     }
 
+    /// Has `hand_over` called when this replica must hand the lead over by itself, to change its timing: whoever acts as the
+    /// leader ends that first, and then calls [`Replica::transfer`]. Only the first call counts. A handle to this
+    /// replica in it would keep the replica open.
+    pub fn hand_over_through(
+        &self,
+        hand_over: impl Fn() -> BoxFuture<'static, bool> + Send + Sync + 'static,
+    ) {
+        // An error means that there is one.
+        let _ = self.0.hand_over.set(Box::new(hand_over));
+    }
+
     /// Before an orderly stop: another member takes over within a fraction of what an election takes.
     pub(crate) async fn hand_over(&self) {
         let (leads, alone) = {
@@ -305,6 +323,12 @@ impl Replica {
             )
         };
         if !leads || alone || self.0.shared.failure().is_some() {
+            return;
+        }
+        if self.can_hand_over(None).is_ok()
+            && let Some(hand_over) = self.0.hand_over.get()
+            && timeout(HAND_OVER_MAX, hand_over()).await == Ok(true)
+        {
             return;
         }
         if let Err(error) = self.transfer(None).await {

@@ -2,7 +2,9 @@
 
 use replica::{Error, Start, Timing};
 use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{Cluster, PACE, eventually, is_membership_error, propose_surely};
@@ -381,6 +383,41 @@ async fn the_timing_follows_the_way_between_the_members() {
         assert_eq!(cluster.commands(member), cluster.commands(survivor));
         assert!(cluster.commands(member).len() >= 32);
     }
+}
+
+/// Found in review: a leader whose timing changed handed over at once, and what it had received as such was lost.
+#[tokio::test(start_paused = true)]
+async fn a_leader_whose_timing_changes_ends_what_it_does_before_it_hands_over() {
+    let mut cluster = Cluster::new(402);
+    cluster.configure = |config| config.timing = Timing::Auto;
+    cluster.found(3).await;
+    let ended_leading = Arc::new(Mutex::new(Vec::new()));
+    for replica in cluster.up.values() {
+        let (asks, mut asked) = mpsc::channel::<oneshot::Sender<bool>>(1);
+        replica.hand_over_through(move || {
+            let asks = asks.clone();
+            Box::pin(async move {
+                let (done, outcome) = oneshot::channel();
+                asks.send(done).await.is_ok() && outcome.await == Ok(true)
+            })
+        });
+        let (replica, ended) = (replica.clone(), Arc::clone(&ended_leading));
+        tokio::spawn(async move {
+            while let Some(done) = asked.recv().await {
+                sleep(Duration::from_secs(2)).await;
+                ended.lock().unwrap().push(replica.leads_now());
+                let _ = done.send(replica.transfer(None).await.is_ok());
+            }
+        });
+    }
+    cluster.links.slow(Duration::from_millis(20));
+    eventually("everybody slows down", Duration::from_secs(60), || {
+        let paces = cluster.up.values().map(|it| it.pace().heartbeat_ms);
+        paces.into_iter().all(|pace| pace > PACE.heartbeat_ms)
+    })
+    .await;
+    let ended = ended_leading.lock().unwrap().clone();
+    assert!(!ended.is_empty() && ended.iter().all(|led| *led), "{ended:?}");
 }
 
 #[tokio::test(start_paused = true)]
