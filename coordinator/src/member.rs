@@ -124,7 +124,7 @@ pub async fn run(
     let mut random = fastrand::Rng::new();
     let scheduling = Scheduling::new(&config.strategy, config.tick_every)
         .map_err(|known| Error::Strategy(config.strategy.clone(), known))?;
-    let (mut admission, member) = admission(&config)?;
+    let (admission, member) = admission(&config)?;
     let identity = Identity::of_host(&config.identity)?;
     let founding = founding(&config, &admission, signer.as_ref()).await?;
     let endpoint = door::open(config.hosts_listen, &identity)?;
@@ -157,7 +157,9 @@ pub async fn run(
             });
         }
     };
-    note_opened(&config, &mut admission)?;
+    // Before anybody is served: from now on others may count on what is in it. Not earlier: a store that could not be
+    // made, on a full disk say, is not lost.
+    Admission::note_opened(&config.identity)?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
     let store = Store::new(machine.clone(), log, Arc::clone(&clock), random.u64(..));
 
@@ -419,16 +421,6 @@ fn admission(config: &Config) -> Result<(Admission, u64), Error> {
         return Err(Error::StoreLost { member, folder });
     }
     Ok((admission, member))
-}
-
-/// Notes that the store is in use, before anybody is served: from now on others may count on what is in it. Not
-/// earlier: a store that could not be made, on a full disk say, is not lost.
-fn note_opened(config: &Config, admission: &mut Admission) -> Result<(), Error> {
-    if !admission.opened {
-        admission.opened = true;
-        admission.write(&config.identity)?;
-    }
-    Ok(())
 }
 
 /// The command that founds the cluster, on its founder, until the state holds the authority.

@@ -1,5 +1,7 @@
 //! A host's place in the cluster, as it keeps it in its folder.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use coordinator_core::state_machine::host::FIRST_MEMBER;
@@ -14,6 +16,9 @@ use crate::identity::{
 
 /// File with the admission.
 pub const FILE: &str = "admission.json";
+
+/// Taken by whoever changes the files here: a host's two processes both do.
+const LOCK: &str = "admission.lock";
 
 /// What the cluster has given to a host, besides its certificate.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,8 +65,25 @@ impl Admission {
     /// # Errors
     /// [`IdentityError::File`].
     pub fn remember_doors(folder: &Path, doors: Vec<String>) -> Result<(), IdentityError> {
+        let _lock = lock(folder)?;
         match Self::read(folder)? {
-            Some(admission) if admission.doors != doors => Self { doors, ..admission }.write(folder),
+            Some(admission) if admission.doors != doors => Self { doors, ..admission }.put(folder),
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes that the store of the member is in use.
+    ///
+    /// # Errors
+    /// [`IdentityError`] naming the file.
+    pub fn note_opened(folder: &Path) -> Result<(), IdentityError> {
+        let _lock = lock(folder)?;
+        match Self::read(folder)? {
+            Some(admission) if !admission.opened => Self {
+                opened: true,
+                ..admission
+            }
+            .put(folder),
             _ => Ok(()),
         }
     }
@@ -71,9 +93,24 @@ impl Admission {
     /// # Errors
     /// [`IdentityError::File`].
     pub fn write(&self, folder: &Path) -> Result<(), IdentityError> {
+        let _lock = lock(folder)?;
+        self.put(folder)
+    }
+
+    /// With the lock taken.
+    fn put(&self, folder: &Path) -> Result<(), IdentityError> {
         let text = serde_json::to_string_pretty(self).expect("texts and numbers");
         write_secret(&folder.join(FILE), &text)
     }
+}
+
+/// Keeps others from changing what lies in `folder` until it is dropped.
+fn lock(folder: &Path) -> Result<File, IdentityError> {
+    let path = folder.join(LOCK);
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).mode(0o600).open(&path);
+    let locked = file.and_then(|file| file.lock().map(|()| file));
+    locked.map_err(|source| IdentityError::File { path, source })
 }
 
 /// Founds a cluster of which this host is the first member: authority, certificate and admission, in its folder.
@@ -130,12 +167,90 @@ pub fn discard(folder: &Path) -> Result<(), IdentityError> {
 }
 
 /// Keeps what a member answered: certificates first, the admission last. Who trusts a new authority has its
-/// certificate already, also after a crash in between.
+/// certificate already, also after a crash in between. A store that was in use under this member id stays so.
 ///
 /// # Errors
 /// [`IdentityError::File`].
 pub fn keep(folder: &Path, granted: &super::wire::Granted) -> Result<(), IdentityError> {
+    let _lock = lock(folder)?;
+    let mut admission = granted.admission.clone();
+    let is_same =
+        |before: &Admission| (&before.cluster, before.member) == (&admission.cluster, admission.member);
+    let before = Admission::read(folder)?.filter(is_same);
+    admission.opened |= before.is_some_and(|before| before.opened);
     write_secret(&folder.join(HOST_CERTIFICATE), &granted.certificate_pem)?;
     write_secret(&folder.join(CA_CERTIFICATE), &granted.authority_pem)?;
-    granted.admission.write(folder)
+    admission.put(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admission() -> Admission {
+        Admission {
+            cluster: "test-1".to_owned(),
+            server: ServerId::parse("host-2").expect("an id"),
+            member: Some(2),
+            doors: Vec::new(),
+            certificate_until: UnixMillis(1),
+            opened: false,
+        }
+    }
+
+    /// Found in review: of two processes that changed the file at the same time one wrote back what it had read before, and
+    /// a store that was lost afterwards began empty under the old member id.
+    #[test]
+    fn two_that_change_the_admission_lose_nothing_of_each_other() {
+        const ROUNDS: usize = 200;
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let folder = folder.path();
+        admission().write(folder).expect("ours");
+        let read = || Admission::read(folder).expect("whole").expect("it is there");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 0..ROUNDS {
+                    let doors = vec![format!("host-{round}:4433")];
+                    Admission::remember_doors(folder, doors).expect("ours");
+                }
+            });
+            Admission::note_opened(folder).expect("ours");
+            for _ in 0..ROUNDS {
+                let mut now = read();
+                assert!(now.opened, "it was noted");
+                now.certificate_until = UnixMillis(2);
+                now.write(folder).expect("ours");
+            }
+        });
+        assert!(read().opened);
+        Admission::note_opened(folder).expect("ours");
+        let doors = vec!["host-1:4433".to_owned()];
+        Admission::remember_doors(folder, doors.clone()).expect("ours");
+        assert_eq!(read().doors, doors);
+    }
+
+    #[test]
+    fn a_renewed_admission_says_that_the_store_was_opened_while_it_was_asked_for() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let folder = folder.path();
+        admission().write(folder).expect("ours");
+        let mut granted = super::super::wire::Granted {
+            certificate_pem: String::new(),
+            authority_pem: String::new(),
+            admission: admission(),
+        };
+        Admission::note_opened(folder).expect("ours");
+        keep(folder, &granted).expect("ours");
+        let opened = || {
+            Admission::read(folder)
+                .expect("whole")
+                .expect("it is there")
+                .opened
+        };
+        assert!(opened());
+        // Under another id the host begins anew.
+        granted.admission.member = Some(3);
+        keep(folder, &granted).expect("ours");
+        assert!(!opened());
+    }
 }

@@ -90,9 +90,7 @@ pub async fn renew_if_due(folder: &Path, now: UnixMillis) -> Result<bool, Error>
 
 async fn renew(folder: &Path, admission: &Admission) -> Result<(), Error> {
     let answer = ask_as_host(&admission.doors, folder, &Question::Renew).await?;
-    let mut granted = granted(answer)?;
-    granted.admission.opened = admission.opened;
-    Ok(admission::keep(folder, &granted)?)
+    Ok(admission::keep(folder, &granted(answer)?)?)
 }
 
 /// Sees to it that the authorities trusted in `folder` are the `wanted` ones, with a new certificate if they are not,
