@@ -1,5 +1,6 @@
-//! A real Kubernetes control plane on loopback, for tests: etcd, API server and controllers, and where nodes are asked
-//! for, a scheduler and KWOK, which plays them. `build` beside this crate makes the programs.
+//! A real Kubernetes control plane on loopback, for tests: etcd, API server and controllers; where nodes are asked for,
+//! a scheduler and KWOK, which plays them; and in a network namespace, kube-proxy. `build` beside this crate makes the
+//! programs.
 //!
 //! Reading order: [`Settings`], [`ControlPlane`], [`ends_with_us`], then `stages.yaml`, which says what KWOK does with
 //! nodes and pods.
@@ -40,6 +41,9 @@ pub struct Settings {
     pub controllers: &'static str,
     /// With a scheduler, and with KWOK, which keeps all nodes ready and all their pods running.
     pub plays_nodes: bool,
+    /// With kube-proxy on the node of this name. It writes the rules of the network that the thread is in which starts
+    /// the control plane: one that it has moved into, never that of the whole process.
+    pub proxy_of: Option<&'static str>,
 }
 
 impl Default for Settings {
@@ -48,6 +52,7 @@ impl Default for Settings {
             node_ports: "30000-32767",
             controllers: "job-controller,garbage-collector-controller,serviceaccount-controller",
             plays_nodes: false,
+            proxy_of: None,
         }
     }
 }
@@ -225,6 +230,11 @@ impl ControlPlane {
         Ok(self.server.kill().await?)
     }
 
+    /// The API server gives out other node ports, from its next start on.
+    pub fn set_node_ports(&mut self, range: &'static str) {
+        self.launch.settings.node_ports = range;
+    }
+
     /// Starts them again, and waits until the API server is ready.
     ///
     /// # Errors
@@ -367,7 +377,32 @@ impl Launch {
             around.push(self.start("kube-scheduler", &common)?);
             around.push(self.kwok()?);
         }
+        if let Some(node) = self.settings.proxy_of {
+            around.push(self.kube_proxy(node)?);
+        }
         Ok(around)
+    }
+
+    /// As it is in k3s: by iptables, and so that node ports are taken on loopback, too.
+    fn kube_proxy(&self, node: &str) -> anyhow::Result<Child> {
+        let network_of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/net"));
+        anyhow::ensure!(
+            network_of("thread-self")? != network_of("self")?,
+            "kube-proxy would change the rules of a network that is not a namespace of this thread alone"
+        );
+        self.start(
+            "kube-proxy",
+            &[
+                format!("--kubeconfig={}", self.in_folder("kubeconfig")),
+                format!("--hostname-override={node}"),
+                "--proxy-mode=iptables".to_owned(),
+                // How many connections may be followed is set for the whole machine.
+                "--conntrack-max-per-core=0".to_owned(),
+                "--conntrack-min=0".to_owned(),
+                "--conntrack-tcp-timeout-established=0".to_owned(),
+                "--conntrack-tcp-timeout-close-wait=0".to_owned(),
+            ],
+        )
     }
 
     fn kwok(&self) -> anyhow::Result<Child> {
