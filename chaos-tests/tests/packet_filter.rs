@@ -7,12 +7,13 @@
 //! ```
 //! What kube-proxy does is a foreign table: a NodePort of the chute, and a ClusterIP that is the API server on the node.
 
+#[path = "packet_filter/spaces.rs"]
+mod spaces;
+
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use agent::config::{self, Sources};
@@ -21,13 +22,14 @@ use agent::packet_filter::rules::{Rules, TABLE};
 use agent::packet_filter::table::{self, Table};
 use agent::packet_filter::{Config, Error, Filter, RawConfig, give_up_the_right, remove, was_installed};
 use chaos_tests::faults::network::Network;
-use chaos_tests::faults::probe;
 use coordinator::join::admission;
 use protocol::id::ServerId;
 use protocol::time::UnixMillis;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_no_new_privs};
+use rustix::thread::set_no_new_privs;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+
+use spaces::{Space, awaited, done, inside, ip, works};
 
 /// A packet that is dropped does not come.
 const NEVER: Duration = Duration::from_millis(700);
@@ -55,72 +57,11 @@ const FOREIGN: &str = "
         }
     }";
 
-/// Does something in a network namespace.
-fn inside<T: Send>(namespace: &str, work: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            let file = File::open(Path::new("/run/netns").join(namespace)).expect("the namespace is there");
-            let kind = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), kind).expect("root may");
-            work()
-        });
-        thread.join().expect("no panic inside")
-    })
-}
-
-/// Awaits something in a network namespace, on a thread that is there.
-fn awaited<T: Send>(namespace: &str, work: impl AsyncFnOnce() -> T + Send) -> T {
-    inside(namespace, || {
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_all().build().expect("a runtime");
-        runtime.block_on(work())
-    })
-}
-
-fn done(command: &mut Command) -> String {
-    let output = command.output().expect("the program is there");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command:?}: {said}");
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn ip(namespace: &str, arguments: &str) {
-    done(
-        Command::new("ip")
-            .args(["-n", namespace])
-            .args(arguments.split(' ')),
-    );
-}
-
 /// Where somebody listens.
 struct Listeners {
     tcp: Vec<TcpListener>,
     quic: UdpSocket,
     dns: UdpSocket,
-}
-
-/// A namespace of a pod; it goes with this.
-struct Space(String);
-
-impl Space {
-    fn new(name: String) -> Self {
-        done(Command::new("ip").args(["netns", "add", &name]));
-        Self(name)
-    }
-}
-
-impl std::ops::Deref for Space {
-    type Target = str;
-
-    fn deref(&self) -> &str {
-        &self.0
-    }
-}
-
-impl Drop for Space {
-    fn drop(&mut self) {
-        let _ = Command::new("ip").args(["netns", "delete", &self.0]).output();
-    }
 }
 
 struct World {
@@ -320,18 +261,6 @@ const ALLOWED: [&str; 8] = [
     "11.77.0.2:80",
 ];
 
-fn works() -> bool {
-    let tool = "network namespaces with nftables";
-    let tried = probe().into_iter().find(|(name, _)| *name == tool);
-    let Some((_, Err(reason))) = tried else {
-        return true;
-    };
-    let required = std::env::var_os("REQUIRE_PEERS").is_some_and(|value| value == "1");
-    assert!(!required, "{tool}: {reason}");
-    eprintln!("NOT TESTED: the packet filter: {reason}");
-    false
-}
-
 fn quic_and_dns(world: &World) -> [bool; 4] {
     let (quic, dns) = (&world.doors.quic, &world.doors.dns);
     [
@@ -344,7 +273,7 @@ fn quic_and_dns(world: &World) -> [bool; 4] {
 
 #[test]
 fn pods_reach_the_doors_of_their_host_and_nothing_else_there() {
-    if !works() {
+    if !works("the packet filter") {
         return;
     }
     let world = World::new();
@@ -461,7 +390,7 @@ async fn until(world: &World, what: &str, wanted: impl Fn(&str) -> bool) {
 
 #[test]
 fn it_is_kept_and_follows_who_is_trusted() {
-    if !works() {
+    if !works("the packet filter") {
         return;
     }
     let world = World::new();
@@ -501,7 +430,7 @@ fn it_is_kept_and_follows_who_is_trusted() {
 
 #[test]
 fn where_it_cannot_be_installed_the_reason_is_said() {
-    if !works() {
+    if !works("the packet filter") {
         return;
     }
     let world = World::new();
@@ -606,7 +535,7 @@ enabled = {enabled}
 
 #[test]
 fn a_host_starts_nothing_without_it_and_removes_it_when_it_is_switched_off() {
-    if !works() {
+    if !works("the packet filter") {
         return;
     }
     let world = World::new();

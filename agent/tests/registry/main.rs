@@ -3,5 +3,6 @@
 mod admin;
 mod door;
 mod fake_upstream;
+mod peers;
 mod redirect;
 mod skopeo;
