@@ -329,10 +329,11 @@ async fn concurrent_pulls_of_one_blob_ask_the_upstream_once() {
     let door = Door::start(&[upstream.address], store_in(&directory)).await;
     let url = format!("{}/v2/a/blobs/{name}", door.base);
     let mut responses = Vec::new();
+    let client = client();
     for _ in 0..6 {
-        responses.push(client().get(&url).send().await.expect("a head"));
+        responses.push(client.get(&url).send().await.expect("a head"));
     }
-    let part = client()
+    let part = client
         .get(&url)
         .header("Range", "bytes=8388608-")
         .send()
@@ -356,11 +357,11 @@ async fn concurrent_pulls_of_one_blob_ask_the_upstream_once() {
         .replace(vec![signed(&door.validators[0], NOW)])
         .expect("valid headers");
     let url = format!("{}/v2/other/name/blobs/{name}", door.base);
-    let head = client().head(&url).send().await.expect("a head");
+    let head = client.head(&url).send().await.expect("a head");
     assert_eq!(head.headers()["content-length"], blob.len().to_string().as_str());
     assert_eq!(head.headers()["docker-content-digest"], name.as_str());
     assert!(
-        client()
+        client
             .get(&url)
             .send()
             .await
@@ -370,7 +371,7 @@ async fn concurrent_pulls_of_one_blob_ask_the_upstream_once() {
             .expect("whole")
             == blob
     );
-    let part = client()
+    let part = client
         .get(&url)
         .header("Range", "bytes=-10")
         .send()
@@ -381,7 +382,7 @@ async fn concurrent_pulls_of_one_blob_ask_the_upstream_once() {
         format!("bytes {}-{}/{}", blob.len() - 10, blob.len() - 1, blob.len()).as_str()
     );
     assert!(part.bytes().await.expect("whole") == blob[blob.len() - 10..]);
-    let beyond = client()
+    let beyond = client
         .get(&url)
         .header("Range", format!("bytes={}-", blob.len()))
         .send()
@@ -403,7 +404,7 @@ async fn concurrent_pulls_of_one_blob_ask_the_upstream_once() {
     let door = Door::start(&[upstream.address], store_in(&directory)).await;
     let url = format!("{}/v2/a/blobs/{name}", door.base);
     assert!(
-        client()
+        client
             .get(&url)
             .send()
             .await

@@ -129,7 +129,7 @@ impl Door {
                 })
                 .collect(),
             connect_timeout: std::time::Duration::from_secs(2),
-            idle_timeout: std::time::Duration::from_millis(700),
+            idle_timeout: std::time::Duration::from_secs(2),
             connections_max: 64,
             store,
             storage_ca_file: None,
