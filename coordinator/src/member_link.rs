@@ -188,6 +188,12 @@ impl Asking {
         Some((leader, address))
     }
 
+    fn leader_and_term(&self) -> Option<(u64, u64)> {
+        let now = self.replica.leadership();
+        let now = now.borrow();
+        now.leader.map(|leader| (leader, now.term))
+    }
+
     async fn ask(&self, question: &Question, within: Duration) -> Result<Answer, String> {
         let (leader, address) = self.leader().ok_or_else(|| "no other member leads".to_owned())?;
         let answer = self.peers.ask(leader, &address, encode(question)?, within).await;
@@ -275,8 +281,9 @@ impl Asking {
             if self.replica.leads_now() {
                 touched = Instant::now();
             } else {
-                let leader = self.leader().map(|(leader, _)| leader);
-                // Another leader knows nothing of what its predecessor was told.
+                // Another leader knows nothing of what its predecessor was told, nor does the same one once it was
+                // started anew: that is another term.
+                let leader = self.leader_and_term();
                 let known = if told.0 == leader { told.1 } else { 0 };
                 let (hosts, news) = hub.heard_since(known);
                 match self.ask(&Question::Heard(hosts), TELL_MAX).await {
