@@ -318,7 +318,7 @@ fn identity(written: &Written, checker: &mut Checker<'_>) -> Option<Identity> {
     let why = "where validators reach this host from outside";
     let of_name = name.and_then(|name| written.host.addresses.get(name));
     let (key, address) = match of_name {
-        Some(address) => ("host.addresses", Some(address)),
+        Some(address) => ("host.addresses", Some(address.as_str())),
         None => (
             "host.address",
             checker.require("host.address", written.host.address.as_ref(), why),

@@ -223,6 +223,18 @@ pub(super) async fn remove(
     Path(name): Path<String>,
 ) -> Result<Json<Value>> {
     let (server, name) = id_of(&api, &name).await?;
+    let roles = api.deps.cluster.roles();
+    let others_follow = api.store.read(|record| {
+        let member = record.hosts().get(&server).and_then(|host| host.member);
+        member.is_some_and(|member| roles.voters.iter().eq([&member])) && record.members().count() > 1
+    });
+    if others_follow {
+        let why = format!(
+            "host {name} is the only one that votes, and without it nothing is decided any more: let another one vote \
+             first, with `chutes-miner host pin {name} never`, and see `chutes-miner raft status`"
+        );
+        return Err(ApiError::new(StatusCode::CONFLICT, why));
+    }
     let command = Command::RemoveHost {
         server: server.clone(),
     };

@@ -230,6 +230,25 @@ async fn a_removed_host_is_out_and_its_name_is_free() {
     assert_eq!(answer.status, StatusCode::NOT_FOUND, "{}", answer.text());
 }
 
+/// With two members the second only follows. The first could be removed, and nobody was left who could lead.
+#[tokio::test]
+async fn the_only_voter_stays_while_others_follow() {
+    let fixture = of_three().await;
+    let votes =
+        |voters: &[u64]| fixture.members.roles.lock().unwrap().voters = voters.iter().copied().collect();
+    votes(&[2]);
+    let answer = fixture.ask("DELETE", "/hosts/gpu-b", "").await;
+    assert_eq!(answer.status, StatusCode::CONFLICT, "{}", answer.text());
+    assert!(
+        answer.detail().contains("chutes-miner host pin gpu-b never"),
+        "{}",
+        answer.detail()
+    );
+    votes(&[1]);
+    let answer = fixture.ask("DELETE", "/hosts/gpu-b", "").await;
+    assert_eq!(answer.json()["changed"], true, "{}", answer.text());
+}
+
 #[tokio::test]
 async fn hosts_with_work_and_the_last_member_stay() {
     let fixture = founded().await;
