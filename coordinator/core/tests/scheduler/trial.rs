@@ -159,7 +159,7 @@ fn who_must_go_for_a_bounty_is_named() {
     fleet.bounty(&bounty, 5000);
     let tried = fleet.try_out(&fleet.listing());
     assert_eq!(tried.placed.len(), 1, "{tried:?}");
-    assert_eq!(tried.placed[0].launch.victims, [serves.clone()]);
+    assert_eq!(tried.placed[0].launch.victims, std::slice::from_ref(&serves));
     let expected = (serves.as_str(), When::WithTheToken, &Why::MakesRoom(0));
     assert_eq!((stops(&tried), tried.go_on), (vec![expected], 0));
 }
