@@ -203,41 +203,34 @@ pub(crate) fn print(printer: &Printer, trial: &Value) -> Result<()> {
             ]
         },
     )?;
-    table(
+    let columns = |title: &str, headers: &[&str], name: &str, keys: &[&str]| {
+        table(title, headers, name, &|row| {
+            keys.iter().map(|key| cell(row, key)).collect()
+        })
+    };
+    columns(
         "Would be stopped",
         &["Deployment", "Chute", "Server", "When", "Why"],
         "stopped",
-        &|row| {
-            ["deployment_id", "chute_name", "server_name", "when", "reason"]
-                .map(|name| cell(row, name))
-                .to_vec()
-        },
+        &["deployment_id", "chute_name", "server_name", "when", "reason"],
     )?;
-    table(
+    columns(
         "Instances that no deployment accounts for",
         &["Instance", "Chute", "What would be done"],
         "unaccounted",
-        &|row| {
-            ["instance_id", "chute_name", "reason"]
-                .map(|name| cell(row, name))
-                .to_vec()
-        },
+        &["instance_id", "chute_name", "reason"],
     )?;
-    table(
+    columns(
         "Validators would be told",
         &["What", "About", "Validator"],
         "told",
-        &|row| {
-            ["what", "about", "validator"]
-                .map(|name| cell(row, name))
-                .to_vec()
-        },
+        &["what", "about", "validator"],
     )?;
-    table(
+    columns(
         "Would be left alone",
         &["Chute", "Why"],
         "left_alone_because",
-        &|row| ["chute_name", "reason"].map(|name| cell(row, name)).to_vec(),
+        &["chute_name", "reason"],
     )?;
     for text in rows("in_the_way") {
         printer.line(&printer.paint(Colour::Yellow, &format!("! {}", text_of(text))))?;
