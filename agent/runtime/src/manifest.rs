@@ -175,17 +175,15 @@ pub fn version_selector(chute: &ChuteId, version: &ChuteVersion) -> String {
     format!("{CHUTE_LABEL}={chute},{VERSION_LABEL}={version}")
 }
 
-/// The ports of a deployment reached from outside, on the node's own address. `launched` says that its Job was made
-/// or is about to be.
+/// The ports of a deployment reached from outside, on the node's own address. It says that the deployment was launched:
+/// its Job was made or is about to be.
 #[must_use]
-pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings, launched: bool) -> Service {
+pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Service {
     let labels = own_labels(base_labels(spec), settings);
     let mut own = metadata(service_name(&spec.deployment), labels, fence, settings);
     let annotations = own.annotations.get_or_insert_default();
     annotations.insert(GPUS_ANNOTATION.to_owned(), gpu_list(spec));
-    if launched {
-        annotations.insert(LAUNCHED_ANNOTATION.to_owned(), "true".to_owned());
-    }
+    annotations.insert(LAUNCHED_ANNOTATION.to_owned(), "true".to_owned());
     let selector = BTreeMap::from([(DEPLOYMENT_LABEL.to_owned(), spec.deployment.to_string())]);
     Service {
         metadata: own,

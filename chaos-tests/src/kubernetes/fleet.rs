@@ -340,7 +340,16 @@ impl Fleet {
         let published = self.ledger.iter().rev().find(|entry| {
             matches!(&entry.record, Record::EventPublished { event, .. } if event.data["chute_id"] == chute.as_str())
         });
-        Ok(seen.since(published.context("the event is not in the ledger")?.at))
+        let taken = seen.since(published.context("the event is not in the ledger")?.at);
+        // Its pod starts on this machine, where the next one's would be somewhere else.
+        let is_active = |entry: &Entry| matches!(&entry.record, Record::InstanceActivated { chute: of, .. } if of.as_str() == chute);
+        let deadline = Instant::now() + START_PATIENCE;
+        while !self.ledger.iter().rev().any(is_active) {
+            anyhow::ensure!(Instant::now() < deadline, "{name} is not active");
+            sleep(LOOK_EVERY).await;
+            self.read_ledger().await?;
+        }
+        Ok(taken)
     }
 
     async fn read_ledger(&mut self) -> anyhow::Result<()> {

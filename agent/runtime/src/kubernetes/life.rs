@@ -1,7 +1,7 @@
 //! What is done for one workload, in which order. One task for each workload that is begun or ended by this agent.
 //!
 //! ```text
-//! start: Service, code -> Service says "launched" -> Job -> code once more
+//! start: Service (it says "launched"), code -> Job -> code once more
 //! find:  the Job of one that was launched before
 //! stop:  output and events are kept -> Job (foreground: its pods first) -> pods that are left
 //!        -> nothing holds a GPU -> code, Service
@@ -15,10 +15,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Service};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
-use kube::{Api, Resource, ResourceExt as _};
+use kube::{Api, Resource, ResourceExt};
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
 use protocol::workload::{Fence, PortMapping, Secret, WorkloadPhase, WorkloadSpec};
 use tokio::sync::watch;
@@ -27,7 +26,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::phase::{Objects, is_over};
 use super::trouble::{Pauses, Trouble, is_conflict, is_missing};
 use super::{Cluster, lock};
-use crate::manifest::{self, FIELD_MANAGER};
+use crate::manifest::{self, FIELD_MANAGER, LAUNCHED_ANNOTATION};
 
 /// How often a Service may be made anew because it was given a port of ours.
 const PORT_ATTEMPTS: u32 = 20;
@@ -217,14 +216,6 @@ impl Work<'_> {
             return self.find(spec).await;
         }
         let settings = &cluster.config.settings;
-        let name = manifest::job_name(&spec.deployment);
-        let there = self
-            .insist_on("look for its Job", || cluster.jobs.get_opt(&name))
-            .await?;
-        if there.is_some_and(|job| manifest::fence_of(&job).is_none()) {
-            // Before anything of it is written.
-            return Err(Given::Up(format!("the Job {name} is another miner's")));
-        }
         let code = manifest::code(spec, fence, settings, false);
         // Side by side: each is a call that the chute waits for.
         let (ports, written) = tokio::join!(
@@ -233,12 +224,9 @@ impl Work<'_> {
         );
         let ports = ports?;
         written?;
-        let launched = manifest::service(spec, fence, settings, true);
-        self.insist("note the launch", || apply(&cluster.services, &launched))
-            .await?;
         let job = manifest::job(spec, fence, settings, &ports);
-        self.insist("create its Job", || create(&cluster.jobs, &job))
-            .await?;
+        let job = self.insist_on("create its Job", || create(&cluster.jobs, &job));
+        ours("Job", &job.await?)?;
         self.set(Doing::Started);
         let code = manifest::code(spec, fence, settings, true);
         // It runs already. Without its code, its pod would say so.
@@ -275,11 +263,9 @@ impl Work<'_> {
     /// Makes the Service, until it is given ports that are not ours.
     async fn ports(&self, fence: Fence, spec: &WorkloadSpec) -> Result<Vec<PortMapping>, Given> {
         let cluster = self.cluster;
-        let service = manifest::service(spec, fence, &cluster.config.settings, false);
+        let service = manifest::service(spec, fence, &cluster.config.settings);
         for _ in 0..PORT_ATTEMPTS {
-            let made: Service = self
-                .insist_on("make its Service", || apply(&cluster.services, &service))
-                .await?;
+            let made = self.claim(&service).await?;
             let ports = manifest::node_ports(spec, &made)
                 .ok_or_else(|| Given::Up("its Service was given no node ports".to_owned()))?;
             let reserved = &cluster.config.reserved_ports;
@@ -294,6 +280,20 @@ impl Work<'_> {
              and a range without these (--service-node-port-range)"
         );
         Err(Given::Up(why))
+    }
+
+    /// Makes the Service. Whoever has one of this name has the deployment: a miner makes it first and removes it last.
+    async fn claim(&self, service: &Service) -> Result<Service, Given> {
+        let services = &self.cluster.services;
+        let made = self.insist_on("make its Service", || create(services, service));
+        let made = made.await?;
+        ours("Service", &made)?;
+        if made.annotations().contains_key(LAUNCHED_ANNOTATION) {
+            return Ok(made);
+        }
+        // An agent that marked it later was before this one.
+        self.insist_on("note the launch", || apply(services, service))
+            .await
     }
 
     async fn insist<F, T>(&self, what: &str, call: impl Fn() -> F) -> Result<(), Given>
@@ -390,8 +390,8 @@ impl Work<'_> {
             .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
             .await?;
         if job.as_ref().is_some_and(|job| manifest::fence_of(job).is_none()) {
-            // Another miner's: nothing of it is ours to remove.
-            return Ok(None);
+            // Another miner's. At most the Service is ours.
+            return self.remove_service().await.map(|()| None);
         }
         if let Some(job) = &job
             && job.metadata.deletion_timestamp.is_none()
@@ -416,14 +416,21 @@ impl Work<'_> {
         if let Some(job) = &job {
             return Ok(Some(waits_for("Job", job)));
         }
-        let name = manifest::service_name(deployment);
-        if let Some(service) = self.call(cluster.services.get_opt(&name)).await? {
-            if let Some((chute, version)) = manifest::version_of(&service) {
-                self.remove_code(&chute, &version).await?;
-            }
-            self.call(remove(&cluster.services, &service)).await?;
+        self.remove_service().await.map(|()| None)
+    }
+
+    /// Removes the Service, and the code unless another Job needs it. Another miner's are left alone.
+    async fn remove_service(&self) -> Result<(), Trouble> {
+        let services = &self.cluster.services;
+        let name = manifest::service_name(&self.life.deployment);
+        let service = self.call(services.get_opt(&name)).await?;
+        let Some(service) = service.filter(|service| manifest::fence_of(service).is_some()) else {
+            return Ok(());
+        };
+        if let Some((chute, version)) = manifest::version_of(&service) {
+            self.remove_code(&chute, &version).await?;
         }
-        Ok(None)
+        self.call(remove(services, &service)).await
     }
 
     /// Removes a version's code once no Job needs it. What another miner wrote under this name has no label of ours.
@@ -453,6 +460,17 @@ impl Work<'_> {
     }
 }
 
+/// Refuses what another miner made under a name of ours.
+fn ours(kind: &str, object: &impl ResourceExt) -> Result<(), Given> {
+    match manifest::fence_of(object) {
+        Some(_) => Ok(()),
+        None => Err(Given::Up(format!(
+            "the {kind} {} is another miner's",
+            object.name_any()
+        ))),
+    }
+}
+
 /// What keeps an object that is to go.
 fn waits_for<K: Resource>(kind: &str, object: &K) -> String {
     let finalizers = object.meta().finalizers.clone().unwrap_or_default();
@@ -469,22 +487,18 @@ where
         .await
 }
 
-/// Creates a Job. One that is there already under this name is this one, made before an answer was lost.
-async fn create(api: &Api<Job>, job: &Job) -> kube::Result<()> {
+/// Creates an object, or gives the one that is there already under this name: this one, if an answer was lost.
+async fn create<K>(api: &Api<K>, object: &K) -> kube::Result<K>
+where
+    K: Resource + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
+{
     let parameters = PostParams {
         field_manager: Some(FIELD_MANAGER.to_owned()),
         ..PostParams::default()
     };
-    match api.create(&parameters, job).await {
-        Err(error) if is_conflict(&error) => {
-            let there = api.get(&job.name_any()).await?;
-            if manifest::fence_of(&there).is_some() {
-                Ok(())
-            } else {
-                Err(error)
-            }
-        }
-        result => result.map(|_| ()),
+    match api.create(&parameters, object).await {
+        Err(error) if is_conflict(&error) => api.get(&object.name_any()).await,
+        result => result,
     }
 }
 

@@ -406,10 +406,14 @@ mod tests {
 
     #[test]
     fn a_service_tells_a_job_that_was_removed_from_one_that_never_was() {
-        let service = |launched| manifest::service(&spec(), FENCE, &Settings::for_node("n"), launched);
-        let only = |launched| Objects {
-            service: Some(Arc::new(service(launched))),
-            ..Objects::default()
+        let only = |launched| {
+            let mut service = manifest::service(&spec(), FENCE, &Settings::for_node("n"));
+            let annotations = service.metadata.annotations.get_or_insert_default();
+            annotations.retain(|name, _| launched || name != LAUNCHED_ANNOTATION);
+            Objects {
+                service: Some(Arc::new(service)),
+                ..Objects::default()
+            }
         };
         assert_eq!(only(false).phase(), WorkloadPhase::Pending);
         assert_eq!(only(true).phase(), ended(None, "its Job was removed"));

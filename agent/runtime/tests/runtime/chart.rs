@@ -325,7 +325,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec, accoun
         .create(&post, &foreign_job)
         .await
         .expect("the operator may");
-    let foreign_service = manifest::service(&other, FENCE, &settings("node-2"), false);
+    let foreign_service = manifest::service(&other, FENCE, &settings("node-2"));
     operator
         .services()
         .create(&post, &foreign_service)
@@ -379,7 +379,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec, accoun
         .as_mut()
         .and_then(|spec| spec.template.spec.as_mut());
     template.expect("it has one").node_name = None;
-    let mut unlabelled = manifest::service(&new, FENCE, &settings("node-1"), false);
+    let mut unlabelled = manifest::service(&new, FENCE, &settings("node-1"));
     unlabelled.metadata.labels = None;
     let plain_pod: Pod = object(
         json!({ "metadata": { "name": "p", "labels": { "chutes-agent/node": "node-1" } },
@@ -443,7 +443,7 @@ async fn forbidden(client: &Client, operator: &Space, own: &WorkloadSpec, accoun
             "create another node's Service",
             drop_value(
                 services
-                    .create(&post, &manifest::service(&new, FENCE, &of_two, false))
+                    .create(&post, &manifest::service(&new, FENCE, &of_two))
                     .await,
             ),
         ),

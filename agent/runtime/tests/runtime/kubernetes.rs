@@ -103,6 +103,7 @@ async fn kubernetes_runs_what_it_is_given_and_leaves_nothing() {
     refused_pods(&plane.namespace("refused-pods").await).await;
     says("foreign objects are neither listed nor touched");
     foreign(&plane.namespace("foreign").await).await;
+    taken_names(&plane.namespace("taken-names").await).await;
     says("output and events can be read, and are kept");
     output(&plane.namespace("output").await, &plane.client).await;
     says("code goes with the last deployment of its version");
@@ -184,11 +185,15 @@ async fn adoption(space: &Space) {
     assert_eq!(space.remains().await, Vec::<String>::new());
 }
 
-/// An agent that died after it had made a Service, and before the Service said so much as that there is a Job.
+/// An agent of an earlier release died after it had made a Service, and before that said so much as that there is a Job.
 async fn half_made(space: &Space) {
     let spec = spec("half-made");
     let config = space.config("node-3");
-    let service = manifest::service(&spec, FENCE, &config.settings, false);
+    let mut service = manifest::service(&spec, FENCE, &config.settings);
+    let annotations = service.metadata.annotations.get_or_insert_default();
+    annotations
+        .remove(manifest::LAUNCHED_ANNOTATION)
+        .expect("it says so");
     space
         .services()
         .create(&PostParams::default(), &service)
@@ -423,6 +428,48 @@ async fn foreign(space: &Space) {
     start(space, &runtime, &ours).await;
     stop(&runtime, &ours).await;
     assert_eq!(space.remains().await, ["somebody-else"]);
+}
+
+/// Another miner has the name of a deployment: it keeps what it has, and nothing of ours stays.
+async fn taken_names(space: &Space) {
+    let config = space.config("node-1");
+    let spec = spec("taken");
+    let (job, service) = (job_name(&spec.deployment), service_name(&spec.deployment));
+    let mut theirs = manifest::job(&spec, FENCE, &config.settings, &[]);
+    theirs.spec.as_mut().expect("a spec").suspend = Some(true);
+    let mut door = manifest::service(&spec, FENCE, &config.settings);
+    for metadata in [&mut theirs.metadata, &mut door.metadata] {
+        metadata.labels = None;
+        metadata.annotations = None;
+    }
+    let post = PostParams::default();
+    space.jobs().create(&post, &theirs).await.expect("it works");
+    for with_service in [false, true] {
+        if with_service {
+            space.services().create(&post, &door).await.expect("it works");
+        }
+        let runtime = space.open("node-1").await;
+        runtime.apply(FENCE, &spec).await.expect("it is known");
+        let taken = if with_service {
+            format!("the Service {service}")
+        } else {
+            format!("the Job {job}")
+        };
+        let ended = until(&runtime, &spec.deployment, "ended", is_ended).await;
+        let reason = format!("{taken} is another miner's");
+        assert_eq!(
+            ended,
+            Some(WorkloadPhase::Ended {
+                exit_code: None,
+                reason
+            })
+        );
+        stop(&runtime, &spec).await;
+    }
+    let mut remains = space.remains().await;
+    let code = manifest::code_name(&spec.chute, &spec.version);
+    remains.retain(|name| *name != code);
+    assert_eq!(remains, [job.clone(), service.clone()]);
 }
 
 async fn shared_code(space: &Space) {

@@ -31,7 +31,7 @@ pub(crate) async fn taken_over(space: &Space) {
         protocol: PortProtocol::Tcp,
     }];
     let made = manifest::job(&spec, FENCE, &settings, &ports);
-    let (mut job, mut service) = (made.clone(), manifest::service(&spec, FENCE, &settings, true));
+    let (mut job, mut service) = (made.clone(), manifest::service(&spec, FENCE, &settings));
     let mut code = manifest::code(&spec, FENCE, &settings, true);
     let template = job.spec.as_mut().expect("a spec").template.metadata.as_mut();
     let template = template.expect("it has labels");
