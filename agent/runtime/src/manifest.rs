@@ -553,7 +553,7 @@ mod tests {
     /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
     fn check(name: &str, spec: &WorkloadSpec) {
         let settings = Settings::for_node("gpu-host-1");
-        let mut service = service(spec, FENCE, &settings, false);
+        let mut service = service(spec, FENCE, &settings);
         assert_eq!(node_ports(spec, &service), None, "no node port was given yet");
         let given = service
             .spec

@@ -390,8 +390,9 @@ impl Work<'_> {
             .call(cluster.jobs.get_opt(&manifest::job_name(deployment)))
             .await?;
         if job.as_ref().is_some_and(|job| manifest::fence_of(job).is_none()) {
-            // Another miner's. At most the Service is ours.
-            return self.remove_service().await.map(|()| None);
+            // Another miner's. A Service that was made here is ours, and not one that is only being handed over.
+            let made_here = |fence| fence != Fence::default();
+            return self.remove_service(made_here).await.map(|()| None);
         }
         if let Some(job) = &job
             && job.metadata.deletion_timestamp.is_none()
@@ -416,15 +417,15 @@ impl Work<'_> {
         if let Some(job) = &job {
             return Ok(Some(waits_for("Job", job)));
         }
-        self.remove_service().await.map(|()| None)
+        self.remove_service(|_| true).await.map(|()| None)
     }
 
     /// Removes the Service, and the code unless another Job needs it. Another miner's are left alone.
-    async fn remove_service(&self) -> Result<(), Trouble> {
+    async fn remove_service(&self, is_ours: impl Fn(Fence) -> bool) -> Result<(), Trouble> {
         let services = &self.cluster.services;
         let name = manifest::service_name(&self.life.deployment);
         let service = self.call(services.get_opt(&name)).await?;
-        let Some(service) = service.filter(|service| manifest::fence_of(service).is_some()) else {
+        let Some(service) = service.filter(|service| manifest::fence_of(service).is_some_and(is_ours)) else {
             return Ok(());
         };
         if let Some((chute, version)) = manifest::version_of(&service) {

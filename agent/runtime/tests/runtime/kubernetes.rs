@@ -436,10 +436,15 @@ async fn taken_names(space: &Space) {
     let spec = spec("taken");
     let (job, service) = (job_name(&spec.deployment), service_name(&spec.deployment));
     let mut theirs = manifest::job(&spec, FENCE, &config.settings, &[]);
-    theirs.spec.as_mut().expect("a spec").suspend = Some(true);
+    let pods = theirs.spec.as_mut().expect("a spec");
+    pods.suspend = Some(true);
+    let template = pods.template.metadata.as_mut().expect("it has labels");
     let mut door = manifest::service(&spec, FENCE, &config.settings);
-    for metadata in [&mut theirs.metadata, &mut door.metadata] {
-        metadata.labels = None;
+    for metadata in [&mut theirs.metadata, template, &mut door.metadata] {
+        metadata
+            .labels
+            .get_or_insert_default()
+            .remove(manifest::NODE_LABEL);
         metadata.annotations = None;
     }
     let post = PostParams::default();
@@ -469,7 +474,10 @@ async fn taken_names(space: &Space) {
     let mut remains = space.remains().await;
     let code = manifest::code_name(&spec.chute, &spec.version);
     remains.retain(|name| *name != code);
-    assert_eq!(remains, [job.clone(), service.clone()]);
+    assert_eq!(remains, [job, service.clone()]);
+    // Its port is needed below.
+    let deleted = space.services().delete(&service, &DeleteParams::default()).await;
+    deleted.expect("it is there");
 }
 
 async fn shared_code(space: &Space) {
