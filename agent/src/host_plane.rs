@@ -45,7 +45,7 @@ use crate::workloads::store::Store;
 use crate::workloads::{self, Channels, Offer};
 use coordinator::clock::{Clock, WallClock};
 
-const REPORT_EVERY: Duration = Duration::from_secs(10);
+pub(crate) const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// Facts are looked at again, and neighbours that may have started anew are told again, so often.
 const REFRESH: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(1);
@@ -250,7 +250,7 @@ async fn serve(
 }
 
 /// What the runtime knows of a workload, for whoever asks.
-fn answers(runtime: Arc<dyn Runtime>) -> Arc<AnswerQuestion> {
+pub(crate) fn answers(runtime: Arc<dyn Runtime>) -> Arc<AnswerQuestion> {
     Arc::new(move |question| {
         let runtime = Arc::clone(&runtime);
         Box::pin(async move {

@@ -15,6 +15,7 @@ pub mod packet_filter;
 pub mod processes;
 pub mod proof_plane;
 pub mod registry;
+pub mod sealed_worker;
 pub mod signer;
 pub mod telemetry;
 pub mod workloads;

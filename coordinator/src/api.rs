@@ -37,6 +37,7 @@ use tower_service::Service as _;
 use crate::backup::Door;
 use crate::leader::Scheduling;
 use crate::member_link::AnswerRequest;
+use crate::sealed_worker::Workers;
 use crate::signer::Sign;
 use crate::store::Store;
 use auth::{Access, Asked, Caller};
@@ -65,6 +66,7 @@ mod status;
 mod timeline;
 mod trial;
 mod upgrade;
+mod workers;
 mod workload;
 
 pub use connection::Connection;
@@ -138,8 +140,10 @@ pub struct Deps {
     pub backup: Door,
     /// The way to the other members.
     pub others: Arc<dyn OtherMembers>,
-    /// Opens and seals the authorities' keys.
+    /// Opens and seals the authorities' keys and workers' kubeconfigs.
     pub signer: Arc<dyn Sign>,
+    /// The way to the clusters of sealed workers, if this program knows one.
+    pub workers: Option<Arc<dyn Workers>>,
 }
 
 /// Where a connection comes from. Requests without it count as foreign.
@@ -220,6 +224,7 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         .route("/v1/ca", get(authority::status))
         .route("/v1/hotkey", get(hotkey::status))
         .route("/v1/bans", get(operate::bans))
+        .route("/v1/workers", get(workers::list))
         .route("/v1/upgrade", get(upgrade::show))
         .route("/v1/deployments/{deployment}/log", get(workload::log))
         .route("/v1/deployments/{deployment}/events", get(workload::events));
@@ -247,6 +252,8 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         .route("/v1/stop", post(operate::stop))
         .route("/v1/observing", put(operate::set_observing))
         .route("/v1/import", post(import::import))
+        .route("/v1/workers", post(workers::add))
+        .route("/v1/workers/{worker}", delete(workers::remove))
         .route("/v1/bans", post(operate::ban).delete(operate::unban));
     let open = Router::new()
         .route("/ping", get(ping))

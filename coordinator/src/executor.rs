@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator_core::state_machine::Command;
-use coordinator_core::state_machine::effect::{Effect, EffectId, EffectKind, EffectOutcome};
+use coordinator_core::state_machine::effect::{Effect, EffectId, EffectKind, EffectOutcome, Subject};
 use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use tokio::task::JoinSet;
@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::signer::{SealedKind, Sign};
 use crate::store::{self, Store};
 use crate::validator::client::{Verification, await_verification};
-use crate::validator::rows::NodeAdvertisement;
+use crate::validator::rows::{NewServer, NodeAdvertisement};
 use crate::validator::{self, ValidatorApi};
 
 /// Effects under way at once.
@@ -227,6 +227,9 @@ impl Executor {
                 api.release_job(job).await?;
                 EffectOutcome::Done
             }
+            EffectKind::AdvertiseGpus { server } if self.worker_of(effect).is_some() => {
+                self.add_worker(api, server).await?
+            }
             EffectKind::AdvertiseGpus { server } => self.advertise(api, server).await?,
             EffectKind::AwaitVerification { task, until, .. } => {
                 let left = Duration::from_millis(until.since(self.store.clock().now()));
@@ -239,32 +242,57 @@ impl Executor {
                 }
             }
             EffectKind::DeleteGpu { gpu } => {
-                api.delete_node(gpu).await?;
+                match self.worker_of(effect) {
+                    // With all its GPUs; for each of the others it is gone already.
+                    Some(worker) => api.delete_server(worker).await?,
+                    None => api.delete_node(gpu).await?,
+                };
                 EffectOutcome::Done
             }
         })
     }
 
+    /// The sealed worker that an effect is about, if it is one.
+    fn worker_of<'a>(&self, effect: &'a Effect) -> Option<&'a ServerId> {
+        match &effect.subject {
+            Subject::Server(server) => self
+                .store
+                .read(|state| state.workers().contains_key(server))
+                .then_some(server),
+            Subject::Deployment(_) | Subject::Instance(_) => None,
+        }
+    }
+
+    /// Announces a sealed worker. After a lost answer it is in its own way, as GPUs are.
+    async fn add_worker(&self, api: &dyn ValidatorApi, server: &ServerId) -> validator::Result<EffectOutcome> {
+        let facts = self.store.read(|state| {
+            let server = state.servers().get(server)?;
+            Some(server.facts.clone())
+        });
+        let Some(facts) = facts else {
+            let detail = "the worker was removed".to_owned();
+            return Ok(EffectOutcome::Refused { status: NOT_WANTED, detail });
+        };
+        let worker = NewServer {
+            host: facts.address,
+            id: server.clone(),
+            name: facts.name,
+            gpus: self.advertisements(server),
+        };
+        match api.add_server(&worker).await {
+            Err(error) if error.is_conflict() => {
+                api.delete_server(server).await?;
+                api.add_server(&worker).await?;
+            }
+            other => other?,
+        }
+        Ok(EffectOutcome::Verified)
+    }
+
     /// Announcing is not idempotent: after a lost answer our own GPUs are in the way, so they are taken out
     /// and announced again.
     async fn advertise(&self, api: &dyn ValidatorApi, server: &ServerId) -> validator::Result<EffectOutcome> {
-        let nodes = self.store.read(|state| {
-            let facts = state.servers().get(server).map(|server| server.facts.clone());
-            let short_ref = state.gpus_of(server).next().map(|gpu| gpu.short_ref.clone());
-            let (Some(facts), Some(short_ref)) = (facts, short_ref) else {
-                return Vec::new();
-            };
-            let devices = facts.devices.iter().zip(0_u32..);
-            devices
-                .map(|(device, device_index)| NodeAdvertisement {
-                    device: device.clone(),
-                    device_index,
-                    gpu_identifier: short_ref.clone(),
-                    verification_host: facts.address.clone(),
-                    verification_port: facts.proof_port,
-                })
-                .collect()
-        });
+        let nodes = self.advertisements(server);
         let first = api.advertise(server, &nodes).await;
         let answer = match first {
             Err(error) if error.is_conflict() => {
@@ -290,6 +318,27 @@ impl Executor {
                 seeds.len()
             ))),
         }
+    }
+
+    /// The GPUs of a server, as a validator wants to know them.
+    fn advertisements(&self, server: &ServerId) -> Vec<NodeAdvertisement> {
+        self.store.read(|state| {
+            let facts = state.servers().get(server).map(|server| server.facts.clone());
+            let short_ref = state.gpus_of(server).next().map(|gpu| gpu.short_ref.clone());
+            let (Some(facts), Some(short_ref)) = (facts, short_ref) else {
+                return Vec::new();
+            };
+            let devices = facts.devices.iter().zip(0_u32..);
+            devices
+                .map(|(device, device_index)| NodeAdvertisement {
+                    device: device.clone(),
+                    device_index,
+                    gpu_identifier: short_ref.clone(),
+                    verification_host: facts.address.clone(),
+                    verification_port: facts.proof_port,
+                })
+                .collect()
+        })
     }
 }
 

@@ -5,9 +5,9 @@
 //! - `follow.rs`: what one validator says, by socket and by listing;
 //! - `schedule.rs`: when a strategy is asked, and what becomes of its decisions;
 //! - `trial.rs`: what would be done if the cluster did not observe;
-//! - here: deadlines and silent hosts.
+//! - here: deadlines and silent hosts. What runs on sealed workers is driven by [`crate::sealed_worker`].
 //!
-//! While the cluster observes, the leader watches hosts and reads validators' listings, for `diff` and for the trial, and
+//! While the cluster observes, the leader watches hosts, drives workers as their agents would, and reads validators' listings, for `diff` and for the trial, and
 //! does nothing else: another miner acts with this hotkey.
 
 use std::collections::BTreeMap;
@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::executor::{Executor, Validators};
 use crate::host_link::Hub;
+use crate::sealed_worker::{Drive, Workers};
 use crate::signer::Sign;
 use crate::store::{Error, Store};
 use crate::validator::inventory::Observation;
@@ -100,6 +101,8 @@ pub struct Leader {
     pub observe_every: Duration,
     /// When and by what strategy chutes are placed.
     pub scheduling: Scheduling,
+    /// The way to the clusters of sealed workers, if this program knows one.
+    pub workers: Option<Arc<dyn Workers>>,
     /// Seed of jitter and of the names that this leader gives.
     pub seed: u64,
 }
@@ -120,7 +123,8 @@ impl Leader {
         let _stop = stop.clone().drop_guard();
         let mut random = fastrand::Rng::with_seed(self.seed);
         let mut tasks = JoinSet::new();
-        let observes = self.store.read(State::is_observing);
+        let store = self.store.clone();
+        let observes = store.read(State::is_observing);
         if observes {
             tracing::warn!("the cluster observes: nothing is done at validators, nothing is placed");
             for validator in self.directory.iter() {
@@ -139,11 +143,20 @@ impl Leader {
         }
         tasks.spawn(pass_time(self.store.clone(), stop.clone()));
         tasks.spawn(watch_hosts(self.store.clone(), self.hub.clone(), stop.clone()));
+        if let Some(workers) = self.workers {
+            let drive = Drive {
+                store: self.store,
+                signer: self.signer,
+                hub: self.hub,
+                workers,
+            };
+            tasks.spawn(drive.all(stop.clone()));
+        }
 
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
-            () = until_observing(&self.store, !observes) => {}
+            () = until_observing(&store, !observes) => {}
             // No task ends by itself: one that does has panicked, and leading without it would be worse.
             ended = tasks.join_next() => tracing::error!(?ended, "a leader's task ended; leading starts again"),
         }

@@ -14,6 +14,7 @@ pub mod member;
 pub mod member_link;
 pub mod membership;
 pub mod recovery;
+pub mod sealed_worker;
 pub mod signer;
 pub mod store;
 pub mod validator;

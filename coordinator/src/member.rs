@@ -33,6 +33,7 @@ use crate::join::{Admission, Gate, Nodes, gate, node};
 use crate::leader::{Leader, Listings, Scheduling};
 use crate::member_link;
 use crate::membership::{self, HandOver, Wish};
+use crate::sealed_worker::Workers;
 use crate::signer::{SealedKind, Sign};
 use crate::store::{self, BoxFuture, Log, Machine, Store};
 use crate::validator::http::Limits;
@@ -106,7 +107,7 @@ pub enum Error {
 
 /// Runs a member until `shutdown`; an acknowledged write is on disk when this returns. On a full disk, from the start or
 /// in the middle of it, local reads are answered until there is room; then it fails, to be started anew. `nodes` is the
-/// Kubernetes cluster whose nodes enter by themselves, if there is one.
+/// Kubernetes cluster whose nodes enter by themselves, if there is one; `workers` is the way to those of sealed workers.
 ///
 /// # Errors
 /// [`Error`] when it cannot start, and [`Error::Failed`] when the replicated state fails later.
@@ -115,6 +116,7 @@ pub async fn run(
     signer: Arc<dyn Sign>,
     clock: Arc<dyn Clock>,
     nodes: Option<Arc<dyn Nodes>>,
+    workers: Option<Arc<dyn Workers>>,
     shutdown: CancellationToken,
 ) -> Result<(), Error> {
     if *signer.hotkey() != config.miner {
@@ -260,6 +262,7 @@ pub async fn run(
         backup: keeper.door(),
         others: Arc::new(asking),
         signer: Arc::clone(&signer),
+        workers: workers.clone(),
     };
     let limits = api::Limits::default();
     let routes = api::routes(api_config(&config), store.clone(), deps);
@@ -321,6 +324,7 @@ pub async fn run(
         listings,
         observe_every: config.observe_every,
         scheduling,
+        workers,
         seed: random.u64(..),
     };
     let configure = Command::Configure {

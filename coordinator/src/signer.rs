@@ -38,6 +38,8 @@ pub enum BodyRoute {
     ActivateInstance,
     /// `POST /audit/miner_data`.
     UploadAudit,
+    /// `POST /servers/`: a sealed worker is announced.
+    AddServer,
 }
 
 /// Every kind of message that a miner signs (`validator-protocol`, section 1.6). What is not listed is not
@@ -69,10 +71,14 @@ pub enum MessageKind {
         /// SHA-256 of the exact body.
         sha256: [u8; 32],
     },
+    /// `DELETE /servers/{id}`.
+    DeleteServer,
+    /// `GET /server/devices` of a sealed worker's attestation service.
+    AttestedDevices,
 }
 
 /// How many rows [`MessageKind::row`] distinguishes.
-pub const MESSAGE_KIND_ROWS: usize = 13;
+pub const MESSAGE_KIND_ROWS: usize = 16;
 
 impl MessageKind {
     /// The name in counts and logs.
@@ -93,7 +99,10 @@ impl MessageKind {
                 BodyRoute::AnnounceInstance => "announce_instance",
                 BodyRoute::ActivateInstance => "activate_instance",
                 BodyRoute::UploadAudit => "upload_audit",
+                BodyRoute::AddServer => "add_server",
             },
+            Self::DeleteServer => "delete_server",
+            Self::AttestedDevices => "attested_devices",
         }
     }
 
@@ -115,7 +124,10 @@ impl MessageKind {
                 BodyRoute::AnnounceInstance => 10,
                 BodyRoute::ActivateInstance => 11,
                 BodyRoute::UploadAudit => 12,
+                BodyRoute::AddServer => 13,
             },
+            Self::DeleteServer => 14,
+            Self::AttestedDevices => 15,
         }
     }
 
@@ -129,6 +141,8 @@ impl MessageKind {
             Self::DeleteInstance => Purpose::Instances,
             Self::DeleteNode => Purpose::Nodes,
             Self::VerificationStatus | Self::OwnDevices => Purpose::Graval,
+            Self::DeleteServer => Purpose::Tee,
+            Self::AttestedDevices => Purpose::Attest,
             Self::Body { sha256, .. } => return hex::encode(sha256),
         };
         purpose.as_str().to_owned()

@@ -58,6 +58,10 @@ pub enum Purpose {
     Management,
     /// Validator to chute container.
     Chutes,
+    /// `/servers/...` of a validator: sealed workers.
+    Tee,
+    /// The attestation service of a sealed worker.
+    Attest,
 }
 
 impl Purpose {
@@ -74,6 +78,8 @@ impl Purpose {
             Self::Graval => "graval",
             Self::Management => "management",
             Self::Chutes => "chutes",
+            Self::Tee => "tee",
+            Self::Attest => "attest",
         }
     }
 }

@@ -19,6 +19,19 @@ pub struct Surroundings<'a> {
     pub cache: &'a str,
     /// URL of the explicit egress proxy, where one is to be used.
     pub egress_door: Option<&'a str>,
+    /// On a sealed worker.
+    pub sealed: bool,
+}
+
+/// The port inside a chute that shows what it runs in.
+pub const ATTESTATION_PORT: u16 = 8002;
+/// From this version on, chutes on a sealed worker have that port.
+const FIRST_TO_ATTEST: [u32; 3] = [0, 6, 0];
+
+/// True if the chute can show what it runs in.
+#[must_use]
+pub fn attests(spec: &WorkloadSpec) -> bool {
+    library_version(spec).is_some_and(|version| version >= FIRST_TO_ATTEST)
 }
 
 /// The first three numbers of a version; what follows a number within its part is ignored, so that
@@ -77,6 +90,7 @@ pub fn environment(spec: &WorkloadSpec, around: Surroundings<'_>) -> Vec<(String
         let name = match port.internal {
             PRIMARY_PORT => "CHUTES_PORT_PRIMARY".to_owned(),
             LOGGING_PORT => "CHUTES_PORT_LOGGING".to_owned(),
+            ATTESTATION_PORT if around.sealed && attests(spec) => "CHUTES_PORT_ATTESTATION".to_owned(),
             internal => format!("CHUTES_PORT_{}_{internal}", port.protocol.env_word()),
         };
         set(&name, &port.external.to_string());
@@ -90,6 +104,12 @@ pub fn environment(spec: &WorkloadSpec, around: Surroundings<'_>) -> Vec<(String
     set("CIVITAI_HOME", &format!("{}/civitai", around.cache));
     for (name, value) in TUNING {
         set(name, value);
+    }
+    if around.sealed {
+        set("CHUTES_NVIDIA_DEVICES", &gpus.join(","));
+        for (name, value) in SEALED_TUNING {
+            set(name, value);
+        }
     }
     let takes_proxy = library_version(spec).is_some_and(|version| version < FIRST_WITHOUT_PROXY);
     if let (true, Some(door)) = (takes_proxy, around.egress_door) {
@@ -110,6 +130,12 @@ const TUNING: [(&str, &str); 8] = [
     ("NCCL_SOCKET_IFNAME", "lo"),
     ("NCCL_SOCKET_FAMILY", "AF_INET"),
     ("VLLM_DISABLE_TELEMETRY", "1"),
+];
+
+/// From version 1.3.1 of the worker's virtual machine on (`kubernetes-objects`, section 1.2).
+const SEALED_TUNING: [(&str, &str); 2] = [
+    ("HF_XET_FIXED_DOWNLOAD_CONCURRENCY", "16"),
+    ("TOKIO_WORKER_THREADS", "8"),
 ];
 
 #[cfg(test)]
@@ -168,6 +194,7 @@ pub(crate) mod tests {
             ports: &ports,
             cache: "/cache",
             egress_door: door,
+            sealed: false,
         };
         let mut all = environment(spec, around);
         let names: std::collections::BTreeSet<_> = all.iter().map(|(name, _)| name.clone()).collect();

@@ -83,20 +83,31 @@ impl Config {
 /// # Errors
 /// [`Error::Refused`] when there is none, or none that can be used.
 pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
-    let refused = |why: String| Error::Refused(format!("no Kubernetes cluster: {why}"));
-    let config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path)
-                .map_err(|error| refused(format!("{}: {error}", path.display())))?;
-            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-                .await
-                .map_err(|error| refused(format!("{}: {error}", path.display())))?
-        }
-        None => kube::Config::infer()
-            .await
-            .map_err(|error| refused(format!("set runtime.kubeconfig, or run in a pod of it ({error})")))?,
+    let Some(path) = kubeconfig else {
+        let config = kube::Config::infer().await;
+        let config = config
+            .map_err(|error| no_cluster(&format!("set runtime.kubeconfig, or run in a pod of it ({error})")))?;
+        return Client::try_from(config).map_err(|error| no_cluster(&error.to_string()));
     };
-    Client::try_from(config).map_err(|error| refused(error.to_string()))
+    let file = Kubeconfig::read_from(path);
+    let file = file.map_err(|error| no_cluster(&format!("{}: {error}", path.display())))?;
+    client_of(file)
+        .await
+        .map_err(|error| no_cluster(&format!("{}: {error}", path.display())))
+}
+
+/// A client of the cluster that is current in a kubeconfig.
+///
+/// # Errors
+/// It cannot be used.
+pub async fn client_of(kubeconfig: Kubeconfig) -> Result<Client, String> {
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+    let config = config.map_err(|error| error.to_string())?;
+    Client::try_from(config).map_err(|error| error.to_string())
+}
+
+fn no_cluster(why: &str) -> Error {
+    Error::Refused(format!("no Kubernetes cluster: {why}"))
 }
 
 /// The runtime. Dropping it stops the watching; workloads go on.

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-    ExecAction, HostPathVolumeSource, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SecurityContext,
+    ExecAction, HostPathVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SecurityContext,
     Service, ServicePort, ServiceSpec, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -18,10 +18,10 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
-use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, PortMapping, PortProtocol, WorkloadSpec};
+use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, Port, PortMapping, PortProtocol, WorkloadSpec};
 use sha1::{Digest, Sha1};
 
-use crate::environment::{Surroundings, command, environment, health_port};
+use crate::environment::{ATTESTATION_PORT, Surroundings, attests, command, environment, health_port};
 
 /// Annotation with the fence under which an object was last written: `incarnation/revision`.
 pub const FENCE_ANNOTATION: &str = "chutes-agent/fence";
@@ -49,6 +49,10 @@ const VERSION_LABEL: &str = "chutes/version";
 pub const NODE_CHARACTERS_MAX: usize = 63;
 const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "chutes-agent");
 const SHARED_MEMORY: &str = "16Gi";
+/// Where sealed workers pull images, from version 1.4.0 of their virtual machine on (`kubernetes-objects`, section 1.2).
+const SEALED_REGISTRY: &str = "registry.chutes.ai";
+/// User and group of chutes on a sealed worker.
+const SEALED_USER: i64 = 1000;
 
 /// What the objects of one node have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,6 +76,9 @@ pub struct Settings {
     /// Chutes may send packets of their own making, as Kubernetes lets pods do. Not where packets are filtered by the
     /// pod that sends them: a chute could speak from another pod's address.
     pub raw_sockets: bool,
+    /// The node is a sealed worker, which has neither our doors nor other people's containers: its images come from the
+    /// validator's registry, its chutes bring their code, and prove where they run through a port of their own.
+    pub sealed: bool,
 }
 
 impl Settings {
@@ -88,6 +95,17 @@ impl Settings {
             stop_grace_seconds: 30,
             egress_door: None,
             raw_sockets: true,
+            sealed: false,
+        }
+    }
+
+    /// The usual values for a sealed worker.
+    #[must_use]
+    pub fn for_worker(node_name: &str) -> Self {
+        Self {
+            stop_grace_seconds: 180,
+            sealed: true,
+            ..Self::for_node(node_name)
         }
     }
 }
@@ -134,9 +152,12 @@ pub fn uuid5_oid(name: &str) -> String {
 }
 
 /// The image as containerd knows it: through the node's registry proxy, which finds the validator's
-/// registry by the host name.
+/// registry by the host name. A sealed worker has a certificate for the registry itself.
 #[must_use]
 pub fn image_name(spec: &WorkloadSpec, settings: &Settings) -> String {
+    if settings.sealed {
+        return format!("{SEALED_REGISTRY}/{}", spec.image);
+    }
     format!(
         "{}.localregistry.chutes.ai:{}/{}",
         spec.validator.lower(),
@@ -191,7 +212,7 @@ pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Servic
             type_: Some("NodePort".to_owned()),
             external_traffic_policy: Some("Local".to_owned()),
             selector: Some(selector),
-            ports: Some(ports(spec).iter().map(|(_, port)| port.clone()).collect()),
+            ports: Some(ports(spec, settings).iter().map(|(_, port)| port.clone()).collect()),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -200,7 +221,7 @@ pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Servic
 
 /// The node ports that a Service was given, or nothing while one of them is missing.
 #[must_use]
-pub fn node_ports(spec: &WorkloadSpec, service: &Service) -> Option<Vec<PortMapping>> {
+pub fn node_ports(spec: &WorkloadSpec, settings: &Settings, service: &Service) -> Option<Vec<PortMapping>> {
     let given = service.spec.as_ref()?.ports.as_ref()?;
     let mapping = |(protocol, wanted): &(PortProtocol, ServicePort)| {
         let port = given.iter().find(|port| port.name == wanted.name)?;
@@ -210,7 +231,7 @@ pub fn node_ports(spec: &WorkloadSpec, service: &Service) -> Option<Vec<PortMapp
             protocol: *protocol,
         })
     };
-    ports(spec).iter().map(mapping).collect()
+    ports(spec, settings).iter().map(mapping).collect()
 }
 
 /// The chute's code. Deployments of one version share it. Written before (`launched` false) and after the Job.
@@ -361,9 +382,14 @@ fn kubernetes_protocol(protocol: PortProtocol) -> &'static str {
 
 /// Service ports in the workload's order, without what is the same to Kubernetes. A number used by both
 /// transports gets a name for each, since names are unique within a Service.
-fn ports(spec: &WorkloadSpec) -> Vec<(PortProtocol, ServicePort)> {
+fn ports(spec: &WorkloadSpec, settings: &Settings) -> Vec<(PortProtocol, ServicePort)> {
     let mut list: Vec<(PortProtocol, ServicePort)> = Vec::new();
-    for port in &spec.ports {
+    let (fixed, of_job) = spec.ports.split_at(spec.ports.len().min(2));
+    let attestation = (settings.sealed && attests(spec)).then_some(Port {
+        internal: ATTESTATION_PORT,
+        protocol: PortProtocol::Tcp,
+    });
+    for port in fixed.iter().chain(&attestation).chain(of_job) {
         let number = i32::from(port.internal);
         let transport = kubernetes_protocol(port.protocol);
         let known = |same_transport: bool| {
@@ -404,6 +430,14 @@ fn pod(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> PodSp
         }),
         ..Volume::default()
     };
+    let code = (!settings.sealed).then(|| Volume {
+        name: "code".to_owned(),
+        config_map: Some(ConfigMapVolumeSource {
+            name: code_name(&spec.chute, &spec.version),
+            ..ConfigMapVolumeSource::default()
+        }),
+        ..Volume::default()
+    });
     PodSpec {
         restart_policy: Some("Never".to_owned()),
         node_name: Some(settings.node_name.clone()),
@@ -413,15 +447,14 @@ fn pod(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> PodSp
         termination_grace_period_seconds: Some(settings.stop_grace_seconds),
         init_containers: Some(vec![init_container(settings)]),
         containers: vec![chute_container(spec, settings, ports)],
-        volumes: Some(vec![
-            Volume {
-                name: "code".to_owned(),
-                config_map: Some(ConfigMapVolumeSource {
-                    name: code_name(&spec.chute, &spec.version),
-                    ..ConfigMapVolumeSource::default()
-                }),
-                ..Volume::default()
-            },
+        security_context: settings.sealed.then(|| PodSecurityContext {
+            run_as_user: Some(SEALED_USER),
+            run_as_group: Some(SEALED_USER),
+            ..PodSecurityContext::default()
+        }),
+        volumes: Some(
+            code.into_iter()
+                .chain([
             Volume {
                 name: "cache".to_owned(),
                 host_path: Some(HostPathVolumeSource {
@@ -432,7 +465,8 @@ fn pod(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> PodSp
             },
             empty("tmp", None, disk),
             empty("shm", Some("Memory"), Quantity(SHARED_MEMORY.to_owned())),
-        ]),
+        ]).collect(),
+        ),
         ..PodSpec::default()
     }
 }
@@ -467,6 +501,7 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         ports,
         cache: "/cache",
         egress_door: settings.egress_door.as_deref(),
+        sealed: settings.sealed,
     };
     let variable = |(name, value): (String, String)| EnvVar {
         name,
@@ -481,6 +516,10 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
             Quantity(format!("{}Gi", spec.disk_gb)),
         ),
     ]);
+    let code = (!settings.sealed).then(|| VolumeMount {
+        sub_path: Some(spec.filename.clone()),
+        ..mount("code", &format!("/app/{}", spec.filename))
+    });
     let container_port = |(_, port): &(PortProtocol, ServicePort)| ContainerPort {
         container_port: port.port,
         protocol: port.protocol.clone(),
@@ -492,7 +531,7 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         image_pull_policy: Some("Always".to_owned()),
         command: Some(command(spec)),
         env: Some(environment(spec, around).into_iter().map(variable).collect()),
-        ports: Some(self::ports(spec).iter().map(container_port).collect()),
+        ports: Some(self::ports(spec, settings).iter().map(container_port).collect()),
         resources: Some(ResourceRequirements {
             requests: Some(resources.clone()),
             limits: Some(resources),
@@ -520,15 +559,11 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
             failure_threshold: Some(60),
             ..Probe::default()
         }),
-        volume_mounts: Some(vec![
-            VolumeMount {
-                sub_path: Some(spec.filename.clone()),
-                ..mount("code", &format!("/app/{}", spec.filename))
-            },
-            mount("cache", "/cache"),
-            mount("tmp", "/tmp"),
-            mount("shm", "/dev/shm"),
-        ]),
+        volume_mounts: Some(
+            code.into_iter()
+                .chain([mount("cache", "/cache"), mount("tmp", "/tmp"), mount("shm", "/dev/shm")])
+                .collect(),
+        ),
         ..Container::default()
     }
 }
@@ -543,7 +578,6 @@ mod tests {
     use super::*;
     use crate::environment::tests::spec;
     use protocol::id::JobId;
-    use protocol::workload::Port;
 
     const FENCE: Fence = Fence {
         incarnation: 1,
@@ -551,10 +585,9 @@ mod tests {
     };
 
     /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
-    fn check(name: &str, spec: &WorkloadSpec) {
-        let settings = Settings::for_node("gpu-host-1");
-        let mut service = service(spec, FENCE, &settings);
-        assert_eq!(node_ports(spec, &service), None, "no node port was given yet");
+    fn check(name: &str, spec: &WorkloadSpec, settings: &Settings) {
+        let mut service = service(spec, FENCE, settings);
+        assert_eq!(node_ports(spec, settings, &service), None, "no node port was given yet");
         let given = service
             .spec
             .as_mut()
@@ -563,15 +596,15 @@ mod tests {
         for (node_port, port) in (31000..).zip(given) {
             port.node_port = Some(node_port);
         }
-        let ports = node_ports(spec, &service).expect("all are given");
-        let job = job(spec, FENCE, &settings, &ports);
+        let ports = node_ports(spec, settings, &service).expect("all are given");
+        let job = job(spec, FENCE, settings, &ports);
         assert_eq!(fence_of(&job), Some(FENCE));
         assert_eq!(gpus_of(&job), Some(spec.gpus.clone()));
         assert_eq!(ports_of(&job), Some(ports));
         assert_eq!(version_of(&job), Some((spec.chute.clone(), spec.version.clone())));
         let objects = serde_json::json!({
             "service": service,
-            "code": code(spec, FENCE, &settings, true),
+            "code": (!settings.sealed).then(|| code(spec, FENCE, settings, true)),
             "job": job,
         });
         let text = serde_json::to_string_pretty(&objects).expect("plain data") + "\n";
@@ -588,7 +621,7 @@ mod tests {
 
     #[test]
     fn objects_of_the_launch_config_flow() {
-        check("launch_config", &spec());
+        check("launch_config", &spec(), &Settings::for_node("gpu-host-1"));
     }
 
     #[test]
@@ -615,7 +648,7 @@ mod tests {
             legacy_seed: Some(1_234_567_890_123),
             ..spec()
         };
-        check("legacy", &legacy);
+        check("legacy", &legacy, &Settings::for_node("gpu-host-1"));
     }
 
     #[test]
@@ -633,7 +666,21 @@ mod tests {
         ] {
             job.ports.push(Port { internal, protocol });
         }
-        check("job", &job);
+        check("job", &job, &Settings::for_node("gpu-host-1"));
+    }
+
+    #[test]
+    fn objects_of_a_job_on_a_sealed_worker() {
+        let mut job = WorkloadSpec {
+            job: Some(JobId::parse("job-1").expect("valid")),
+            chutes_version: Some("0.6.10".to_owned()),
+            ..spec()
+        };
+        job.ports.push(Port {
+            internal: 2222,
+            protocol: PortProtocol::Tcp,
+        });
+        check("sealed", &job, &Settings::for_worker("tee-1"));
     }
 
     #[test]

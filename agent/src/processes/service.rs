@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::Part;
 use crate::config::checked::{Config, HostServices, Member};
 use crate::config::{self, Sources};
+use crate::sealed_worker::Clusters;
 use crate::{data_plane, host_plane, nodes, packet_filter, proof_plane, signer, telemetry};
 
 /// Arguments of a child.
@@ -120,5 +121,9 @@ async fn coordinate(member: Member, shutdown: CancellationToken) -> anyhow::Resu
         Some(config) => Some(Arc::new(nodes::Cluster::connect(config).await?)),
         None => None,
     };
-    Ok(coordinator::member::run(member.coordinator, signer, clock, nodes, shutdown).await?)
+    let workers = Arc::new(Clusters {
+        folder: member.coordinator.data.join("workers"),
+    });
+    let running = coordinator::member::run(member.coordinator, signer, clock, nodes, Some(workers), shutdown);
+    Ok(running.await?)
 }

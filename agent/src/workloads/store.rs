@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use protocol::gpu::DeviceInfo;
 use protocol::link::Versioned;
+use redb::backends::InMemoryBackend;
 use redb::{Database, DatabaseError, ReadableDatabase as _, TableDefinition, TableError};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -135,6 +136,22 @@ impl Store {
         spawn_writer(database, queue);
         let path = path.to_owned();
         Ok((Self { path, writes }, found))
+    }
+
+    /// One that nothing outlives.
+    ///
+    /// # Errors
+    /// Memory is short.
+    pub fn in_memory() -> Result<(Self, Found), Error> {
+        let path = PathBuf::from("memory");
+        let made = Database::builder().create_with_backend(InMemoryBackend::new());
+        let database = made.map_err(|error| Error::Damaged {
+            path: path.clone(),
+            reason: error.to_string(),
+        })?;
+        let (writes, queue) = mpsc::channel(QUEUE);
+        spawn_writer(database, queue);
+        Ok((Self { path, writes }, Found::default()))
     }
 
     /// Replaces the desired set; it is on disk when this returns.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use coordinator::validator::client::{Call, Deletion, SupportedGpus, ValidatorApi};
 use coordinator::validator::rows::{
     ActiveInstanceRow, Advertised, BountyRow, ChuteRow, ImageRow, InstanceRow, JobRow, LaunchConfig,
-    MetricRow, NodeAdvertisement, NodeRow, RollingUpdateRow, SupportedGpu, UtilizationRow,
+    MetricRow, NewServer, NodeAdvertisement, NodeRow, RollingUpdateRow, SupportedGpu, UtilizationRow,
     VerificationStatus,
 };
 use coordinator::validator::stream::Listing;
@@ -409,6 +409,14 @@ impl ValidatorApi for Validator {
     fn advertise<'a>(&'a self, server: &'a ServerId, gpus: &'a [NodeAdvertisement]) -> Call<'a, Advertised> {
         self.call("advertise", |validator| validator.take_nodes(server, gpus))
             .boxed()
+    }
+
+    fn add_server<'a>(&'a self, _server: &'a NewServer) -> Call<'a, ()> {
+        self.call("add_server", |_| Err(refused(404, "no sealed workers here"))).boxed()
+    }
+
+    fn delete_server<'a>(&'a self, _server: &'a ServerId) -> Call<'a, Deletion> {
+        self.call("delete_server", |_| Err(refused(404, "no sealed workers here"))).boxed()
     }
 
     fn verification_status<'a>(&'a self, task_id: &'a str) -> Call<'a, VerificationStatus> {

@@ -342,6 +342,7 @@ impl Member {
             listings: Listings::default(),
             observe_every: Duration::from_secs(15),
             scheduling: Scheduling::new("value_per_cost", Duration::from_secs(10))?,
+            workers: None,
             seed: self.draw(|random| random.u64(..)),
         })
     }

@@ -4,7 +4,7 @@
 //! Proposal { request, at, guard, command } --> apply --> State (tables of rows) + Outbox + desired sets
 //! ```
 //!
-//! Reading order: the nouns ([`host`], [`server`], [`chute`], [`deployment`], [`job`], [`adoption`]), then [`effect`] and
+//! Reading order: the nouns ([`host`], [`server`], [`worker`], [`chute`], [`deployment`], [`job`], [`adoption`]), then [`effect`] and
 //! [`outbox`], [`desired`], [`state`] which holds them all, the rules in [`placement`], [`reconcile`] and [`taking_over`],
 //! and at last [`command`] and [`mod@apply`]. [`invariant`] says what holds after every command, [`codec`]
 //! how commands and rows become bytes, [`format`](mod@format) from when on in which form. A noun's file knows nothing of `State`.
@@ -31,6 +31,7 @@ pub mod taking_over;
 #[cfg(test)]
 mod testing;
 pub mod upgrading;
+pub mod worker;
 
 mod ages;
 mod enrolment;

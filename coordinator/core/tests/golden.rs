@@ -202,6 +202,17 @@ fn proposals_of_form_1_are_read() {
             RECORD_ADDRESS,
         ),
         (
+            proposal(Command::AddWorker {
+                facts: facts(),
+                sealed_kubeconfig: vec![0xaa, 0xbb],
+            }),
+            ADD_WORKER,
+        ),
+        (
+            proposal(Command::RemoveWorker { server: server() }),
+            REMOVE_WORKER,
+        ),
+        (
             proposal(Command::PinHost {
                 server: server(),
                 pin: Pin::Never,
@@ -321,6 +332,18 @@ fn rows_of_form_1_are_written_alike() {
     assert_eq!(hex::encode(hash.finalize()), ROWS_SHA256);
 }
 
+#[test]
+fn the_row_of_a_worker_is_written_alike() {
+    let sealed_kubeconfig = vec![0xaa, 0xbb];
+    let mut state = applied(vec![Command::AddWorker {
+        facts: facts(),
+        sealed_kubeconfig,
+    }]);
+    let row = state.drain_rows().into_iter().find(|row| row.table == 21);
+    let row = row.expect("it was added");
+    assert_eq!(hex::encode(row.value.unwrap()), WORKER_ROW);
+}
+
 /// The row that a program which is too old finds first: it is read like this for ever.
 #[test]
 fn the_row_of_the_format_never_changes() {
@@ -343,6 +366,7 @@ fn the_row_of_the_format_never_changes() {
     assert_eq!(hex::encode(row.value.unwrap()), FORMAT_ROW);
 }
 
+const WORKER_ROW: &str = "0002aabb80a0f1c2b134";
 const FORMAT_ROW: &str = "000205302e322e3080a0f1c2b134";
 const FOUND_CLUSTER: &str = "000780a0f1c2b134001a0370656d020102087365727665722d3106686f73742d310468657265103230332e302e3131332e313a343433330909090909090909090909090909090909090909090909090909090909090909";
 const INVITE_HOST: &str = "000780a0f1c2b134001bac020707070707070707070707070707070707070707070707070707070707070707c0ef95c3b1340101046865726500";
@@ -360,6 +384,8 @@ const SET_OBSERVING: &str = "000780a0f1c2b134002501";
 const ADOPT_SERVER: &str = "000780a0f1c2b1340026087365727665722d3130354366437234375635447465366277784e4245384b396f4e6e5164396669617936614445456b67597446763777344671056136303030e0a71201050101203031323334353637383961626364656630313233343536373839616263646566010103642d3130354366437234375635447465366277784e4245384b396f4e6e5164396669617936614445456b675974467637773446710763687574652d31027631016e03693a31000101056136303030010001000001660163017202763103693a310105302e332e310120303132333435363738396162636465663031323334353637383961626364656601036a2d310103632d310103692d310101b8170001b81701b8170001c03e98f2010001b817";
 const REPLACE_HOTKEY: &str = "000780a0f1c2b134002730354366437234375635447465366277784e4245384b396f4e6e5164396669617936614445456b675974467637773446713035464a34677539655658364447347159693168786b556775317961546d31436e51344d69695a506a505661586941546f020102";
 const RECORD_ADDRESS: &str = "000780a0f1c2b1340028087365727665722d31103230332e302e3131332e313a34343333";
+const ADD_WORKER: &str = "000780a0f1c2b1340029087365727665722d3106686f73742d310b3230332e302e3131332e31ebed010008406405302e312e3002aabb";
+const REMOVE_WORKER: &str = "000780a0f1c2b134002a087365727665722d31";
 const PASS_TIME: &str = "000780a0f1c2b1340019";
 const LOCK_SERVER: &str = "000780a0f1c2b1340005087365727665722d3101";
 const RECORD_HOST: &str =

@@ -76,6 +76,7 @@ impl From<Rejection> for ApiError {
             | Rejection::Adoption(_)
             | Rejection::OtherMiner(_)
             | Rejection::HotkeyInUse(_)
+            | Rejection::WorkerInUse(_)
             | Rejection::AddressTaken { .. }
             | Rejection::WrongPhase { .. } => StatusCode::CONFLICT,
         };

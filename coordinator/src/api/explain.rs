@@ -105,6 +105,7 @@ fn why_not_here(record: &Record, key: &ChuteKey, chute: &Chute, server: &Server)
     {
         reasons.push("it works for another validator".to_owned());
     }
+    reasons.extend(record.other_kind(chute, server.id()).map(str::to_owned));
     let fits = |gpu: &&Gpu| {
         definition.supported_gpus.contains(&gpu.short_ref) && record.kept_off(chute, &gpu.short_ref).is_none()
     };

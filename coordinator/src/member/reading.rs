@@ -157,6 +157,7 @@ pub(super) async fn serve(
         backup: backup::Door::default(),
         others: Arc::new(api::Alone),
         signer,
+        workers: None,
     };
     let limits = api::Limits::default();
     let routes = api::routes(super::api_config(config), store, deps);

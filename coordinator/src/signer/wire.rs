@@ -168,6 +168,8 @@ mod tests {
             sign(body),
             format!("0107000000000000000109{}{}", "03", "ab".repeat(32))
         );
+        assert_eq!(sign(MessageKind::DeleteServer), "010700000000000000010a");
+        assert_eq!(sign(MessageKind::AttestedDevices), "010700000000000000010b");
         let seal = encode(1, &Ask::Seal(SealedKind::LaunchToken, b"t".to_vec())).expect("short");
         assert_eq!(hex::encode(seal), "01010000000000000002010174");
     }

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep};
 
 use super::rows::{
     ActiveInstanceRow, Advertised, BountyRow, ChuteRow, ImageRow, InstanceRow, JobRow, LaunchConfig,
-    MetricRow, NodeAdvertisement, NodeRow, RollingUpdateRow, SupportedGpu, UtilizationRow,
+    MetricRow, NewServer, NodeAdvertisement, NodeRow, RollingUpdateRow, SupportedGpu, UtilizationRow,
     VerificationStatus,
 };
 use super::stream::Listing;
@@ -73,6 +73,11 @@ pub trait ValidatorApi: fmt::Debug + Send + Sync {
     /// Advertises GPUs of one server. Not idempotent: 409 if any is known already, also as ours.
     fn advertise<'a>(&'a self, server: &'a ServerId, gpus: &'a [NodeAdvertisement]) -> Call<'a, Advertised>;
     /// How far a verification is. See also [`await_verification`].
+    /// `POST /servers/`: a sealed worker, whose GPUs the validator takes by what its attestation says; verified at once.
+    /// 409 if it has it already.
+    fn add_server<'a>(&'a self, server: &'a NewServer) -> Call<'a, ()>;
+    /// `DELETE /servers/{id}`: the worker with all its GPUs.
+    fn delete_server<'a>(&'a self, server: &'a ServerId) -> Call<'a, Deletion>;
     fn verification_status<'a>(&'a self, task_id: &'a str) -> Call<'a, VerificationStatus>;
     /// Takes a GPU out of the validator's inventory. Its instances must be deleted first.
     fn delete_node<'a>(&'a self, gpu: &'a GpuId) -> Call<'a, Deletion>;

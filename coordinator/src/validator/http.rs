@@ -26,7 +26,7 @@ use super::client::{Call, Deletion, SupportedGpus, ValidatorApi};
 use super::event::shortened;
 use super::rows::{
     ActiveInstanceRow, Advertised, BountyRow, ChuteRow, ImageRow, InstanceRow, JobRow, LaunchConfig,
-    MetricRow, NodeAdvertisement, NodeRow, RollingUpdateRow, UtilizationRow, VerificationStatus,
+    MetricRow, NewServer, NodeAdvertisement, NodeRow, RollingUpdateRow, UtilizationRow, VerificationStatus,
 };
 use super::stream::{Listing, Reader};
 use super::{Error, LeadsNow, Result, ValidatorConfig, times};
@@ -498,6 +498,34 @@ impl ValidatorApi for Client {
                 .await?;
             parse(&answer)
         }
+        .boxed()
+    }
+
+    fn add_server<'a>(&'a self, server: &'a NewServer) -> Call<'a, ()> {
+        async move {
+            let mut body = json!(server);
+            for gpu in body["gpus"].as_array_mut().into_iter().flatten() {
+                if let Some(gpu) = gpu.as_object_mut() {
+                    // What an attestation service did not say.
+                    gpu.retain(|key, value| {
+                        *value != 0 || !["processors", "max_threads_per_processor"].contains(&key.as_str())
+                    });
+                }
+            }
+            let body = body.to_string().into_bytes();
+            let url = self.url(&["servers", ""], &[]);
+            self.with_body(Method::POST, url, BodyRoute::AddServer, body, None)
+                .await
+                .map(drop)
+        }
+        .boxed()
+    }
+
+    fn delete_server<'a>(&'a self, server: &'a ServerId) -> Call<'a, Deletion> {
+        self.delete(
+            self.url(&["servers", server.as_str()], &[]),
+            MessageKind::DeleteServer,
+        )
         .boxed()
     }
 

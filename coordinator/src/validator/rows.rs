@@ -419,6 +419,19 @@ pub struct NodeAdvertisement {
     pub verification_port: u16,
 }
 
+/// A sealed worker as it is announced with `POST /servers/` (`validator-protocol`, section 8.2).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct NewServer {
+    /// Its public address.
+    pub host: String,
+    /// Its id: the UID of its node.
+    pub id: ServerId,
+    /// Its name.
+    pub name: String,
+    /// Its GPUs, as its attestation service lists them.
+    pub gpus: Vec<NodeAdvertisement>,
+}
+
 /// The answer to `POST /nodes/`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Advertised {

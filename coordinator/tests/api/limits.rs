@@ -51,6 +51,7 @@ async fn served(
         others: Arc::new(Alone),
         backup: Door::default(),
         signer: signer(),
+        workers: None,
     };
     let limits = config.limits;
     let routes = router(config, fixture.store.clone(), deps);

@@ -99,6 +99,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
         ),
         others: Arc::new(Alone),
         signer: signer(),
+        workers: None,
     };
     fixture.routes = router(config, fixture.store.clone(), deps);
     (fixture, replica)

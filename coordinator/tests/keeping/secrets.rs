@@ -141,6 +141,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
         backup: keeper.door(),
         others: Arc::new(Alone),
         signer: Arc::new(LocalSigner::new(seed(), Arc::clone(member.store.clock()))),
+        workers: None,
     };
     Api(router(config, member.store.clone(), deps), 0)
 }

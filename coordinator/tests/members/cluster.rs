@@ -169,6 +169,7 @@ impl Host {
             Arc::new(signer),
             clock,
             None,
+            None,
             CancellationToken::new(),
         );
         let ended = tokio::time::timeout(PATIENCE, Box::pin(run)).await;
@@ -185,6 +186,7 @@ impl Host {
             Arc::new(signer),
             clock,
             self.nodes.clone(),
+            None,
             stop.clone(),
         ));
         let name = self.name();

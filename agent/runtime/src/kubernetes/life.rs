@@ -216,27 +216,30 @@ impl Work<'_> {
             return self.find(spec).await;
         }
         let settings = &cluster.config.settings;
-        let code = manifest::code(spec, fence, settings, false);
         // Side by side: each is a call that the chute waits for.
-        let (ports, written) = tokio::join!(
-            self.ports(fence, spec),
-            self.insist("write its code", || apply(&cluster.code, &code)),
-        );
+        let (ports, written) = tokio::join!(self.ports(fence, spec), self.write_code(fence, spec, false));
         let ports = ports?;
         written?;
         let job = manifest::job(spec, fence, settings, &ports);
         let job = self.insist_on("create its Job", || create(&cluster.jobs, &job));
         ours("Job", &job.await?)?;
         self.set(Doing::Started);
-        let code = manifest::code(spec, fence, settings, true);
         // It runs already. Without its code, its pod would say so.
-        match self
-            .insist("write its code", || apply(&cluster.code, &code))
-            .await
-        {
+        match self.write_code(fence, spec, true).await {
             Err(Given::Up(_)) | Ok(()) => Ok(()),
             stopped => stopped,
         }
+    }
+
+    /// A sealed worker's chutes get theirs from the validator.
+    async fn write_code(&self, fence: Fence, spec: &WorkloadSpec, launched: bool) -> Result<(), Given> {
+        let cluster = self.cluster;
+        let settings = &cluster.config.settings;
+        if settings.sealed {
+            return Ok(());
+        }
+        let code = manifest::code(spec, fence, settings, launched);
+        self.insist("write its code", || apply(&cluster.code, &code)).await
     }
 
     /// What was launched before is here, although the watches do not show it yet, or it has ended.
@@ -266,7 +269,7 @@ impl Work<'_> {
         let service = manifest::service(spec, fence, &cluster.config.settings);
         for _ in 0..PORT_ATTEMPTS {
             let made = self.claim(&service).await?;
-            let ports = manifest::node_ports(spec, &made)
+            let ports = manifest::node_ports(spec, &cluster.config.settings, &made)
                 .ok_or_else(|| Given::Up("its Service was given no node ports".to_owned()))?;
             let reserved = &cluster.config.reserved_ports;
             if !ports.iter().any(|port| reserved.contains(&port.external)) {

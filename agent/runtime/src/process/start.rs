@@ -79,6 +79,7 @@ pub(crate) fn start(spec: &WorkloadSpec, image: &Image, place: &Place<'_>) -> io
         ports: place.ports,
         cache: &cache,
         egress_door: place.egress_door,
+        sealed: false,
     };
     let inside = path
         .iter()

@@ -22,6 +22,9 @@ pub fn servers_for(view: &View<'_>, chute: &ChuteView<'_, '_>) -> Vec<Opinion> {
         if *server.validator != chute.key().validator {
             return Some("it works for another validator".to_owned());
         }
+        if let Some(why) = chute.other_kind(server) {
+            return Some(why.to_owned());
+        }
         if let Some(why) = &server.unavailable {
             return Some(why.clone());
         }

@@ -511,7 +511,7 @@ impl<'s, 'v, 'a> Pass<'s, 'v, 'a> {
         } else {
             self.room.left(pool)
         };
-        let runs_on_it = chute.supported_gpus().contains(short_ref);
+        let runs_on_it = need.classes.contains(&self.view.pools()[pool].class);
         if runs_on_it && old.gpus.len() + free >= need.gpu_count {
             let victim = Evictable {
                 id: old.id,

@@ -45,6 +45,8 @@ pub struct ServerView<'a> {
     pub unavailable: Option<String>,
     /// The operator locked it, and nothing else is the matter.
     pub only_locked: bool,
+    /// A sealed worker: for chutes that need one, and for no others.
+    pub sealed: bool,
 }
 
 /// The GPUs of one type on one server.
@@ -52,7 +54,7 @@ pub struct ServerView<'a> {
 pub struct Pool<'a> {
     /// Where.
     pub server: ServerIndex,
-    /// Type and validator.
+    /// Type, validator, and whether sealed.
     pub class: ClassIndex,
     /// GPUs that a placement could have at once.
     pub free: Vec<&'a GpuId>,
@@ -138,6 +140,9 @@ pub struct Need {
     pub disk_gb: u32,
 }
 
+/// Validator, GPU type, and whether on sealed workers.
+type ClassName<'a> = (&'a Hotkey, &'a str, bool);
+
 /// Read-only questions about the state and the market.
 #[derive(Debug)]
 pub struct View<'a> {
@@ -145,8 +150,8 @@ pub struct View<'a> {
     market: &'a Market,
     servers: Vec<ServerView<'a>>,
     pools: Vec<Pool<'a>>,
-    classes: Vec<(&'a Hotkey, &'a str)>,
-    class_by_name: BTreeMap<(&'a Hotkey, &'a str), ClassIndex>,
+    classes: Vec<ClassName<'a>>,
+    class_by_name: BTreeMap<ClassName<'a>, ClassIndex>,
     pools_by_class: Vec<Vec<PoolIndex>>,
     pools_by_server: Vec<Vec<PoolIndex>>,
     devices: Vec<&'a [DeviceInfo]>,
@@ -202,6 +207,7 @@ impl<'a> View<'a> {
                 disk_left_gb: server.facts.disk_free_gb,
                 unavailable,
                 only_locked,
+                sealed: self.state.workers().contains_key(server.id()),
             });
         }
         self.gather_gpus();
@@ -232,7 +238,10 @@ impl<'a> View<'a> {
         if let Some(pool) = known {
             return *pool;
         }
-        let name = (self.servers[server].validator, short_ref);
+        let ServerView {
+            validator, sealed, ..
+        } = self.servers[server];
+        let name = (validator, short_ref, sealed);
         let next_class = self.classes.len();
         let class = *self.class_by_name.entry(name).or_insert(next_class);
         if class == next_class {
@@ -560,6 +569,12 @@ impl<'a> ChuteView<'_, 'a> {
         self.view.state.unplaceable(self.chute, for_job)
     }
 
+    /// Why it is for another kind of server; none if it is for this one.
+    #[must_use]
+    pub fn other_kind(&self, server: &ServerView<'_>) -> Option<&'static str> {
+        self.view.state.other_kind(self.chute, server.id)
+    }
+
     /// Why it is kept off a GPU type; none if it is not.
     #[must_use]
     pub fn kept_off(&self, short_ref: &str) -> Option<String> {
@@ -570,7 +585,11 @@ impl<'a> ChuteView<'_, 'a> {
     #[must_use]
     pub fn need(&self, disk_gb: u32) -> Need {
         let class = |short_ref: &String| {
-            let name = (&self.key().validator, short_ref.as_str());
+            let name = (
+                &self.key().validator,
+                short_ref.as_str(),
+                self.chute.definition.tee,
+            );
             let class = *self.view.class_by_name.get(&name)?;
             self.kept_off(short_ref).is_none().then_some(class)
         };

@@ -197,6 +197,11 @@ impl State {
             Command::AdoptServer(adoption) => self.adopt_server(adoption),
             Command::RecordAddress { server, address } => self.record_address(&server, address),
             Command::ReplaceHotkey { old, new, sealed_key } => self.replace_hotkey(&old, new, sealed_key),
+            Command::AddWorker {
+                facts,
+                sealed_kubeconfig,
+            } => self.add_worker(facts, sealed_kubeconfig),
+            Command::RemoveWorker { server } => self.remove_worker(&server),
         }
     }
 

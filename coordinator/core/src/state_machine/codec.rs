@@ -114,6 +114,7 @@ macro_rules! tables {
         $each!(18, rotation, u8);
         $each!(19, trusted, ServerId);
         $each!(20, observing, u8);
+        $each!(21, workers, ServerId);
     };
 }
 

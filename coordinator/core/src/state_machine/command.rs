@@ -422,6 +422,18 @@ pub enum Command {
         /// `host:port` of its QUIC door.
         address: String,
     },
+    /// A sealed worker is driven from now on, or with another kubeconfig.
+    AddWorker {
+        /// What is known of it.
+        facts: HostFacts,
+        /// The kubeconfig of its cluster, sealed.
+        sealed_kubeconfig: Vec<u8>,
+    },
+    /// A sealed worker is driven no more.
+    RemoveWorker {
+        /// Which.
+        server: ServerId,
+    },
 }
 
 impl Command {
@@ -589,6 +601,9 @@ pub enum Rejection {
         /// Whose it is.
         host: String,
     },
+    /// A validator counts on it.
+    #[error("worker {0} works for a validator: `chutes-miner delete-node --name {0}` comes first")]
+    WorkerInUse(String),
 }
 
 /// What a proposal is answered with.

@@ -41,6 +41,16 @@ impl State {
                 "{waiting} changes wait to be told to validators: `chutes-miner status` shows them"
             ));
         }
+        for id in self.workers.keys() {
+            let name = self
+                .servers
+                .get(id)
+                .map_or(id.as_str(), |server| &server.facts.name);
+            found.push(format!(
+                "the kubeconfig of worker {name} opens with the present hotkey only: `chutes-miner worker remove {name}`, \
+                 and add it again afterwards"
+            ));
+        }
         if self.rotation().is_some() {
             found.push(
                 "the cluster is changing over to another authority: `chutes-miner ca rotate --finish` comes first"

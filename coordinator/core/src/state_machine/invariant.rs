@@ -190,6 +190,11 @@ fn nothing_dangles(state: &State, found: &mut Vec<String>) {
             found.push(format!("3: the server of GPU {} is not enrolled", gpu.id()));
         }
     }
+    for worker in state.workers.keys() {
+        if !state.servers.contains_key(worker) || state.hosts.contains_key(worker) {
+            found.push(format!("3: worker {worker} is no server, or a host as well"));
+        }
+    }
     for effect in state.outbox.iter() {
         if effect.id >= state.settings.next_effect {
             found.push(format!("3: effect {} has a number of the future", effect.id));

@@ -83,8 +83,8 @@ impl State {
         if chute.missing_since.is_some() {
             return Some("the validator did not list the chute".to_owned());
         }
-        if chute.definition.tee {
-            return Some("the chute needs a sealed worker".to_owned());
+        if chute.definition.tee && self.workers.is_empty() {
+            return Some("the chute needs a sealed worker, and there is none".to_owned());
         }
         if for_job {
             return None;
@@ -165,6 +165,9 @@ impl State {
                 "server {} works for another validator",
                 server.facts.name
             ));
+        }
+        if let Some(why) = self.other_kind(chute, &placement.server) {
+            return refuse(format!("server {}: {why}", server.facts.name));
         }
         let needed = self.disk_gb_needed(placement);
         if server.facts.disk_free_gb < needed {

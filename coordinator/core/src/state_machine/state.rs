@@ -18,6 +18,7 @@ use super::job::Job;
 use super::outbox::Outbox;
 use super::server::{Gpu, Server};
 use super::table::Table;
+use super::worker::Worker;
 
 /// Facts of which there is one each.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -155,6 +156,7 @@ pub struct State {
     pub(crate) trusted: Table<ServerId, Vec<KeyHash>>,
     /// One row, under 0, since when the cluster only watches; none while it acts.
     pub(crate) observing: Table<u8, UnixMillis>,
+    pub(crate) workers: Table<ServerId, Worker>,
     index: Index,
 }
 

@@ -43,7 +43,10 @@ impl State {
     pub fn versions(&self) -> BTreeMap<ServerId, HostVersion> {
         let mut versions = BTreeMap::new();
         for (id, server) in self.servers.iter() {
-            // A server that was removed as a host is none of ours any more.
+            // A server that was removed as a host is none of ours any more, and a worker runs no program of ours.
+            if self.workers.contains_key(id) {
+                continue;
+            }
             if self.hosts.get(id).is_none_or(super::host::HostRecord::is_in) {
                 let version = HostVersion {
                     name: server.facts.name.clone(),

@@ -195,6 +195,22 @@ impl Fleet {
         short_ref: &str,
         cost_usd: f64,
     ) {
+        let facts = self.facts(name, gpu_count);
+        self.ok(Command::RecordHost { facts });
+        self.enrol(validator, name, short_ref, cost_usd);
+    }
+
+    /// A sealed worker.
+    pub(crate) fn worker(&mut self, name: &str, gpu_count: u32, short_ref: &str, cost_usd: f64) {
+        let facts = self.facts(name, gpu_count);
+        self.ok(Command::AddWorker {
+            facts,
+            sealed_kubeconfig: vec![1],
+        });
+        self.enrol(&validator(1), name, short_ref, cost_usd);
+    }
+
+    fn facts(&mut self, name: &str, gpu_count: u32) -> HostFacts {
         let mut device = || {
             self.devices += 1;
             DeviceInfo {
@@ -206,7 +222,7 @@ impl Fleet {
                 max_threads_per_processor: 1536,
             }
         };
-        let facts = HostFacts {
+        HostFacts {
             server: server_id(name),
             name: name.to_owned(),
             address: "203.0.113.1".to_owned(),
@@ -216,8 +232,10 @@ impl Fleet {
             memory_gb: 512,
             disk_free_gb: 1000,
             agent_version: "0.1.0".to_owned(),
-        };
-        self.ok(Command::RecordHost { facts });
+        }
+    }
+
+    fn enrol(&mut self, validator: &Hotkey, name: &str, short_ref: &str, cost_usd: f64) {
         self.ok(Command::EnrolServer {
             server: server_id(name),
             validator: validator.clone(),

@@ -65,6 +65,56 @@ fn w_43_a_cent_does_not_break_a_large_hole() {
 }
 
 #[test]
+fn a_sealed_worker_is_for_chutes_that_need_one_and_they_for_it() {
+    for profile in PROFILES {
+        let mut fleet = Fleet::new(profile);
+        fleet.server("open", 2, "h100", 0.30);
+        let sealed = |tee| ChuteDefinition {
+            tee,
+            ..definition(if tee { "sealed" } else { "plain" }, 1, &["h100"])
+        };
+        let (plain, tee) = (fleet.publish(sealed(false)), fleet.publish(sealed(true)));
+        for chute in [&plain, &tee] {
+            fleet.know(chute, multiplier(1.0, 1));
+        }
+        let reason = reason_for_nothing(&fleet.plan(Trigger::ChuteCreated(tee.clone())), &tee);
+        assert!(
+            reason.contains("needs a sealed worker, and there is none"),
+            "{reason}"
+        );
+        fleet.worker("worker", 2, "h100", 0.10);
+        assert_eq!(where_to(&fleet, &tee).as_deref(), Some("worker"));
+        assert_eq!(
+            where_to(&fleet, &plain).as_deref(),
+            Some("open"),
+            "though it is dearer"
+        );
+        for (chute, wrong) in [(&plain, "worker"), (&tee, "open")] {
+            let gpus = fleet.state.gpus_of(&server_id(wrong)).map(|gpu| gpu.id().clone());
+            let placement = Placement {
+                deployment: DeploymentId::parse("wrong").unwrap(),
+                chute: chute.clone(),
+                version: version("v1"),
+                server: server_id(wrong),
+                gpus: gpus.take(1).collect(),
+                job: None,
+                victims: vec![],
+                reason: String::new(),
+            };
+            let answer = fleet.apply(Command::PlaceDeployment(placement));
+            assert!(
+                matches!(&answer, Err(Rejection::Placement(why)) if why.contains("sealed worker")),
+                "{answer:?}"
+            );
+        }
+        for chute in [plain, tee] {
+            fleet.go(Trigger::ChuteCreated(chute));
+        }
+        assert_eq!(fleet.state.deployments().len(), 2);
+    }
+}
+
+#[test]
 fn a_02_disk_is_needed_and_unknown_is_none() {
     for disk_gb in [5, 0] {
         let (mut fleet, c) = three_servers(PayProfile::Of2026);
