@@ -82,11 +82,15 @@ fn reduce(text: &str, context: Option<&str>) -> Result<Secret, String> {
     let (cluster, user) = (context.cluster.clone(), context.user.clone().unwrap_or_default());
     file.clusters.retain(|named| named.name == cluster);
     file.auth_infos.retain(|named| named.name == user);
-    let cluster = file.clusters.first().and_then(|named| named.cluster.as_ref());
-    let cluster = cluster.ok_or_else(|| format!("the kubeconfig has no cluster {cluster}"))?;
+    let named = file.clusters.first().and_then(|named| named.cluster.as_ref());
+    let cluster = named.ok_or_else(|| format!("the kubeconfig has no cluster {cluster}"))?;
     let user = file.auth_infos.first().and_then(|named| named.auth_info.as_ref());
     let user = user.ok_or_else(|| format!("the kubeconfig has no user for the context {name}"))?;
-    if !cluster.server.as_deref().is_some_and(|server| server.starts_with("https://")) {
+    if !cluster
+        .server
+        .as_deref()
+        .is_some_and(|server| server.starts_with("https://"))
+    {
         return Err("the kubeconfig's server must begin with https://".to_owned());
     }
     for (what, there) in [
@@ -123,7 +127,11 @@ async fn look(client: Client) -> Result<Node, Error> {
     let nodes: Api<KubernetesNode> = Api::all(client);
     let params = ListParams::default().limit(2);
     let listed = timeout(CALL_MAX, nodes.list(&params)).await;
-    let away = |why: String| Error::Unavailable(format!("the API server of the worker does not list its node: {why}"));
+    let away = |why: String| {
+        Error::Unavailable(format!(
+            "the API server of the worker does not list its node: {why}"
+        ))
+    };
     let listed = listed.map_err(|_| away(format!("no answer within {CALL_MAX:?}")))?;
     let listed = listed.map_err(|error| match error {
         kube::Error::Api(status) => away(format!("{} ({})", status.message, status.code)),
@@ -146,7 +154,9 @@ fn read(node: &KubernetesNode) -> Result<Node, Error> {
     let status = node.status.clone().unwrap_or_default();
     let addresses = status.addresses.unwrap_or_default();
     let of = |kind: &str| addresses.iter().find(|address| address.type_ == kind);
-    let address = of("ExternalIP").or_else(|| of("InternalIP")).map(|address| address.address.clone());
+    let address = of("ExternalIP")
+        .or_else(|| of("InternalIP"))
+        .map(|address| address.address.clone());
     let capacity = status.capacity.unwrap_or_default();
     let amount = |key: &str| {
         let said = capacity.get(key).and_then(amount);
@@ -304,7 +314,11 @@ users:
             (WHOLE.to_owned(), Some("three"), "no context three"),
             (WHOLE.to_owned(), Some("two"), "(certificate-authority)"),
             (WHOLE.replace("current-context: one", ""), None, "name one"),
-            (WHOLE.replace("https://192.0.2.7", "http://192.0.2.7"), None, "https://"),
+            (
+                WHOLE.replace("https://192.0.2.7", "http://192.0.2.7"),
+                None,
+                "https://",
+            ),
             (WHOLE.replace("name: u1", "name: u9"), None, "no user"),
             (with("tokenFile: /run/token"), None, "(tokenFile)"),
             (with("client-key: /run/key"), None, "(client-key)"),
@@ -344,7 +358,9 @@ users:
         );
         let mut silent = node("");
         silent.status = None;
-        let error = read(&silent).expect_err("it does not say how large it is").to_string();
+        let error = read(&silent)
+            .expect_err("it does not say how large it is")
+            .to_string();
         assert!(error.contains("tee-1") && error.contains("cpu"), "{error}");
     }
 }

@@ -264,14 +264,21 @@ impl Executor {
     }
 
     /// Announces a sealed worker. After a lost answer it is in its own way, as GPUs are.
-    async fn add_worker(&self, api: &dyn ValidatorApi, server: &ServerId) -> validator::Result<EffectOutcome> {
+    async fn add_worker(
+        &self,
+        api: &dyn ValidatorApi,
+        server: &ServerId,
+    ) -> validator::Result<EffectOutcome> {
         let facts = self.store.read(|state| {
             let server = state.servers().get(server)?;
             Some(server.facts.clone())
         });
         let Some(facts) = facts else {
             let detail = "the worker was removed".to_owned();
-            return Ok(EffectOutcome::Refused { status: NOT_WANTED, detail });
+            return Ok(EffectOutcome::Refused {
+                status: NOT_WANTED,
+                detail,
+            });
         };
         let worker = NewServer {
             host: facts.address,

@@ -103,7 +103,9 @@ pub struct Driven {
 
 impl fmt::Debug for Driven {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Driven").field("way", &self.way).finish_non_exhaustive()
+        f.debug_struct("Driven")
+            .field("way", &self.way)
+            .finish_non_exhaustive()
     }
 }
 
@@ -307,7 +309,9 @@ impl Drive {
             way: Some(way),
         };
         while let Some(first) = reports.recv().await {
-            let Some(known) = self.facts_of(server) else { return };
+            let Some(known) = self.facts_of(server) else {
+                return;
+            };
             let hello = FromHost::Hello {
                 facts: known,
                 fence: Fence::default(),

@@ -312,6 +312,11 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: HotkeyCommand,
     },
+    /// Adds, lists and removes sealed workers: servers without an agent, driven through the kubeconfig of each
+    Worker {
+        #[command(subcommand)]
+        command: WorkerCommand,
+    },
     /// Lets the cluster only watch, while another miner acts with this hotkey, or act again; shows what it would do
     Observe {
         #[command(subcommand)]
@@ -491,6 +496,55 @@ pub(crate) enum HotkeyCommand {
         #[arg(long, short)]
         yes: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WorkerCommand {
+    /// Adds a worker, or gives one that is known another kubeconfig
+    Add(AddWorker),
+    /// Lists workers
+    List {
+        #[command(flatten)]
+        miner: Miner,
+    },
+    /// Forgets a worker that works for no validator
+    Remove {
+        #[command(flatten)]
+        miner: Miner,
+        /// Name or id of the worker
+        name: String,
+        /// Ask nothing
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+/// A worker to be added.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct AddWorker {
+    #[command(flatten)]
+    pub(crate) miner: Miner,
+    /// Kubeconfig of its cluster, with everything in it (`kubectl config view --raw --flatten --minify`); - for standard
+    /// input
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "agent_api",
+        conflicts_with = "agent_api"
+    )]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// The worker's own agent, which hands its kubeconfig out to its miner, such as http://192.0.2.7:32000
+    #[arg(long, value_name = "URL")]
+    pub(crate) agent_api: Option<String>,
+    /// Which context of the kubeconfig [default: the current one]
+    #[arg(long)]
+    pub(crate) context: Option<String>,
+    /// Where validators reach the worker [default: as its node says]
+    #[arg(long)]
+    pub(crate) address: Option<String>,
+    /// Port of its attestation service [default: 30443]
+    #[arg(long, value_name = "PORT")]
+    pub(crate) attestation_port: Option<u16>,
 }
 
 #[derive(Debug, Subcommand)]

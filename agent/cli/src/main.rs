@@ -27,6 +27,7 @@ mod snapshots;
 mod stream;
 mod trial;
 mod upgrade;
+mod workers;
 
 use args::{Arguments, Command};
 use output::Printer;
@@ -128,6 +129,7 @@ async fn run(printer: &Printer, command: Command) -> anyhow::Result<()> {
         Command::Observe { command } => cluster::observe(printer, command).await,
         Command::Ca { command } => authority::ca(printer, command).await,
         Command::Hotkey { command } => hotkey::hotkey(printer, command).await,
+        Command::Worker { command } => workers::worker(printer, command).await,
         Command::Ban {
             miner,
             chute,

@@ -62,6 +62,8 @@ pub enum Purpose {
     Tee,
     /// The attestation service of a sealed worker.
     Attest,
+    /// The kubeconfig of a sealed worker, from its agent.
+    Registration,
 }
 
 impl Purpose {
@@ -80,6 +82,7 @@ impl Purpose {
             Self::Chutes => "chutes",
             Self::Tee => "tee",
             Self::Attest => "attest",
+            Self::Registration => "registration",
         }
     }
 }

@@ -85,8 +85,11 @@ impl Config {
 pub async fn client(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     let Some(path) = kubeconfig else {
         let config = kube::Config::infer().await;
-        let config = config
-            .map_err(|error| no_cluster(&format!("set runtime.kubeconfig, or run in a pod of it ({error})")))?;
+        let config = config.map_err(|error| {
+            no_cluster(&format!(
+                "set runtime.kubeconfig, or run in a pod of it ({error})"
+            ))
+        })?;
         return Client::try_from(config).map_err(|error| no_cluster(&error.to_string()));
     };
     let file = Kubeconfig::read_from(path);

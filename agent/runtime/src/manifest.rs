@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{
     Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar,
-    ExecAction, HostPathVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe, ResourceRequirements, SecurityContext,
-    Service, ServicePort, ServiceSpec, Volume, VolumeMount,
+    ExecAction, HostPathVolumeSource, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
+    ResourceRequirements, SecurityContext, Service, ServicePort, ServiceSpec, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -212,7 +212,12 @@ pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Servic
             type_: Some("NodePort".to_owned()),
             external_traffic_policy: Some("Local".to_owned()),
             selector: Some(selector),
-            ports: Some(ports(spec, settings).iter().map(|(_, port)| port.clone()).collect()),
+            ports: Some(
+                ports(spec, settings)
+                    .iter()
+                    .map(|(_, port)| port.clone())
+                    .collect(),
+            ),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -455,17 +460,18 @@ fn pod(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMapping]) -> PodSp
         volumes: Some(
             code.into_iter()
                 .chain([
-            Volume {
-                name: "cache".to_owned(),
-                host_path: Some(HostPathVolumeSource {
-                    path: cache,
-                    type_: Some("DirectoryOrCreate".to_owned()),
-                }),
-                ..Volume::default()
-            },
-            empty("tmp", None, disk),
-            empty("shm", Some("Memory"), Quantity(SHARED_MEMORY.to_owned())),
-        ]).collect(),
+                    Volume {
+                        name: "cache".to_owned(),
+                        host_path: Some(HostPathVolumeSource {
+                            path: cache,
+                            type_: Some("DirectoryOrCreate".to_owned()),
+                        }),
+                        ..Volume::default()
+                    },
+                    empty("tmp", None, disk),
+                    empty("shm", Some("Memory"), Quantity(SHARED_MEMORY.to_owned())),
+                ])
+                .collect(),
         ),
         ..PodSpec::default()
     }
@@ -561,7 +567,11 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         }),
         volume_mounts: Some(
             code.into_iter()
-                .chain([mount("cache", "/cache"), mount("tmp", "/tmp"), mount("shm", "/dev/shm")])
+                .chain([
+                    mount("cache", "/cache"),
+                    mount("tmp", "/tmp"),
+                    mount("shm", "/dev/shm"),
+                ])
                 .collect(),
         ),
         ..Container::default()
@@ -587,7 +597,11 @@ mod tests {
     /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
     fn check(name: &str, spec: &WorkloadSpec, settings: &Settings) {
         let mut service = service(spec, FENCE, settings);
-        assert_eq!(node_ports(spec, settings, &service), None, "no node port was given yet");
+        assert_eq!(
+            node_ports(spec, settings, &service),
+            None,
+            "no node port was given yet"
+        );
         let given = service
             .spec
             .as_mut()

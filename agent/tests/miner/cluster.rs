@@ -202,7 +202,7 @@ impl Miner {
         state
     }
 
-    async fn add_node(&self, name: &str, validator: &StandIn) {
+    pub(crate) async fn add_node(&self, name: &str, validator: &StandIn) {
         let body = json!({
             "name": name,
             "validator": validator.hotkey,
@@ -248,6 +248,28 @@ impl Miner {
             rows(&state, "audits").iter().find(same).cloned()
         })
         .await
+    }
+
+    /// Kills the agent of the member that leads, with all its processes, and waits until another leads.
+    pub(crate) async fn kill_leader(&mut self) {
+        let leader = async |miner: &Self| {
+            let (status, hosts) = miner.send(Method::GET, "/hosts", None).await?;
+            let leads = |row: &Value| row["leads"] == true;
+            let hosts = hosts.as_array().filter(|_| status.is_success())?;
+            let name = hosts.iter().find(|row| leads(row))?["name"].as_str()?;
+            Some(name.to_owned())
+        };
+        assert_eq!(self.hosts.len(), self.apis.len(), "all are members");
+        let name = until("somebody leads", async || leader(self).await).await;
+        let is_it = |host: &Host| host.folder.ends_with(&name);
+        let place = self.hosts.iter().position(is_it).expect("it is one of ours");
+        let mut host = self.hosts.remove(place);
+        self.apis.remove(place);
+        host.agent.kill().await.expect("it runs");
+        until("another leads", async || {
+            leader(self).await.filter(|other| *other != name)
+        })
+        .await;
     }
 
     /// Processes of the chutes on a host, counted from 1.

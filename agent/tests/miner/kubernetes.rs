@@ -94,7 +94,7 @@ async fn chutes_run_as_jobs_on_the_nodes_of_a_cluster() {
 }
 
 /// Starts what pods hold, and ends it when they are gone.
-async fn play_nodes(space: Arc<Space>) {
+pub(super) async fn play_nodes(space: Arc<Space>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let chutes = folder.path().join("chutes");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_chutes-agent"), &chutes).expect("our own folder");
@@ -133,18 +133,18 @@ async fn start(pod: &Pod, code: &Api<ConfigMap>, folder: &Path, chutes: &Path) -
     let spec = pod.spec.as_ref().expect("a spec");
     let container = &spec.containers[0];
     let volumes = spec.volumes.iter().flatten();
-    let map = volumes
-        .filter_map(|volume| volume.config_map.as_ref())
-        .next()
-        .expect("it has code");
-    let data = code
-        .get(&map.name)
-        .await
-        .expect("it is there")
-        .data
-        .expect("it holds something");
+    let map = volumes.filter_map(|volume| volume.config_map.as_ref()).next();
+    let text = match map {
+        Some(map) => {
+            let data = code.get(&map.name).await.expect("it is there").data;
+            let files = data.expect("it holds something").into_values();
+            files.last().expect("one file")
+        }
+        // On a sealed worker it comes from the validator.
+        None => String::new(),
+    };
     let file = folder.join(pod.name_any());
-    std::fs::write(&file, data.values().next().expect("one file")).expect("our own folder");
+    std::fs::write(&file, text).expect("our own folder");
     let variables = container.env.iter().flatten();
     let variables: BTreeMap<&str, &str> = variables
         .map(|variable| {

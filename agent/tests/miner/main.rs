@@ -1,6 +1,6 @@
 //! The whole miner with real processes against validator stand-ins in this process: several validators, the
 //! legacy flow, private chutes, jobs whose workload dies, chutes as Jobs of a Kubernetes cluster, nodes that enter by
-//! themselves.
+//! themselves, sealed workers.
 //!
 //! `cluster.rs` runs the hosts and asks the management API, `stand_in.rs` runs the validators; the other
 //! rooms are the tests. Each test has a whole miner of its own, so they run one after the other.
@@ -21,6 +21,7 @@ mod private_chutes;
 mod signed;
 mod stand_in;
 mod two_validators;
+mod workers;
 
 use std::time::Duration;
 

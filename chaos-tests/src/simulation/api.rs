@@ -412,11 +412,13 @@ impl ValidatorApi for Validator {
     }
 
     fn add_server<'a>(&'a self, _server: &'a NewServer) -> Call<'a, ()> {
-        self.call("add_server", |_| Err(refused(404, "no sealed workers here"))).boxed()
+        self.call("add_server", |_| Err(refused(404, "no sealed workers here")))
+            .boxed()
     }
 
     fn delete_server<'a>(&'a self, _server: &'a ServerId) -> Call<'a, Deletion> {
-        self.call("delete_server", |_| Err(refused(404, "no sealed workers here"))).boxed()
+        self.call("delete_server", |_| Err(refused(404, "no sealed workers here")))
+            .boxed()
     }
 
     fn verification_status<'a>(&'a self, task_id: &'a str) -> Call<'a, VerificationStatus> {

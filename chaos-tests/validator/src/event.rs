@@ -337,6 +337,7 @@ mod tests {
             verification_error: None,
             created_at: UnixMillis(0),
             verified_at: None,
+            attested: false,
         }
     }
 

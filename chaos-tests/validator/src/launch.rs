@@ -245,6 +245,10 @@ pub(crate) fn check_gpus<'a>(
                 "GPU {uuid} does not suit the chute"
             )));
         }
+        if node.attested != chute.spec.tee {
+            let text = format!("GPU {uuid} is in the wrong kind of server for the chute");
+            return Err(Problem::bad_request(text));
+        }
         if !node.verification_host.eq_ignore_ascii_case(host) {
             let text = format!("Instance host {host} is not {}", node.verification_host);
             return Err(Problem::bad_request(text));

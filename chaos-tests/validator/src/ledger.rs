@@ -83,6 +83,14 @@ pub enum Record {
     },
     /// A GPU was deleted.
     NodeDeleted { hotkey: Hotkey, uuid: GpuId },
+    /// A sealed worker was announced, and taken.
+    ServerAdded {
+        hotkey: Hotkey,
+        server: String,
+        uuids: Vec<GpuId>,
+    },
+    /// A sealed worker was deleted.
+    ServerDeleted { hotkey: Hotkey, server: String },
     /// A launch token was issued.
     TokenGranted {
         hotkey: Hotkey,

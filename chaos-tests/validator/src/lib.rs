@@ -37,6 +37,7 @@ mod registry;
 mod rows;
 pub mod scenario;
 pub mod server;
+mod servers;
 pub mod sites;
 mod socket;
 mod state;

@@ -12,6 +12,7 @@ use protocol::gpu::DeviceInfo;
 use protocol::hotkey::Hotkey;
 use protocol::id::GpuId;
 use protocol::signing::{Purpose, Tail};
+use protocol::time::UnixMillis;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -35,13 +36,39 @@ struct Announcement {
 }
 
 #[derive(Debug, Deserialize)]
-struct NodeArgs {
+pub(crate) struct NodeArgs {
     #[serde(flatten)]
-    device: DeviceInfo,
+    pub(crate) device: DeviceInfo,
     device_index: u32,
-    gpu_identifier: String,
+    pub(crate) gpu_identifier: String,
     verification_host: String,
     verification_port: u16,
+}
+
+impl NodeArgs {
+    /// The GPU as it is kept, not verified yet.
+    pub(crate) fn into_node(
+        self,
+        miner: &Hotkey,
+        server_id: Option<String>,
+        seed: u64,
+        now: UnixMillis,
+    ) -> Node {
+        Node {
+            device: self.device,
+            hotkey: miner.clone(),
+            gpu_identifier: self.gpu_identifier,
+            device_index: self.device_index,
+            server_id,
+            seed,
+            verification_host: self.verification_host,
+            verification_port: self.verification_port,
+            verification_error: None,
+            created_at: now,
+            verified_at: None,
+            attested: false,
+        }
+    }
 }
 
 /// `POST /nodes/`.
@@ -103,19 +130,7 @@ async fn accept(
                 hotkey: miner.clone(),
                 at: out.now,
             });
-            let node = Node {
-                device: args.device,
-                hotkey: miner.clone(),
-                gpu_identifier: args.gpu_identifier,
-                device_index: args.device_index,
-                server_id: announcement.server_id.clone(),
-                seed,
-                verification_host: args.verification_host,
-                verification_port: args.verification_port,
-                verification_error: None,
-                created_at: out.now,
-                verified_at: None,
-            };
+            let node = args.into_node(miner, announcement.server_id.clone(), seed, out.now);
             state.nodes.insert(uuid, node);
         }
         let pending = Task {
@@ -142,7 +157,7 @@ async fn accept(
     Ok((StatusCode::ACCEPTED, Json(answer)))
 }
 
-fn check_form(nodes: &[NodeArgs]) -> Result<(), Problem> {
+pub(crate) fn check_form(nodes: &[NodeArgs]) -> Result<(), Problem> {
     if nodes.is_empty() {
         return Err(Problem::invalid(
             "too_short",
@@ -184,7 +199,12 @@ fn check_form(nodes: &[NodeArgs]) -> Result<(), Problem> {
 }
 
 /// Known GPUs, and GPUs that moved between hotkeys too often.
-fn check_known(state: &State, miner: &Hotkey, uuids: &[GpuId], now_ms: u64) -> Result<(), Problem> {
+pub(crate) fn check_known(
+    state: &State,
+    miner: &Hotkey,
+    uuids: &[GpuId],
+    now_ms: u64,
+) -> Result<(), Problem> {
     let known: Vec<&str> = uuids
         .iter()
         .filter(|uuid| state.nodes.contains_key(uuid))

@@ -93,7 +93,7 @@ pub(crate) fn chute(
         "image": reference,
         "supported_gpus": chute.supported_gpus.iter().collect::<BTreeSet<_>>(),
         "preemptible": spec.public,
-        "tee": false,
+        "tee": spec.tee,
         "allow_external_egress": spec.allow_external_egress,
         "effective_compute_multiplier": chute.compute_multiplier * boost * bounty,
     })

@@ -479,6 +479,8 @@ pub struct ChuteSpec {
     pub exclude: Vec<String>,
     /// Anyone may call it. Private chutes are never preempted and need a bounty or an instance.
     pub public: bool,
+    /// It runs on sealed workers, and nowhere else.
+    pub tee: bool,
     /// It may reach the internet.
     pub allow_external_egress: bool,
     /// Functions that answer requests; without any it runs jobs only.
@@ -510,6 +512,7 @@ impl Default for ChuteSpec {
             include: vec![],
             exclude: vec![],
             public: true,
+            tee: false,
             allow_external_egress: true,
             cords: vec!["chat".to_owned()],
             jobs: vec![],

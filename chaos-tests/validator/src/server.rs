@@ -30,7 +30,9 @@ use crate::problem::Problem;
 use crate::scenario::{InvalidScenario, Scenario};
 use crate::sites::{self, Site};
 use crate::validator::{Parts, Validator};
-use crate::{control, instances, jobs, launch, nodes, program, registry, socket, streams, verification};
+use crate::{
+    control, instances, jobs, launch, nodes, program, registry, servers, socket, streams, verification,
+};
 
 /// The largest body that is read, in bytes.
 const BODY_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -188,6 +190,8 @@ fn router(validator: Arc<Validator>) -> Router {
         .route("/nodes/supported", get(nodes::supported))
         .route("/nodes/verification_status", get(nodes::verification_status))
         .route("/nodes/{uuid}", delete(nodes::delete))
+        .route("/servers/", post(servers::add))
+        .route("/servers/{server}", delete(servers::delete))
         .route("/instances/launch_config", get(launch::issue))
         .route(
             "/instances/launch_config/{config_id}",

@@ -115,6 +115,9 @@ pub(crate) struct Node {
     pub(crate) verification_error: Option<String>,
     pub(crate) created_at: UnixMillis,
     pub(crate) verified_at: Option<UnixMillis>,
+    /// Of a sealed worker.
+    #[serde(default)]
+    pub(crate) attested: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -13,10 +13,10 @@ use protocol::workload::Secret;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Api;
 use super::auth::Caller;
 use super::error::{ApiError, Result};
 use super::operate::parse;
+use super::{Api, Peer};
 use crate::sealed_worker::{self, ATTESTATION_PORT, Workers, attestation, facts};
 use crate::signer::SealedKind;
 
@@ -63,16 +63,27 @@ pub(super) async fn list(State(api): State<Arc<Api>>) -> Json<Vec<Value>> {
 pub(super) async fn add(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
+    Extension(peer): Extension<Peer>,
     body: Bytes,
 ) -> Result<Json<Value>> {
+    if !peer.is_loopback() {
+        let detail = "a kubeconfig is taken from this machine itself only, since others could read it on the way: run the \
+                      command on a member, or through `ssh -L 32000:127.0.0.1:32000 MEMBER`";
+        return Err(ApiError::new(StatusCode::FORBIDDEN, detail));
+    }
     let body: Body = parse(&body)?;
-    let workers: &dyn Workers = api.deps.workers.as_deref().ok_or_else(|| {
-        ApiError::new(StatusCode::NOT_IMPLEMENTED, "this member drives no workers")
-    })?;
+    let workers: &dyn Workers = api
+        .deps
+        .workers
+        .as_deref()
+        .ok_or_else(|| ApiError::new(StatusCode::NOT_IMPLEMENTED, "this member drives no workers"))?;
     let kubeconfig = workers.reduce(&body.kubeconfig, body.context.as_deref())?;
     let node = workers.node(&kubeconfig).await?;
     let address = body.address.or_else(|| node.address.clone()).ok_or_else(|| {
-        let detail = format!("node {} has no address: say where validators reach it (address)", node.name);
+        let detail = format!(
+            "node {} has no address: say where validators reach it (address)",
+            node.name
+        );
         ApiError::new(StatusCode::BAD_REQUEST, detail)
     })?;
     let port = body.attestation_port.unwrap_or(ATTESTATION_PORT);
@@ -89,15 +100,21 @@ pub(super) async fn add(
         .signer
         .seal(SealedKind::Kubeconfig, kubeconfig.reveal().as_bytes())
         .await;
-    let sealed_kubeconfig =
-        sealed.map_err(|error| ApiError::new(StatusCode::BAD_REQUEST, format!("the kubeconfig is not kept: {error}")))?;
+    let sealed_kubeconfig = sealed.map_err(|error| {
+        ApiError::new(
+            StatusCode::BAD_REQUEST,
+            format!("the kubeconfig is not kept: {error}"),
+        )
+    })?;
     let command = Command::AddWorker {
         facts,
         sealed_kubeconfig,
     };
     api.propose(&caller, command).await?;
     api.store.linearizable().await?;
-    Ok(Json(api.store.read(|record| row(record, &id)).unwrap_or(Value::Null)))
+    Ok(Json(
+        api.store.read(|record| row(record, &id)).unwrap_or(Value::Null),
+    ))
 }
 
 pub(super) async fn remove(
@@ -120,5 +137,7 @@ pub(super) async fn remove(
         server: server.clone(),
     };
     api.propose(&caller, command).await?;
-    Ok(Json(json!({ "server_id": server, "name": name, "removed": true })))
+    Ok(Json(
+        json!({ "server_id": server, "name": name, "removed": true }),
+    ))
 }

@@ -72,12 +72,19 @@ async fn ask(signer: &dyn Sign, address: &str, port: u16) -> Result<Vec<DeviceIn
         request = request.header(name, value);
     }
     let answer = async {
-        let mut response = request.send().await.map_err(|error| failed(error.without_url().to_string()))?;
+        let mut response = request
+            .send()
+            .await
+            .map_err(|error| failed(error.without_url().to_string()))?;
         if !response.status().is_success() {
             return Err(failed(format!("it answers {}", response.status())));
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| failed(error.without_url().to_string()))? {
+        while let Some(chunk) = response
+            .chunk()
+            .await
+            .map_err(|error| failed(error.without_url().to_string()))?
+        {
             body.extend_from_slice(&chunk);
             if body.len() as u64 > BODY_BYTES_MAX {
                 return Err(failed("its answer is too long".to_owned()));
@@ -135,7 +142,9 @@ mod tests {
         let read = |text: &str| read(text.as_bytes());
         let few = read(&row("")).expect("it has what is needed");
         assert_eq!((few[0].processors, few[0].clock_rate_khz), (0, 1_980_000));
-        let all = read(&row(r#","processors":132,"max_threads_per_processor":2048,"sxm":true"#));
+        let all = read(&row(
+            r#","processors":132,"max_threads_per_processor":2048,"sxm":true"#,
+        ));
         let all = all.expect("more is no harm");
         assert_eq!((all[0].processors, all[0].max_threads_per_processor), (132, 2048));
         for (text, why) in [

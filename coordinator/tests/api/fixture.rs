@@ -198,7 +198,7 @@ impl Fixture {
             backup: Door::default(),
             others: Arc::new(Alone),
             signer: signer(),
-        workers: None,
+            workers: None,
         };
         let config = Config {
             miner: miner.hotkey().clone(),

@@ -148,7 +148,7 @@ impl Ours {
             backup: Door::default(),
             others: Arc::new(Alone),
             signer: Arc::new(LocalSigner::new(key, Arc::new(WallClock))),
-        workers: None,
+            workers: None,
         };
         let config = Config {
             miner: miner.clone(),

@@ -239,7 +239,8 @@ impl Work<'_> {
             return Ok(());
         }
         let code = manifest::code(spec, fence, settings, launched);
-        self.insist("write its code", || apply(&cluster.code, &code)).await
+        self.insist("write its code", || apply(&cluster.code, &code))
+            .await
     }
 
     /// What was launched before is here, although the watches do not show it yet, or it has ended.

@@ -188,11 +188,12 @@ mod tests {
             jobs: false,
         };
         world.at(4_000, leave).expect("it may leave");
-        while let Some(effect) = world.0.outbox().iter().next().map(|effect| effect.id) {
+        loop {
+            let effect = world.0.outbox().iter().next().map(|effect| effect.id);
+            let Some(effect) = effect else { break };
             let outcome = EffectOutcome::Done;
-            world
-                .at(5_000, Command::FinishEffect { effect, outcome })
-                .expect("it is the oldest");
+            let finished = world.at(5_000, Command::FinishEffect { effect, outcome });
+            finished.expect("it is the oldest");
         }
         assert_eq!(world.at(6_000, remove()), Ok(Reply::Done));
         assert!(world.0.servers().is_empty() && world.0.workers().is_empty());
