@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::executor::{Executor, Validators};
 use crate::host_link::Hub;
-use crate::sealed_worker::{Drive, Workers};
+use crate::sealed_worker::{Drive, SILENCE_MAX, Workers};
 use crate::signer::Sign;
 use crate::store::{Error, Store};
 use crate::validator::inventory::Observation;
@@ -149,6 +149,7 @@ impl Leader {
                 signer: self.signer,
                 hub: self.hub,
                 workers,
+                silence_max: SILENCE_MAX,
             };
             tasks.spawn(drive.all(stop.clone()));
         }

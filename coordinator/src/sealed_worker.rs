@@ -38,7 +38,7 @@ pub mod attestation;
 /// Port of the attestation service, where an operator names no other.
 pub const ATTESTATION_PORT: u16 = 30443;
 /// A worker that reports nothing for so long is silent. It reports every ten seconds.
-const SILENCE_MAX: Duration = Duration::from_secs(25);
+pub const SILENCE_MAX: Duration = Duration::from_secs(25);
 /// Between two looks at a worker's node and GPUs.
 const LOOK_EVERY: Duration = Duration::from_secs(300);
 /// Before what has failed is tried again.
@@ -168,6 +168,8 @@ pub struct Drive {
     pub hub: Hub,
     /// The way to the clusters.
     pub workers: Arc<dyn Workers>,
+    /// After this without a report a worker is silent: [`SILENCE_MAX`].
+    pub silence_max: Duration,
 }
 
 impl Drive {
@@ -328,7 +330,7 @@ impl Drive {
                 }
                 loop {
                     let message = tokio::select! {
-                        report = timeout(SILENCE_MAX.saturating_sub(heard_at.elapsed()), reports.recv()) => match report {
+                        report = timeout(self.silence_max.saturating_sub(heard_at.elapsed()), reports.recv()) => match report {
                             Ok(Some(report)) => {
                                 heard_at = Instant::now();
                                 report

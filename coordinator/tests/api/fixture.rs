@@ -14,6 +14,7 @@ use coordinator::api::{
 use coordinator::backup::Door;
 use coordinator::clock::Clock;
 use coordinator::leader::Scheduling;
+use coordinator::sealed_worker::Workers;
 use coordinator::signer::{Key, LocalSigner, Seed, Sign};
 use coordinator::store::{BoxFuture, Store};
 use coordinator::validator::inventory;
@@ -180,6 +181,19 @@ impl Fixture {
     }
 
     pub(crate) async fn with(allow_plain_legacy_writes: bool, wrap: impl FnOnce(Store) -> Store) -> Self {
+        Self::with_all(allow_plain_legacy_writes, wrap, None).await
+    }
+
+    /// With this way to sealed workers.
+    pub(crate) async fn with_workers(workers: Arc<dyn Workers>) -> Self {
+        Self::with_all(false, |store| store, Some(workers)).await
+    }
+
+    async fn with_all(
+        allow_plain_legacy_writes: bool,
+        wrap: impl FnOnce(Store) -> Store,
+        workers: Option<Arc<dyn Workers>>,
+    ) -> Self {
         let clock = Arc::new(ManualClock(Mutex::new(START)));
         let store = Store::in_memory(Arc::clone(&clock) as Arc<dyn Clock>);
         let (miner, validator) = (
@@ -198,7 +212,7 @@ impl Fixture {
             backup: Door::default(),
             others: Arc::new(Alone),
             signer: signer(),
-            workers: None,
+            workers,
         };
         let config = Config {
             miner: miner.hotkey().clone(),

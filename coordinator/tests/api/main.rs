@@ -16,3 +16,4 @@ mod original;
 mod own;
 mod raft;
 mod trial;
+mod workers;

@@ -195,6 +195,15 @@ async fn no_secret_is_in_a_file_a_snapshot_or_a_trace() {
         })
         .await;
     launch(&member, token).await;
+    let kubeconfig = b"planted.token.of.a.kubeconfig";
+    let sealed_kubeconfig = seed().seal(SealedKind::Kubeconfig, kubeconfig).unwrap();
+    let facts = super::golden::facts("tee-1");
+    member
+        .propose(Command::AddWorker {
+            facts,
+            sealed_kubeconfig,
+        })
+        .await;
     let (address, objects) = serve().await;
     let settings = member.settings(place(address, key_file(keys.path(), SECRET_KEY)), 3);
     let keeper = Keeper::new(member.snapshots(), Some(settings));
@@ -233,9 +242,10 @@ async fn no_secret_is_in_a_file_a_snapshot_or_a_trace() {
     // Without the marks and the ends of its lines, with which it may be printed otherwise.
     let authority_key = authority_key.lines().nth(1).unwrap();
     let authority_bytes = STANDARD_NO_PAD.decode(authority_key).unwrap();
-    let secrets: [(&str, &[u8]); 7] = [
+    let secrets: [(&str, &[u8]); 8] = [
         ("the seed", &[0x5e; 32]),
         ("the launch token", token),
+        ("the kubeconfig", kubeconfig),
         ("the authority's key", authority_key.as_bytes()),
         ("the authority's key", &authority_bytes),
         ("the bucket's key", SECRET_KEY.as_bytes()),

@@ -15,7 +15,7 @@ use coordinator::validator::client::{Deletion, Verification, await_verification}
 use coordinator::validator::directory::{Directory, ValidatorSettings};
 use coordinator::validator::http::Limits;
 use coordinator::validator::inventory::Observed;
-use coordinator::validator::rows::{NodeAdvertisement, VerificationStatus};
+use coordinator::validator::rows::{NewServer, NodeAdvertisement, VerificationStatus};
 use coordinator::validator::{Client, Error, LeadsNow, Listing, ValidatorApi, observe};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
@@ -24,6 +24,7 @@ use protocol::hotkey::{Hotkey, Signer};
 use protocol::id::{ChuteId, ChuteVersion, GpuId, InstanceId, JobId, ServerId};
 use protocol::signing::{Headers, Purpose, Tail, check_request_to_validator};
 use protocol::time::UnixMillis;
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -237,6 +238,7 @@ async fn a_member_that_leads_no_more_writes_nothing() {
     let server = ServerId::parse("s1").expect("test data");
     let gpu = GpuId::parse("g1").expect("test data");
     let (chute, instance, job) = (chute(), instance(), JobId::parse("j1").expect("test data"));
+    let worker = new_server(Vec::new());
     let writes = [
         api.launch_config(&chute, None).map(|done| done.map(drop)).boxed(),
         api.delete_instance(&chute, &instance)
@@ -251,6 +253,8 @@ async fn a_member_that_leads_no_more_writes_nothing() {
             .boxed(),
         api.advertise(&server, &[]).map(|done| done.map(drop)).boxed(),
         api.delete_node(&gpu).map(|done| done.map(drop)).boxed(),
+        api.add_server(&worker).boxed(),
+        api.delete_server(&server).map(|done| done.map(drop)).boxed(),
         api.upload_audit(b"{}", 7),
     ];
     for (number, write) in writes.into_iter().enumerate() {
@@ -440,6 +444,70 @@ async fn gpus_are_advertised_with_a_signed_body_and_polled_until_decided() {
     let poll = &validator.seen()[1];
     assert_eq!(poll.uri, "/nodes/verification_status?task_id=5X%3A%3A7");
     assert!(poll.signed_for(&Tail::Purpose(Purpose::Graval)));
+}
+
+fn new_server(gpus: Vec<NodeAdvertisement>) -> NewServer {
+    NewServer {
+        host: "192.0.2.7".to_owned(),
+        id: ServerId::parse("6f1c2a9e-0000-4000-8000-000000000001").expect("test data"),
+        name: "tee-1".to_owned(),
+        gpus,
+    }
+}
+
+#[tokio::test]
+async fn a_sealed_worker_is_announced_with_a_signed_body_and_deleted_as_a_whole() {
+    let validator = validator(|request, _| match request.method.as_str() {
+        "POST" => answer(201, r#"{"server_id":"6f1c"}"#),
+        _ => answer(404, r#"{"detail":"Server not found"}"#),
+    })
+    .await;
+    let device = |processors| DeviceInfo {
+        uuid: GpuId::parse("0123456789abcdef0123456789abcdef").expect("test data"),
+        name: "NVIDIA H200".to_owned(),
+        memory: 150_754_820_096,
+        processors,
+        clock_rate_khz: 1_980_000,
+        max_threads_per_processor: processors * 16,
+    };
+    let gpu = |processors, device_index| NodeAdvertisement {
+        device: device(processors),
+        device_index,
+        gpu_identifier: "h200".to_owned(),
+        verification_host: "192.0.2.7".to_owned(),
+        verification_port: 30443,
+    };
+    // The second one's attestation leaves out what may be left out.
+    let server = new_server(vec![gpu(132, 0), gpu(0, 1)]);
+    validator.client.add_server(&server).await.expect("taken");
+    let deleted = validator.client.delete_server(&server.id).await;
+    assert_eq!(deleted, Ok(Deletion::AlreadyGone));
+    let seen = validator.seen();
+    assert_eq!(
+        (seen[0].method.as_str(), seen[0].uri.as_str()),
+        ("POST", "/servers/")
+    );
+    assert!(seen[0].signed_for(&Tail::Body(&seen[0].body)));
+    let row = |index: u32| {
+        json!({
+            "uuid": "0123456789abcdef0123456789abcdef", "name": "NVIDIA H200", "memory": 150_754_820_096_u64,
+            "clock_rate": 1_980_000.0, "device_index": index, "gpu_identifier": "h200",
+            "verification_host": "192.0.2.7", "verification_port": 30443,
+        })
+    };
+    let mut whole = row(0);
+    whole["processors"] = json!(132);
+    whole["max_threads_per_processor"] = json!(2112);
+    let expected = json!({
+        "host": "192.0.2.7", "id": "6f1c2a9e-0000-4000-8000-000000000001", "name": "tee-1", "gpus": [whole, row(1)],
+    });
+    let sent: Value = serde_json::from_slice(&seen[0].body).expect("JSON");
+    assert_eq!(sent, expected);
+    assert_eq!(
+        (seen[1].method.as_str(), seen[1].uri.as_str()),
+        ("DELETE", "/servers/6f1c2a9e-0000-4000-8000-000000000001")
+    );
+    assert!(seen[1].signed_for(&Tail::Purpose(Purpose::Tee)));
 }
 
 #[tokio::test]

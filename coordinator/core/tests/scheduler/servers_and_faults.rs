@@ -90,13 +90,14 @@ fn a_sealed_worker_is_for_chutes_that_need_one_and_they_for_it() {
             "though it is dearer"
         );
         for (chute, wrong) in [(&plain, "worker"), (&tee, "open")] {
-            let gpus = fleet.state.gpus_of(&server_id(wrong)).map(|gpu| gpu.id().clone());
+            let server = server_id(wrong);
+            let gpus = fleet.state.gpus_of(&server).map(|gpu| gpu.id().clone());
             let placement = Placement {
                 deployment: DeploymentId::parse("wrong").unwrap(),
                 chute: chute.clone(),
                 version: version("v1"),
-                server: server_id(wrong),
                 gpus: gpus.take(1).collect(),
+                server: server.clone(),
                 job: None,
                 victims: vec![],
                 reason: String::new(),
