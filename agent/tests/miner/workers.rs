@@ -19,8 +19,9 @@ use runtime::manifest::job_name;
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
+use validator_stand_in::faults::{HttpAction, HttpFault};
 use validator_stand_in::ledger::Record;
-use validator_stand_in::scenario::ChuteSpec;
+use validator_stand_in::scenario::{Action, ChuteSpec};
 
 use super::cluster::{Miner, Plan, rows};
 use super::control_plane::{ControlPlane, programs};
@@ -87,12 +88,22 @@ async fn a_sealed_worker_is_driven_by_whoever_leads() {
         (!worker["reported"].is_null()).then_some(())
     })
     .await;
+    // Taken, but nobody hears it: then the worker is in its own way.
+    let fault = HttpFault {
+        path: "/servers/".to_owned(),
+        method: Some("POST".to_owned()),
+        percent: 100,
+        times: Some(1),
+        action: HttpAction::LoseAnswer,
+    };
+    validator.perform(&Action::AddHttpFault { fault }).await;
     miner.add_node("tee-1", &validator).await;
     let added = validator.records(|record| match record {
         Record::ServerAdded { server, uuids, .. } => Some((server.clone(), uuids.len())),
         _ => None,
     });
-    assert_eq!(added, [(node.uid().expect("it has one"), 2)]);
+    let once = (node.uid().expect("it has one"), 2);
+    assert_eq!(added, [once.clone(), once]);
 
     let first = miner.serving(&validator, "sealed").await;
     let second = miner.serving(&validator, "later").await;
@@ -161,7 +172,8 @@ async fn a_sealed_worker_is_driven_by_whoever_leads() {
         Record::ServerDeleted { server, .. } => Some(server.clone()),
         _ => None,
     });
-    assert_eq!(deleted, [node.uid().expect("it has one")]);
+    let uid = node.uid().expect("it has one");
+    assert_eq!(deleted, [uid.clone(), uid], "once since it was in its own way");
     let state = miner.state().await;
     assert!(!rows(&state, "servers").iter().any(|row| row["name"] == "tee-1"));
     assert_eq!(space.remains().await, before);

@@ -369,3 +369,47 @@ async fn the_legacy_flow_goes_by_announcement_and_activation() {
     container.abort();
     world.server.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sealed_worker_is_taken_at_its_word_and_runs_chutes_that_need_one() {
+    let sealed = validator_stand_in::scenario::ChuteSpec {
+        tee: true,
+        ..chute("sealed")
+    };
+    let world = World::start(quiet_scenario(vec![sealed, chute("plain")])).await;
+    let row = |number: u8, index: u32| {
+        let mut row = json!(proof::software_device(gpu(number)));
+        row["device_index"] = json!(index);
+        row["gpu_identifier"] = json!(proof::SOFTWARE.short_ref);
+        row["verification_host"] = json!("127.0.0.1");
+        row["verification_port"] = json!(30443);
+        row
+    };
+    let body = json!({ "host": "127.0.0.1", "id": "uid-1", "name": "tee-1", "gpus": [row(1, 0), row(2, 1)] });
+    let (status, answer) = world.post("POST", "/servers/", &body).await;
+    assert_eq!((status, &answer["server_id"]), (201, &json!("uid-1")), "{answer}");
+    assert_eq!(world.post("POST", "/servers/", &body).await.0, 409, "it is known");
+    let nodes = world.rows("nodes").await;
+    assert!(
+        nodes.iter().all(|node| node["verified_at"].is_string()),
+        "{nodes:?}"
+    );
+    let chutes = world.rows("chutes").await;
+    let tee = |name: &str| {
+        chutes
+            .iter()
+            .find(|row| row["name"] == name)
+            .map(|row| row["tee"].clone())
+    };
+    assert_eq!(
+        (tee("sealed"), tee("plain")),
+        (Some(json!(true)), Some(json!(false)))
+    );
+    world.launch("sealed", &[gpu(1)]).await;
+
+    let (status, _) = world.call("DELETE", "/servers/uid-1", Purpose::Nodes).await;
+    assert_eq!(status, 401, "another purpose");
+    assert_eq!(world.call("DELETE", "/servers/uid-1", Purpose::Tee).await.0, 200);
+    assert_eq!(world.call("DELETE", "/servers/uid-1", Purpose::Tee).await.0, 404);
+    assert!(world.rows("nodes").await.is_empty() && world.rows("instances").await.is_empty());
+}
