@@ -13,6 +13,7 @@
 //! - [`attestation`]: what a worker says of its GPUs.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -192,9 +193,9 @@ impl Drive {
                 stays
             });
             for (id, sealed) in wanted {
-                if !driven.contains_key(&id) {
-                    let task = tasks.spawn(self.clone().one(id.clone(), sealed.clone()));
-                    driven.insert(id, (sealed, task));
+                if let Entry::Vacant(place) = driven.entry(id) {
+                    let task = tasks.spawn(self.clone().one(place.key().clone(), sealed.clone()));
+                    place.insert((sealed, task));
                 }
             }
             tokio::select! {
