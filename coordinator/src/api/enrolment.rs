@@ -167,10 +167,7 @@ pub(super) async fn add(
     } = &asked;
     api.store.linearizable().await?;
     let server = api.store.read(|record| {
-        let server = record
-            .servers()
-            .values()
-            .find(|server| server.facts.name == *name);
+        let server = record.present_servers().find(|server| server.facts.name == *name);
         let server = server.ok_or_else(|| {
             let detail = format!("No kubernetes node with name={name} found!");
             ApiError::new(StatusCode::NOT_FOUND, detail)

@@ -72,8 +72,7 @@ fn of_chutes(record: &Record, text: &str) -> Result<Value> {
 fn of_chute(record: &Record, key: &ChuteKey, chute: &Chute) -> Value {
     let definition = &chute.definition;
     let servers: Vec<Value> = record
-        .servers()
-        .values()
+        .present_servers()
         .map(|server| {
             let why_not = why_not_here(record, key, chute, server);
             json!({ "server": server.facts.name, "fits": why_not.is_empty(), "why_not": why_not })

@@ -227,7 +227,7 @@ impl There {
     /// Which of our hosts it is; none if no host of its name has joined.
     pub(super) fn find(self, record: &Record, now: UnixMillis) -> Result<Option<Found>> {
         let Self { server, deployments } = self;
-        let mut hosts = record.servers().values();
+        let mut hosts = record.present_servers();
         let Some(host) = hosts.find(|host| host.facts.name == server.name) else {
             return Ok(None);
         };

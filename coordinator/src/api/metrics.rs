@@ -180,7 +180,7 @@ fn of_state(registry: &mut Registry, record: &Record) {
     ];
     family(registry, "gpus", "GPUs of enrolled servers", kinds.into_iter());
     let servers = |wanted: fn(&coordinator_core::state_machine::server::Server) -> bool| {
-        count(record.servers().values().filter(|server| wanted(server)).count())
+        count(record.present_servers().filter(|server| wanted(server)).count())
     };
     let kinds = [
         ("all", servers(|_| true)),

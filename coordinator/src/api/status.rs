@@ -90,8 +90,7 @@ fn of_state(record: &Record, now: UnixMillis) -> Value {
         verified += u64::from(gpu.verified_at.is_some());
     }
     let servers: Vec<Value> = record
-        .servers()
-        .values()
+        .present_servers()
         .map(|server| of_server(record, server))
         .collect();
     let oldest = oldest.map(|effect| {
@@ -174,7 +173,7 @@ pub(super) fn effect_word(kind: &coordinator_core::state_machine::effect::Effect
 fn alerts(record: &Record, now: UnixMillis) -> Vec<Value> {
     let mut alerts = Vec::new();
     let mut alert = |subject: &str, text: String| alerts.push(json!({ "subject": subject, "text": text }));
-    for server in record.servers().values() {
+    for server in record.present_servers() {
         let name = &server.facts.name;
         if !server.reachable {
             alert(

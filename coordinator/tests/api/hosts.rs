@@ -206,6 +206,15 @@ async fn pins_are_for_members_and_three_words() {
 #[tokio::test]
 async fn a_removed_host_is_out_and_its_name_is_free() {
     let fixture = of_three().await;
+    fixture.join("gpu-d", &[]).await;
+    let silent = Command::RecordHostCondition {
+        server: server_id("gpu-d"),
+        reachable: false,
+        quarantine: None,
+    };
+    fixture.propose(silent).await;
+    let status = async || fixture.ask("GET", "/v1/status", "").await.json();
+    assert_eq!(status().await["alerts"][0]["subject"], "gpu-d");
     let answer = fixture.ask("DELETE", "/hosts/gpu-d", "").await;
     let removed = json!({ "server_id": "gpu-d-uid", "name": "gpu-d", "role": "removed", "changed": true });
     assert_eq!(answer.json(), removed);
@@ -214,6 +223,9 @@ async fn a_removed_host_is_out_and_its_name_is_free() {
     let hosts = fixture.ask("GET", "/hosts", "").await.json();
     assert_eq!(hosts[3]["role"], "removed");
     assert_eq!(hosts[3]["revoked_at"], "2025-01-01T00:00:00.000000+00:00");
+    let status = status().await;
+    assert_eq!(status["alerts"], json!([]), "nobody misses it");
+    assert_eq!(status["servers"].as_array().unwrap().len(), 1, "the founder's");
     // Another host takes the name: it is the one that is meant from now on.
     let (_, token) = invited(&fixture, &json!({})).await;
     let mut host = new_host("gpu-d", 9, "west");

@@ -25,8 +25,7 @@ impl State {
     pub(crate) fn record_host(&mut self, facts: HostFacts) -> Answer {
         let id = facts.server.clone();
         if self
-            .servers
-            .values()
+            .present_servers()
             .any(|other| other.facts.name == facts.name && *other.id() != id)
         {
             return Err(Rejection::NameTaken(facts.name));

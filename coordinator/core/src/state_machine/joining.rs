@@ -316,13 +316,29 @@ fn unknown(server: &ServerId) -> Rejection {
 
 #[cfg(test)]
 mod tests {
+    use protocol::hotkey::Hotkey;
+    use protocol::report::HostFacts;
+
     use super::*;
     use crate::state_machine::command::Command;
-    use crate::state_machine::testing::{World, found, host, id, join};
+    use crate::state_machine::server::{Enrolment, EnrolmentPhase, Server};
+    use crate::state_machine::testing::{World, facts, found, host, id, join};
 
     impl World {
         fn record(&self, server: &str) -> &HostRecord {
             self.0.hosts().get(&id(server)).expect("it has joined")
+        }
+    }
+
+    fn enrolment() -> Enrolment {
+        Enrolment {
+            validator: Hotkey::parse("5Dt7HZ7Zpw4DppPxFM7Ke3Cm7sDAWhsZXmM5ZAmE7dSVJbcQ").expect("a hotkey"),
+            gpu_short_ref: "h100".to_owned(),
+            hourly_cost_usd_micros: 1,
+            seed: None,
+            phase: EnrolmentPhase::Ready,
+            added_at: UnixMillis(0),
+            deadline: UnixMillis(0),
         }
     }
 
@@ -430,6 +446,44 @@ mod tests {
         assert!(matches!(world.0.standing(&[3; 32]), Standing::In(_)));
         assert!(world.0.is_removed(&id("b"), &[2; 32]));
         assert!(!world.0.is_removed(&id("b"), &[3; 32]));
+    }
+
+    /// Found with machines: a node of a shared Kubernetes that was removed came back under another id, joined, and was
+    /// refused for ever: as what it was before it still had the name.
+    #[test]
+    fn a_removed_host_may_come_back_under_another_id_with_its_name() {
+        let mut world = World::founded("founder");
+        world.take_in("b", 2, false);
+        let says = |server: &str| {
+            let name = "b".to_owned();
+            let facts = HostFacts {
+                name,
+                ..facts(server)
+            };
+            Command::RecordHost { facts }
+        };
+        assert_eq!(world.at(3000, says("b")), Ok(Reply::Done));
+        let remove = Command::RemoveHost { server: id("b") };
+        world.at(4000, remove).expect("it has no work");
+        let again = NewHost {
+            name: "b".to_owned(),
+            ..host("c", 3)
+        };
+        world.0.let_in(again, false);
+
+        let works = |world: &mut World, enrolment| {
+            let server = world.0.servers.get_mut(&id("b"));
+            server.expect("it said so").enrolment = enrolment;
+        };
+        works(&mut world, Some(enrolment()));
+        let refused = world.at(5000, says("c"));
+        assert_eq!(refused, Err(Rejection::NameTaken("b".to_owned())));
+        works(&mut world, None);
+        assert_eq!(world.at(5000, says("c")), Ok(Reply::Done));
+        let named = world.0.server_by_name_or_id("b");
+        assert_eq!(named.map(Server::id), Some(&id("c")));
+        let late = world.at(6000, says("b"));
+        assert_eq!(late, Err(Rejection::NameTaken("b".to_owned())));
     }
 
     #[test]

@@ -46,13 +46,13 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use protocol::report::{HostFacts, WorkloadReport};
+    use protocol::report::WorkloadReport;
     use protocol::workload::Fence;
 
     use crate::state_machine::codec::Row;
     use crate::state_machine::command::Command;
     use crate::state_machine::host::Pin;
-    use crate::state_machine::testing::{World, id};
+    use crate::state_machine::testing::{World, facts, id};
     use crate::state_machine::{Rejection, Reply};
 
     impl World {
@@ -118,19 +118,8 @@ mod tests {
     fn nothing_is_placed_before_hosts_report_anew() {
         let mut world = World::of_three();
         let incarnation = world.0.settings().incarnation;
-        let facts = HostFacts {
-            server: id("d"),
-            name: "d".to_owned(),
-            address: "203.0.113.1".to_owned(),
-            proof_port: 1,
-            devices: vec![],
-            cpu_count: 32,
-            memory_gb: 256,
-            disk_free_gb: 500,
-            agent_version: "0.1.0".to_owned(),
-        };
         world
-            .at(3_000, Command::RecordHost { facts })
+            .at(3_000, Command::RecordHost { facts: facts("d") })
             .expect("it has joined");
         let fence = Fence {
             incarnation,

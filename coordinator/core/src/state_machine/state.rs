@@ -192,10 +192,17 @@ impl State {
         &mut self.settings
     }
 
-    /// Hosts that have joined.
+    /// Hosts that have joined, also those that were removed since.
     #[must_use]
     pub fn servers(&self) -> &Table<ServerId, Server> {
         &self.servers
+    }
+
+    /// Servers without those whose host was removed and that work for nobody any more: a name is used once among these.
+    pub fn present_servers(&self) -> impl Iterator<Item = &Server> {
+        let is_in = |server: &Server| self.hosts.get(server.id()).is_none_or(HostRecord::is_in);
+        let servers = self.servers.values();
+        servers.filter(move |server| server.enrolment.is_some() || is_in(server))
     }
 
     /// GPUs of enrolled servers.
@@ -322,8 +329,7 @@ impl State {
     /// The server with this name or id, as operators write it.
     #[must_use]
     pub fn server_by_name_or_id(&self, text: &str) -> Option<&Server> {
-        self.servers
-            .values()
+        self.present_servers()
             .find(|s| s.facts.name == text || s.facts.server.as_str() == text)
     }
 

@@ -6,6 +6,7 @@ mod restarting;
 mod taking_over;
 
 use protocol::id::ServerId;
+use protocol::report::HostFacts;
 use protocol::time::UnixMillis;
 
 use super::command::{Answer, Command, Proposal, RequestId};
@@ -70,6 +71,21 @@ pub(super) fn host(server: &str, key: u8) -> NewHost {
         site: String::new(),
         address: format!("{server}:4433"),
         key_hash: [key; 32],
+    }
+}
+
+/// What it says of itself once it has joined.
+pub(super) fn facts(server: &str) -> HostFacts {
+    HostFacts {
+        server: id(server),
+        name: server.to_owned(),
+        address: "203.0.113.1".to_owned(),
+        proof_port: 1,
+        devices: vec![],
+        cpu_count: 32,
+        memory_gb: 256,
+        disk_free_gb: 500,
+        agent_version: "0.1.0".to_owned(),
     }
 }
 

@@ -103,22 +103,15 @@ mod tests {
     use crate::state_machine::Faults;
     use crate::state_machine::codec::Row;
     use crate::state_machine::command::Command;
-    use crate::state_machine::testing::{World, found, host, id};
+    use crate::state_machine::testing::{World, facts, found, host, id};
     use protocol::report::HostFacts;
     use protocol::time::UnixMillis;
 
     impl World {
         fn reports(&mut self, host: &str, version: &str) {
             let facts = HostFacts {
-                server: id(host),
-                name: host.to_owned(),
-                address: "203.0.113.1".to_owned(),
-                proof_port: 30443,
-                devices: vec![],
-                cpu_count: 8,
-                memory_gb: 64,
-                disk_free_gb: 100,
                 agent_version: version.to_owned(),
+                ..facts(host)
             };
             self.at(1_000, Command::RecordHost { facts })
                 .expect("a host may report");
