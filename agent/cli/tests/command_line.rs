@@ -6,6 +6,8 @@ mod hotkey;
 mod kept;
 #[path = "command_line/trial.rs"]
 mod trial;
+#[path = "command_line/workers.rs"]
+mod workers;
 #[path = "command_line/world.rs"]
 mod world;
 

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use protocol::hotkey::Signer;
 use protocol::signing::{
     BoundRequest, MINER_NONCE_WINDOW_SECONDS, Purpose, Tail, VALIDATOR_NONCE_WINDOW_SECONDS,
-    check_request_to_validator,
+    check_request_to_miner, check_request_to_validator,
 };
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
@@ -38,7 +38,11 @@ async fn answer(State(fake): State<Arc<Fake>>, request: Request) -> Response {
     let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
     let header = |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok());
     let signer = Signer::from_seed(&[1; 32]);
-    let refusal = if header("authorization") == Some("jwt") {
+    let refusal = if path == "/config/kubeconfig" {
+        let (miner, tail) = (signer.hotkey(), Tail::Purpose(Purpose::Registration));
+        let allowed = [miner.clone()];
+        check_request_to_miner(header, miner, &allowed, now(), MINER_NONCE_WINDOW_SECONDS, &tail).err()
+    } else if header("authorization") == Some("jwt") {
         None
     } else if header("x-chutes-hotkey").is_some() {
         let purpose = if head.method == "DELETE" {

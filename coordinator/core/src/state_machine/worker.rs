@@ -91,7 +91,7 @@ mod tests {
     use super::*;
     use crate::state_machine::command::{Command, PayProfile};
     use crate::state_machine::effect::EffectOutcome;
-    use crate::state_machine::testing::{World, id};
+    use crate::state_machine::testing::{self, World, id};
 
     fn facts(server: &str, name: &str) -> HostFacts {
         let device = |number: u8| DeviceInfo {
@@ -103,15 +103,9 @@ mod tests {
             max_threads_per_processor: 1,
         };
         HostFacts {
-            server: id(server),
             name: name.to_owned(),
-            address: "192.0.2.7".to_owned(),
-            proof_port: 30443,
             devices: vec![device(1), device(2)],
-            cpu_count: 64,
-            memory_gb: 512,
-            disk_free_gb: 1000,
-            agent_version: String::new(),
+            ..testing::facts(server)
         }
     }
 
