@@ -27,6 +27,7 @@ const ORDERS: &[Order] = &[
                 "recovery",
                 "rotation",
                 "hotkey",
+                "driving",
                 "taking_over",
             ],
             &["placement"],
@@ -37,7 +38,7 @@ const ORDERS: &[Order] = &[
             &["effect"],
             &["adoption"],
             // The nouns know nothing of the state; a noun may name another noun's key.
-            &["job", "server", "deployment", "host", "format"],
+            &["job", "server", "worker", "deployment", "host", "format"],
             &["chute"],
             &["table"],
         ],
@@ -50,7 +51,8 @@ const ORDERS: &[Order] = &[
             // The API shows what the leader last saw in the validators' listings.
             &["leader", "membership"],
             &["executor", "member_link", "join", "backup"],
-            &["validator", "host_link", "sealed_worker"],
+            &["sealed_worker"],
+            &["validator", "host_link"],
             &["signer", "store", "identity"],
             &["clock"],
         ],
@@ -67,6 +69,8 @@ const ORDERS: &[Order] = &[
             &["config"],
             &["telemetry"],
             &["config::written"],
+            // The host plane of servers without an agent.
+            &["sealed_worker"],
             &["host_plane", "proof_plane", "data_plane"],
             &[
                 "workloads",

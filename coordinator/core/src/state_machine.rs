@@ -34,6 +34,7 @@ pub mod upgrading;
 pub mod worker;
 
 mod ages;
+mod driving;
 mod enrolment;
 mod hotkey;
 mod joining;

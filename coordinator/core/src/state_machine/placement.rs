@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use protocol::id::DeploymentId;
+use protocol::id::{DeploymentId, ServerId};
 use protocol::time::UnixMillis;
 
 use super::chute::Chute;
@@ -100,6 +100,16 @@ impl State {
             "the chute cools down until {} after {}",
             cooldown.until, cooldown.reason
         ))
+    }
+
+    /// Why a chute does not run on this kind of server; none if it does.
+    #[must_use]
+    pub fn other_kind(&self, chute: &Chute, server: &ServerId) -> Option<&'static str> {
+        match (chute.definition.tee, self.workers.contains_key(server)) {
+            (true, false) => Some("the chute needs a sealed worker"),
+            (false, true) => Some("a sealed worker runs chutes that need one only"),
+            (true, true) | (false, false) => None,
+        }
     }
 
     /// Why a chute is kept off a GPU type; none if it is not.

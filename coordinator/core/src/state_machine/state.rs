@@ -205,6 +205,12 @@ impl State {
         servers.filter(move |server| server.enrolment.is_some() || is_in(server))
     }
 
+    /// Sealed workers.
+    #[must_use]
+    pub fn workers(&self) -> &Table<ServerId, Worker> {
+        &self.workers
+    }
+
     /// GPUs of enrolled servers.
     #[must_use]
     pub fn gpus(&self) -> &Table<GpuId, Gpu> {
