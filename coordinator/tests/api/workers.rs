@@ -101,12 +101,15 @@ impl Workers for Fake {
 impl Fake {
     /// The ends of the worker that is driven next.
     async fn next(&self) -> Ends {
-        loop {
-            if let Some(ends) = self.driven.lock().unwrap().pop() {
-                return ends;
+        let driven = async {
+            loop {
+                if let Some(ends) = self.driven.lock().unwrap().pop() {
+                    return ends;
+                }
+                sleep(Duration::from_millis(10)).await;
             }
-            sleep(Duration::from_millis(10)).await;
-        }
+        };
+        timeout(PATIENCE, driven).await.expect("it is driven soon")
     }
 }
 
@@ -226,9 +229,12 @@ async fn a_worker_is_driven_as_long_as_it_is_known_and_counts_as_silent_when_it_
             .store
             .read(|state| state.servers().get(&worker()).and_then(|row| row.reported))
     };
-    while reported().is_none() {
-        sleep(Duration::from_millis(10)).await;
-    }
+    let recorded = async {
+        while reported().is_none() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, recorded).await.expect("its report is recorded");
     let silent = async {
         while hub.host(&worker()).is_some() {
             sleep(Duration::from_millis(10)).await;
@@ -249,9 +255,13 @@ async fn a_worker_is_driven_as_long_as_it_is_known_and_counts_as_silent_when_it_
     add(&fixture, "second").await;
     let next = fake.next().await;
     assert_eq!(next.kubeconfig, "second");
-    ends.reports.closed().await;
+    timeout(PATIENCE, ends.reports.closed())
+        .await
+        .expect("with the first it is driven no more");
     fixture.propose(Command::RemoveWorker { server: worker() }).await;
-    next.reports.closed().await;
+    timeout(PATIENCE, next.reports.closed())
+        .await
+        .expect("it is driven no more");
     assert!(hub.host(&worker()).is_none());
     cancel.cancel();
     driving.await.expect("it ends");
