@@ -202,7 +202,7 @@ impl Miner {
         state
     }
 
-    pub(crate) async fn add_node(&self, name: &str, validator: &StandIn) {
+    async fn add_node(&self, name: &str, validator: &StandIn) {
         let body = json!({
             "name": name,
             "validator": validator.hotkey,

@@ -97,7 +97,16 @@ async fn a_sealed_worker_is_driven_by_whoever_leads() {
         action: HttpAction::LoseAnswer,
     };
     validator.perform(&Action::AddHttpFault { fault }).await;
-    miner.add_node("tee-1", &validator).await;
+    let terms = json!({
+        "name": "tee-1", "validator": validator.hotkey, "hourly_cost": 0.01, "gpu_short_ref": proof::SOFTWARE.short_ref,
+    });
+    // Once: an enrolment that failed would succeed the second time.
+    let (status, frames) = miner.ask(Method::POST, "/servers/", Some(&terms)).await;
+    assert_eq!(status, StatusCode::OK, "{frames}");
+    assert!(
+        frames.to_string().contains("completed server bootstrapping"),
+        "{frames}"
+    );
     let added = validator.records(|record| match record {
         Record::ServerAdded { server, uuids, .. } => Some((server.clone(), uuids.len())),
         _ => None,
