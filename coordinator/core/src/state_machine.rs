@@ -34,6 +34,7 @@ pub mod upgrading;
 pub mod worker;
 
 mod ages;
+mod answers;
 mod driving;
 mod enrolment;
 mod hotkey;

@@ -1,20 +1,23 @@
-//! In which order answers are forgotten, in little room: a flood of writes leaves half a million of them.
+//! In which order answers are forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
 
 use protocol::time::UnixMillis;
 
+use super::answers::Rows;
 use super::command::RequestId;
 
 /// Requests by the age of their answers, those of one millisecond by name.
 ///
-/// Only the oldest second is kept in order. Of the others a name is all that is kept.
+/// Only the oldest second is kept in order. Of the others the first and the last name are: names begin with the time, so
+/// that there are few others between them.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Ages {
     oldest: BTreeSet<(UnixMillis, RequestId)>,
     /// What was answered up to the end of this second is in `oldest`.
     ordered: Option<u64>,
-    later: BTreeMap<u64, Vec<RequestId>>,
+    later: BTreeMap<u64, (RequestId, RequestId)>,
 }
 
 fn second(at: UnixMillis) -> u64 {
@@ -28,26 +31,17 @@ impl Ages {
             self.oldest.insert((at, request));
             return;
         }
-        if !self.later.contains_key(&second)
-            && let Some(mut before) = self.later.last_entry()
-        {
-            before.get_mut().shrink_to_fit();
-        }
-        self.later.entry(second).or_default().push(request);
+        let (first, last) = self.later.entry(second).or_insert((request, request));
+        *first = request.min(*first);
+        *last = request.max(*last);
     }
 
-    /// The oldest answer; `at` says when each was given.
-    pub(crate) fn first(
-        &mut self,
-        at: impl Fn(RequestId) -> Option<UnixMillis>,
-    ) -> Option<(UnixMillis, RequestId)> {
+    /// The oldest of these answers.
+    pub(crate) fn first(&mut self, rows: &Rows) -> Option<(UnixMillis, RequestId)> {
         while self.oldest.is_empty() {
-            let (second, requests) = self.later.pop_first()?;
-            self.ordered = Some(second);
-            self.oldest = requests
-                .into_iter()
-                .filter_map(|request| Some((at(request)?, request)))
-                .collect();
+            let (number, (first, last)) = self.later.pop_first()?;
+            self.ordered = Some(number);
+            self.oldest = of_second(rows, number, first..=last).collect();
         }
         self.oldest.first().copied()
     }
@@ -56,19 +50,21 @@ impl Ages {
         self.oldest.pop_first();
     }
 
-    fn all(&self) -> BTreeSet<(u64, RequestId)> {
-        let oldest = self.oldest.iter().map(|(at, request)| (second(*at), *request));
-        let later = self.later.iter();
-        let later = later.flat_map(|(second, requests)| requests.iter().map(|request| (*second, *request)));
-        oldest.chain(later).collect()
+    /// True if it has each of these answers, and no other.
+    pub(crate) fn are_of(&self, rows: &Rows) -> bool {
+        let mut all = self.oldest.clone();
+        for (number, (first, last)) in &self.later {
+            all.extend(of_second(rows, *number, *first..=*last));
+        }
+        let every = RequestId(0)..=RequestId(u128::MAX);
+        all == rows.times(every).collect()
     }
 }
 
-/// Equal when the same is known, however much of it is in order already.
-impl PartialEq for Ages {
-    fn eq(&self, other: &Self) -> bool {
-        self.all() == other.all()
-    }
+fn of_second(
+    rows: &Rows,
+    number: u64,
+    names: RangeInclusive<RequestId>,
+) -> impl Iterator<Item = (UnixMillis, RequestId)> {
+    rows.times(names).filter(move |(at, _)| second(*at) == number)
 }
-
-impl Eq for Ages {}

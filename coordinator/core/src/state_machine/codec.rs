@@ -14,7 +14,6 @@ use super::effect::{Effect, EffectId};
 use super::format::{Finalized, NEWEST, PROGRAM};
 use super::host::InviteId;
 use super::state::{Faults, State};
-use super::table::Table;
 
 /// The forms of a stored value. New forms go to the end and keep the old ones readable.
 #[derive(Debug, Serialize, Deserialize)]
@@ -139,14 +138,16 @@ pub fn table_name(table: u8) -> &'static str {
 const SETTINGS: u8 = 1;
 const OUTBOX: u8 = 11;
 
-fn drain<K: Ord + Clone + Serialize, V: Serialize>(number: u8, table: &mut Table<K, V>, rows: &mut Vec<Row>) {
-    for (key, row) in table.drain_changed() {
-        rows.push(Row {
-            table: number,
-            key: encode(&key),
-            value: row.map(encode),
-        });
-    }
+fn drain<K: Serialize, V: Serialize>(
+    table: u8,
+    changed: impl Iterator<Item = (K, Option<V>)>,
+    rows: &mut Vec<Row>,
+) {
+    rows.extend(changed.map(|(key, row)| Row {
+        table,
+        key: encode(&key),
+        value: row.as_ref().map(encode),
+    }));
 }
 
 impl State {
@@ -162,11 +163,11 @@ impl State {
         }
         macro_rules! drain_table {
             ($number:literal, $field:ident, $key:ty) => {
-                drain($number, &mut self.$field, &mut rows);
+                drain($number, self.$field.drain_changed(), &mut rows);
             };
         }
         tables!(drain_table);
-        drain(OUTBOX, &mut self.outbox.pending, &mut rows);
+        drain(OUTBOX, self.outbox.pending.drain_changed(), &mut rows);
         rows
     }
 

@@ -7,9 +7,9 @@ use protocol::id::{ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
-use super::ages::Ages;
+use super::answers::{Answered, Answers};
 use super::chute::{Bounty, Chute, ChuteCode, ChuteKey, VersionKey};
-use super::command::{ANSWERS_MAX, Answer, PayProfile, REQUEST_MEMORY_LEAST_MS, Reply, RequestId};
+use super::command::{ANSWERS_MAX, Answer, PayProfile, REQUEST_MEMORY_LEAST_MS, RequestId};
 use super::deployment::{Audit, Deployment};
 use super::effect::{Effect, EffectId, EffectKind, Subject};
 use super::format::Finalized;
@@ -52,47 +52,6 @@ pub struct Stranger {
     pub config: Option<ConfigId>,
     /// When it was first seen.
     pub first_seen_at: UnixMillis,
-}
-
-/// What a request was answered with.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answered {
-    /// When.
-    pub at: UnixMillis,
-    /// How.
-    pub answer: KeptAnswer,
-}
-
-/// An answer that takes little room: nearly all are one of two words.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "Answer", into = "Answer")]
-pub enum KeptAnswer {
-    /// [`Reply::Done`].
-    Done,
-    /// [`Reply::Unchanged`].
-    Unchanged,
-    /// Anything else.
-    Other(Box<Answer>),
-}
-
-impl From<Answer> for KeptAnswer {
-    fn from(answer: Answer) -> Self {
-        match answer {
-            Ok(Reply::Done) => Self::Done,
-            Ok(Reply::Unchanged) => Self::Unchanged,
-            other => Self::Other(Box::new(other)),
-        }
-    }
-}
-
-impl From<KeptAnswer> for Answer {
-    fn from(kept: KeptAnswer) -> Self {
-        match kept {
-            KeptAnswer::Done => Ok(Reply::Done),
-            KeptAnswer::Unchanged => Ok(Reply::Unchanged),
-            KeptAnswer::Other(answer) => *answer,
-        }
-    }
 }
 
 /// Planted faults, for tests that must show that they can fail. Production passes [`Faults::none`].
@@ -140,7 +99,7 @@ pub struct State {
     pub(crate) audits: Table<DeploymentId, Audit>,
     pub(crate) strangers: Table<InstanceId, Stranger>,
     pub(crate) outbox: Outbox,
-    pub(crate) answers: Table<RequestId, Answered>,
+    pub(crate) answers: Answers,
     pub(crate) guards: Table<[u8; 32], UnixMillis>,
     pub(crate) hosts: Table<ServerId, HostRecord>,
     pub(crate) invites: Table<InviteId, Invite>,
@@ -168,7 +127,6 @@ struct Index {
     deployments_by_chute: BTreeMap<ChuteKey, BTreeSet<DeploymentId>>,
     by_config: BTreeMap<ConfigId, BTreeSet<DeploymentId>>,
     by_instance: BTreeMap<InstanceId, BTreeSet<DeploymentId>>,
-    answers_by_age: Ages,
 }
 
 impl State {
@@ -268,31 +226,18 @@ impl State {
     /// The answer to a request, as long as it is remembered.
     #[must_use]
     pub fn answer_to(&self, request: RequestId) -> Option<Answer> {
-        let answered = self.answers.get(&request)?;
-        Some(answered.answer.clone().into())
+        self.answers.get(request).map(|answered| answered.answer)
     }
 
     pub(crate) fn remember_answer(&mut self, request: RequestId, answer: Answer) {
         while self.answers.len() >= ANSWERS_MAX && self.forget_answer(REQUEST_MEMORY_LEAST_MS) {}
         let at = self.settings.now;
-        self.index.answers_by_age.insert(at, request);
-        let answer = answer.into();
         self.answers.insert(request, Answered { at, answer });
     }
 
     /// Forgets the oldest answer, if it was given `age_ms` ago or earlier; says whether it was.
     pub(crate) fn forget_answer(&mut self, age_ms: u64) -> bool {
-        let answers = &self.answers;
-        let oldest = self
-            .index
-            .answers_by_age
-            .first(|request| answers.get(&request).map(|answered| answered.at));
-        let Some((_, request)) = oldest.filter(|(at, _)| self.settings.now.since(*at) >= age_ms) else {
-            return false;
-        };
-        self.index.answers_by_age.pop_first();
-        self.answers.remove(&request);
-        true
+        self.answers.forget_oldest(self.settings.now, age_ms)
     }
 
     /// GPUs of one server, in order.
@@ -444,7 +389,7 @@ impl State {
 
     /// True if what is derived is what the tables say.
     pub(crate) fn index_is_right(&self) -> bool {
-        self.derive_index() == self.index
+        self.derive_index() == self.index && self.answers.ages_are_right()
     }
 
     fn derive_index(&self) -> Index {
@@ -461,9 +406,6 @@ impl State {
         }
         for audit in self.audits.values() {
             index.add_names(&audit.deployment);
-        }
-        for (request, answered) in self.answers.iter() {
-            index.answers_by_age.insert(answered.at, *request);
         }
         index
     }

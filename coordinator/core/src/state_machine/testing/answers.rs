@@ -1,10 +1,13 @@
-//! How long answers to requests are remembered, and that request names lie side by side.
+//! How long answers to requests are remembered and in which order they go, and that request names lie side by side.
+
+use std::collections::BTreeMap;
 
 use protocol::time::UnixMillis;
 
 use super::World;
+use crate::state_machine::answers::{Answered, Answers};
 use crate::state_machine::command::{
-    ANSWERS_MAX, Command, Proposal, REQUEST_MEMORY_LEAST_MS, Reply, RequestId,
+    ANSWERS_MAX, Answer, Command, Proposal, REQUEST_MEMORY_LEAST_MS, Rejection, Reply, RequestId,
 };
 use crate::state_machine::state::State;
 use crate::state_machine::{apply, invariant};
@@ -62,4 +65,47 @@ fn names_of_requests_sort_by_time_in_memory_and_as_they_are_stored() {
         seen.insert(RequestId::new(UnixMillis(BEGAN), 1 << bit));
     }
     assert_eq!(seen.len(), 72);
+}
+
+/// Beside a plain map: names in any order, some without the time, given by clocks that differ.
+#[test]
+fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
+    let (mut answers, mut plain) = (Answers::default(), BTreeMap::new());
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut now = BEGAN;
+    for step in 0..20_000 {
+        now += random.u64(0..3);
+        let clock = UnixMillis(now + 500 * random.u64(0..3));
+        let request = match step % 10 {
+            0 => RequestId(random.u128(..)),
+            _ => RequestId::new(clock, random.u128(..)),
+        };
+        let answer: Answer = match random.u8(0..8) {
+            0 => Err(Rejection::Replayed),
+            1 => Ok(Reply::Unchanged),
+            _ => Ok(Reply::Done),
+        };
+        let at = UnixMillis(now);
+        plain.insert(request, (at, answer.clone()));
+        answers.insert(request, Answered { at, answer });
+        while plain.len() > 2_000 {
+            let oldest = plain.iter().min_by_key(|(request, (at, _))| (*at, **request));
+            let oldest = oldest.map(|(request, _)| *request).unwrap();
+            assert!(answers.forget_oldest(UnixMillis(now), 0));
+            assert_eq!(answers.get(oldest), None);
+            plain.remove(&oldest);
+        }
+    }
+    assert_eq!(answers.len(), plain.len());
+    for (request, (at, answer)) in plain {
+        assert_eq!(answers.get(request), Some(Answered { at, answer }));
+    }
+    assert!(answers.ages_are_right());
+    let mut restored = Answers::default();
+    for (request, answered) in answers.drain_changed() {
+        if let Some(answered) = answered {
+            restored.restore(request, answered);
+        }
+    }
+    assert_eq!(restored, answers);
 }

@@ -1,0 +1,226 @@
+//! Answers to requests, in little room: a flood of writes leaves half a million of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::RangeInclusive;
+
+use protocol::time::UnixMillis;
+use serde::{Deserialize, Serialize};
+
+use super::ages::Ages;
+use super::command::{Answer, Reply, RequestId};
+
+/// What a request was answered with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Answered {
+    /// When.
+    pub at: UnixMillis,
+    /// How.
+    pub answer: Answer,
+}
+
+/// Rows of a piece at most.
+const ROWS_MAX: usize = 128;
+/// A piece grows by so many rows, not to twice its size.
+const ROWS_MORE: usize = 16;
+
+/// Nearly all answers are one of two words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Done,
+    Unchanged,
+    /// It is in [`Rows::others`].
+    Other,
+}
+
+/// 25 bytes, since bytes leave no gaps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Row {
+    request: [u8; 16],
+    at: [u8; 8],
+    word: Word,
+}
+
+impl Row {
+    fn request(&self) -> RequestId {
+        RequestId(u128::from_be_bytes(self.request))
+    }
+
+    fn at(&self) -> UnixMillis {
+        UnixMillis(u64::from_be_bytes(self.at))
+    }
+}
+
+/// Rows in the order of their requests, in pieces: a map of single rows takes three times the room.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rows {
+    /// None is empty. All rows of a piece are at or behind its key, and before the next one's.
+    pieces: BTreeMap<RequestId, Vec<Row>>,
+    others: BTreeMap<RequestId, Answer>,
+    len: usize,
+}
+
+impl Rows {
+    fn get(&self, request: RequestId) -> Option<Answered> {
+        let (_, piece) = self.pieces.range(..=request).next_back()?;
+        let row = piece.get(place(piece, request).ok()?)?;
+        let answer = match row.word {
+            Word::Done => Ok(Reply::Done),
+            Word::Unchanged => Ok(Reply::Unchanged),
+            Word::Other => self.others.get(&request)?.clone(),
+        };
+        Some(Answered { at: row.at(), answer })
+    }
+
+    /// Puts a row in place, of which there is none yet.
+    fn put(&mut self, request: RequestId, answered: Answered) {
+        let word = match answered.answer {
+            Ok(Reply::Done) => Word::Done,
+            Ok(Reply::Unchanged) => Word::Unchanged,
+            other => {
+                self.others.insert(request, other);
+                Word::Other
+            }
+        };
+        let row = Row {
+            request: request.0.to_be_bytes(),
+            at: answered.at.0.to_be_bytes(),
+            word,
+        };
+        self.len += 1;
+        let Some((_, piece)) = self.pieces.range_mut(..=request).next_back() else {
+            self.pieces.insert(request, vec![row]);
+            return;
+        };
+        let place = place(piece, request).unwrap_or_else(|place| place);
+        if piece.len() < ROWS_MAX {
+            if piece.len() == piece.capacity() {
+                piece.reserve_exact(ROWS_MORE);
+            }
+            piece.insert(place, row);
+            return;
+        }
+        // Behind all others it begins a new piece: what comes in order fills the pieces.
+        if place == ROWS_MAX {
+            self.pieces.insert(request, vec![row]);
+            return;
+        }
+        let mut behind = piece.split_off(ROWS_MAX / 2);
+        piece.shrink_to(ROWS_MAX / 2 + ROWS_MORE);
+        match place.checked_sub(piece.len()) {
+            Some(place) => behind.insert(place, row),
+            None => piece.insert(place, row),
+        }
+        if let Some(first) = behind.first() {
+            self.pieces.insert(first.request(), behind);
+        }
+    }
+
+    fn remove(&mut self, request: RequestId) {
+        let Some((first, piece)) = self.pieces.range_mut(..=request).next_back() else {
+            return;
+        };
+        let Ok(place) = place(piece, request) else {
+            return;
+        };
+        if piece.remove(place).word == Word::Other {
+            self.others.remove(&request);
+        }
+        if piece.is_empty() {
+            let first = *first;
+            self.pieces.remove(&first);
+        }
+        self.len -= 1;
+    }
+
+    /// When requests were answered, of those in this range.
+    pub(crate) fn times(
+        &self,
+        range: RangeInclusive<RequestId>,
+    ) -> impl Iterator<Item = (UnixMillis, RequestId)> {
+        let (start, end) = range.into_inner();
+        let piece = self.pieces.range(..=start).next_back();
+        let first = piece.map_or(start, |(first, _)| *first);
+        let pieces = self.pieces.range(first..=end).flat_map(|(_, piece)| piece);
+        pieces
+            .map(|row| (row.at(), row.request()))
+            .filter(move |(_, request)| (start..=end).contains(request))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Row> {
+        self.pieces.values().flatten()
+    }
+}
+
+fn place(piece: &[Row], request: RequestId) -> Result<usize, usize> {
+    let request = request.0.to_be_bytes();
+    piece.binary_search_by(|row| row.request.cmp(&request))
+}
+
+/// Equal when the same is known, in whatever pieces.
+impl PartialEq for Rows {
+    fn eq(&self, other: &Self) -> bool {
+        self.len == other.len && self.others == other.others && self.all().eq(other.all())
+    }
+}
+
+/// Answers by request. Like a [`super::table::Table`], it remembers which rows changed.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Answers {
+    rows: Rows,
+    ages: Ages,
+    changed: BTreeSet<RequestId>,
+}
+
+impl Answers {
+    pub(crate) fn get(&self, request: RequestId) -> Option<Answered> {
+        self.rows.get(request)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len
+    }
+
+    /// Adds the answer to a request that has none yet.
+    pub(crate) fn insert(&mut self, request: RequestId, answered: Answered) {
+        self.changed.insert(request);
+        self.restore(request, answered);
+    }
+
+    /// Adds an answer that was read from disk; it does not count as changed.
+    pub(crate) fn restore(&mut self, request: RequestId, answered: Answered) {
+        self.ages.insert(answered.at, request);
+        self.rows.put(request, answered);
+    }
+
+    /// Forgets the oldest answer, if it was given `age_ms` ago or earlier; says whether it was.
+    pub(crate) fn forget_oldest(&mut self, now: UnixMillis, age_ms: u64) -> bool {
+        let oldest = self.ages.first(&self.rows);
+        let Some((_, request)) = oldest.filter(|(at, _)| now.since(*at) >= age_ms) else {
+            return false;
+        };
+        self.ages.pop_first();
+        self.rows.remove(request);
+        self.changed.insert(request);
+        true
+    }
+
+    /// The answers that changed since the last call: `None` for those that are gone.
+    pub(crate) fn drain_changed(&mut self) -> impl Iterator<Item = (RequestId, Option<Answered>)> {
+        let changed = std::mem::take(&mut self.changed);
+        changed.into_iter().map(|request| (request, self.get(request)))
+    }
+
+    /// True if what is derived from the rows is what they say.
+    pub(crate) fn ages_are_right(&self) -> bool {
+        self.ages.are_of(&self.rows) && self.rows.len == self.rows.all().count()
+    }
+}
+
+/// Equal when the same is known, however much of it is in order already.
+impl PartialEq for Answers {
+    fn eq(&self, other: &Self) -> bool {
+        self.rows == other.rows && self.changed == other.changed
+    }
+}
+
+impl Eq for Answers {}
