@@ -238,7 +238,7 @@ impl State {
     /// a listing which only confirms the record costs no log entry.
     #[must_use]
     pub fn observation_matters(&self, observation: &Observation) -> bool {
-        let mut copy = self.clone();
+        let mut copy = self.without_answers();
         copy.clear_changes();
         copy.observe(observation.clone()).is_ok() && copy.has_changes()
     }

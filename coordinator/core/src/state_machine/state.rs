@@ -139,6 +139,36 @@ impl State {
         }
     }
 
+    /// A copy for a look at what would be: of what was answered, which may be most of it, nothing.
+    pub(crate) fn without_answers(&self) -> Self {
+        Self {
+            faults: self.faults,
+            settings: self.settings.clone(),
+            settings_changed: self.settings_changed,
+            servers: self.servers.clone(),
+            gpus: self.gpus.clone(),
+            chutes: self.chutes.clone(),
+            codes: self.codes.clone(),
+            bounties: self.bounties.clone(),
+            jobs: self.jobs.clone(),
+            deployments: self.deployments.clone(),
+            audits: self.audits.clone(),
+            strangers: self.strangers.clone(),
+            outbox: self.outbox.clone(),
+            answers: Answers::default(),
+            guards: self.guards.clone(),
+            hosts: self.hosts.clone(),
+            invites: self.invites.clone(),
+            cluster: self.cluster.clone(),
+            format: self.format.clone(),
+            given_up: self.given_up.clone(),
+            rotation: self.rotation.clone(),
+            trusted: self.trusted.clone(),
+            observing: self.observing.clone(),
+            index: self.index.clone(),
+        }
+    }
+
     /// Facts of which there is one each.
     #[must_use]
     pub fn settings(&self) -> &Settings {
