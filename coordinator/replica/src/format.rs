@@ -246,7 +246,19 @@ const MEMBERSHIP: u8 = 2;
 
 /// A log entry in its envelope.
 pub(crate) fn encode_entry(entry: &RaftEntry) -> Vec<u8> {
-    let mut fields = Fields::default();
+    let mut sealed = Vec::new();
+    encode_entry_into(&mut sealed, entry);
+    sealed
+}
+
+/// Puts a log entry in its envelope in place of what `sealed` holds.
+pub(crate) fn encode_entry_into(sealed: &mut Vec<u8>, entry: &RaftEntry) {
+    sealed.clear();
+    if let EntryPayload::Normal(commands) = &entry.payload {
+        sealed.reserve_exact(commands.size_bytes() + 64);
+    }
+    let mut fields = Fields(std::mem::take(sealed));
+    fields.byte(VERSION);
     put_log_id(&mut fields, &entry.log_id);
     match &entry.payload {
         EntryPayload::Blank => fields.byte(BLANK),
@@ -260,7 +272,9 @@ pub(crate) fn encode_entry(entry: &RaftEntry) -> Vec<u8> {
             put_members(&mut fields, membership);
         }
     }
-    seal(&fields.finish())
+    *sealed = fields.finish();
+    let crc = Crc::of(sealed);
+    sealed.extend_from_slice(&crc.to_le_bytes());
 }
 
 /// Reads what [`encode_entry`] wrote.

@@ -12,7 +12,6 @@ use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::oneshot;
 
-use crate::format::encode_entry;
 use crate::health::{Shared, count};
 use crate::raft::{RaftEntry, RaftLogId, RaftVote, Types};
 use crate::state_store::StateLane;
@@ -308,23 +307,17 @@ impl RaftLogStorage<Types> for LogStore {
         I: IntoIterator<Item = RaftEntry> + Send,
         I::IntoIter: Send,
     {
-        let mut encoded = Vec::new();
+        let entries: Vec<RaftEntry> = entries.into_iter().collect();
         {
             let mut tail = self.tail.lock();
-            for entry in entries {
-                let size = log_file::size_in_memory(&entry);
+            for entry in &entries {
+                let size = log_file::size_in_memory(entry);
                 count(&self.tail.1.counters.log_bytes, size);
-                encoded.push((entry.log_id.index, encode_entry(&entry)));
-                tail.push(entry, size);
+                tail.push(entry.clone(), size);
             }
             self.tail.report(&tail);
         }
-        self.lane
-            .submit(Job::Append {
-                entries: encoded,
-                callback,
-            })
-            .await?;
+        self.lane.submit(Job::Append { entries, callback }).await?;
         Ok(())
     }
 

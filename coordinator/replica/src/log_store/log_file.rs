@@ -10,7 +10,9 @@ use tokio::sync::oneshot;
 use super::SharedTail;
 use crate::error::Error;
 use crate::faults::Faults;
-use crate::format::{decode_entry, decode_log_id, decode_vote, encode_log_id, encode_vote};
+use crate::format::{
+    decode_entry, decode_log_id, decode_vote, encode_entry_into, encode_log_id, encode_vote,
+};
 use crate::health::{Shared, count};
 use crate::raft::{RaftEntry, RaftLogId, RaftMembership, RaftVote, Types};
 use crate::storage::{META, StoreFile, Worker};
@@ -29,7 +31,7 @@ type Reply<T> = oneshot::Sender<io::Result<T>>;
 /// What the worker of the log file is asked to do.
 pub(crate) enum Job {
     Append {
-        entries: Vec<(u64, Vec<u8>)>,
+        entries: Vec<RaftEntry>,
         callback: IOFlushed<Types>,
     },
     Vote {
@@ -111,6 +113,9 @@ pub(crate) struct LogFile {
     committed: Option<Option<RaftLogId>>,
     commits_without_committed: u32,
     failure: Option<String>,
+    /// The bytes of one entry after the other: buffers of all sizes, freed here, would stay with the thread that made
+    /// them.
+    encoded: Vec<u8>,
     faults: Faults,
 }
 
@@ -123,6 +128,7 @@ impl LogFile {
             committed: None,
             commits_without_committed: 0,
             failure: None,
+            encoded: Vec::new(),
             faults,
         }
     }
@@ -165,7 +171,7 @@ impl LogFile {
             Ok(()) => {
                 count(&self.shared.counters.log_commits, 1);
                 let ends = writes.iter().filter_map(|job| match job {
-                    Job::Append { entries, .. } => entries.last().map(|(index, _)| index + 1),
+                    Job::Append { entries, .. } => entries.last().map(|entry| entry.log_id.index + 1),
                     _ => None,
                 });
                 // Only entries that no later job of this batch removed are still there; the tail has
@@ -201,8 +207,9 @@ impl LogFile {
             for job in writes {
                 match job {
                     Job::Append { entries, .. } => {
-                        for (index, bytes) in entries {
-                            log.insert(index, bytes.as_slice())?;
+                        for entry in entries {
+                            encode_entry_into(&mut self.encoded, entry);
+                            log.insert(entry.log_id.index, self.encoded.as_slice())?;
                         }
                     }
                     Job::Vote { vote, .. } => keep(VOTE, &encode_vote(vote))?,
