@@ -33,7 +33,7 @@ const ORDERS: &[Order] = &[
             &["placement"],
             &["desired"],
             &["state"],
-            &["ages"],
+            &["answers"],
             &["command", "outbox"],
             &["effect"],
             &["adoption"],

@@ -16,6 +16,7 @@ pub(crate) const CRATES: &[(&str, &str, &[&str])] = &[
     ),
     ("coordinator-core", "coordinator/core", &["protocol"]),
     ("replica", "coordinator/replica", &["protocol"]),
+    ("base2histogram", "coordinator/replica/no-histograms", &[]),
     (
         "coordinator",
         "coordinator",

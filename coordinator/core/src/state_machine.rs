@@ -33,7 +33,6 @@ mod testing;
 pub mod upgrading;
 pub mod worker;
 
-mod ages;
 mod answers;
 mod driving;
 mod enrolment;

@@ -6,8 +6,10 @@ use std::ops::RangeInclusive;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
-use super::ages::Ages;
+use self::ages::Ages;
 use super::command::{Answer, Reply, RequestId};
+
+mod ages;
 
 /// What a request was answered with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

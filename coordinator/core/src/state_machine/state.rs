@@ -165,6 +165,7 @@ impl State {
             rotation: self.rotation.clone(),
             trusted: self.trusted.clone(),
             observing: self.observing.clone(),
+            workers: self.workers.clone(),
             index: self.index.clone(),
         }
     }

@@ -5,8 +5,8 @@ use std::ops::RangeInclusive;
 
 use protocol::time::UnixMillis;
 
-use super::answers::Rows;
-use super::command::RequestId;
+use super::Rows;
+use crate::state_machine::command::RequestId;
 
 /// Requests by the age of their answers, those of one millisecond by name.
 ///
