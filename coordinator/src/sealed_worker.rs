@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator_core::state_machine::State;
+use coordinator_core::state_machine::worker::Worker;
 use futures_util::future::BoxFuture;
 use protocol::gpu::DeviceInfo;
 use protocol::id::ServerId;
@@ -180,22 +181,19 @@ impl Drive {
         let mut tasks = JoinSet::new();
         let mut driven: BTreeMap<ServerId, (Vec<u8>, AbortHandle)> = BTreeMap::new();
         loop {
-            let wanted: BTreeMap<ServerId, Vec<u8>> = self.store.read(|state| {
-                let rows = state.workers().iter();
-                rows.map(|(id, worker)| (id.clone(), worker.sealed_kubeconfig.clone()))
-                    .collect()
-            });
-            driven.retain(|id, (sealed, task)| {
-                let stays = wanted.get(id) == Some(sealed) && !task.is_finished();
-                if !stays {
-                    task.abort();
-                }
-                stays
-            });
-            for (id, sealed) in wanted {
-                if let Entry::Vacant(place) = driven.entry(id) {
-                    let task = tasks.spawn(self.clone().one(place.key().clone(), sealed.clone()));
-                    place.insert((sealed, task));
+            if let Some(wanted) = self.changed(&driven) {
+                driven.retain(|id, (sealed, task)| {
+                    let stays = wanted.get(id) == Some(sealed) && !task.is_finished();
+                    if !stays {
+                        task.abort();
+                    }
+                    stays
+                });
+                for (id, sealed) in wanted {
+                    if let Entry::Vacant(place) = driven.entry(id) {
+                        let task = tasks.spawn(self.clone().one(place.key().clone(), sealed.clone()));
+                        place.insert((sealed, task));
+                    }
                 }
             }
             tokio::select! {
@@ -205,13 +203,34 @@ impl Drive {
                 Some(ended) = tasks.join_next() => {
                     if let Err(error) = ended && error.is_panic() {
                         tracing::error!(%error, "driving a worker has ended");
-                        sleep(AGAIN).await;
+                        cancel.run_until_cancelled(sleep(AGAIN)).await;
                     }
                 }
                 () = changes.changed() => {}
             }
         }
         tasks.shutdown().await;
+    }
+
+    /// The workers with their sealed kubeconfigs, unless just these are driven: the state changes with every write, and they
+    /// hardly ever.
+    fn changed(
+        &self,
+        driven: &BTreeMap<ServerId, (Vec<u8>, AbortHandle)>,
+    ) -> Option<BTreeMap<ServerId, Vec<u8>>> {
+        self.store.read(|state| {
+            let workers = state.workers();
+            let is_driven = |(id, worker): (&ServerId, &Worker)| {
+                let found = driven.get(id);
+                found.is_some_and(|(sealed, task)| *sealed == worker.sealed_kubeconfig && !task.is_finished())
+            };
+            if workers.len() == driven.len() && workers.iter().all(is_driven) {
+                return None;
+            }
+            let kubeconfig =
+                |(id, worker): (&ServerId, &Worker)| (id.clone(), worker.sealed_kubeconfig.clone());
+            Some(workers.iter().map(kubeconfig).collect())
+        })
     }
 
     /// Drives one worker for ever.
@@ -238,12 +257,16 @@ impl Drive {
             node: known.name,
             kubeconfig: Secret::new(kubeconfig),
         };
+        // Where its API server is away, nothing is reported either.
+        if let Ok(node) = self.workers.node(&access.kubeconfig).await {
+            is_still(&access, &node)?;
+        }
         let driven = self.workers.drive(access.clone()).await?;
         let (facts, facts_followed) = watch::channel(None);
         tokio::select! {
             () = driven.run => Err(Error::Unavailable("it is not driven any more".to_owned())),
             () = self.sessions(server, driven.reports, driven.wants, driven.way, facts_followed) => Ok(()),
-            () = self.look(&access, facts) => Ok(()),
+            error = self.look(&access, facts) => Err(error),
         }
     }
 
@@ -254,8 +277,9 @@ impl Drive {
         })
     }
 
-    /// Looks at the node and its GPUs again and again. What is known stays while nobody answers.
-    async fn look(&self, access: &Access, facts: watch::Sender<Option<HostFacts>>) {
+    /// Looks at the node and its GPUs again and again. What is known stays while nobody answers; it ends when the node is
+    /// no longer the worker.
+    async fn look(&self, access: &Access, facts: watch::Sender<Option<HostFacts>>) -> Error {
         let mut looks = interval(LOOK_EVERY);
         loop {
             looks.tick().await;
@@ -272,19 +296,17 @@ impl Drive {
                         news
                     });
                 }
-                Err(error) => tracing::warn!(worker = known.name, %error, "what is known of a worker stays"),
+                Err(error @ Error::Refused(_)) => return error,
+                Err(error @ Error::Unavailable(_)) => {
+                    tracing::warn!(worker = known.name, %error, "what is known of a worker stays")
+                }
             }
         }
     }
 
     async fn seen(&self, access: &Access, known: &HostFacts) -> Result<HostFacts, Error> {
         let node = self.workers.node(&access.kubeconfig).await?;
-        if node.uid != access.server {
-            return Err(Error::Refused(format!(
-                "node {} was made anew (its UID is {}): `chutes-miner worker remove {}`, and add it again",
-                node.name, node.uid, known.name
-            )));
-        }
+        is_still(access, &node)?;
         let devices = attestation::devices(self.signer.as_ref(), &known.address, known.proof_port).await?;
         facts(node, known.address.clone(), known.proof_port, devices)
     }
@@ -356,6 +378,17 @@ impl Drive {
             }
         }
     }
+}
+
+/// Refuses a node that took the place of the worker's.
+fn is_still(access: &Access, node: &Node) -> Result<(), Error> {
+    if node.uid == access.server {
+        return Ok(());
+    }
+    Err(Error::Refused(format!(
+        "node {} was made anew, and its UID is {} now: remove the worker {}, and add it again",
+        node.name, node.uid, access.node
+    )))
 }
 
 /// The worker that an operator means by its name or id.

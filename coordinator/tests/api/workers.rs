@@ -73,6 +73,16 @@ impl Workers for Fake {
                 memory_gb: 64,
                 disk_gb: 100,
             }),
+            "another node" => Ok(Node {
+                uid: server_id("another"),
+                name: "tee-1".to_owned(),
+                address: None,
+                sealed: true,
+                gpus: Some(1),
+                cpu_count: 8,
+                memory_gb: 64,
+                disk_gb: 100,
+            }),
             _ => Err(Error::Unavailable(
                 "the API server of the worker is away".to_owned(),
             )),
@@ -258,6 +268,17 @@ async fn a_worker_is_driven_as_long_as_it_is_known_and_counts_as_silent_when_it_
     timeout(PATIENCE, ends.reports.closed())
         .await
         .expect("with the first it is driven no more");
+    // Behind this one is a node that took the place of the worker's.
+    add(&fixture, "another node").await;
+    timeout(PATIENCE, next.reports.closed())
+        .await
+        .expect("it is driven no more");
+    sleep(Duration::from_millis(300)).await;
+    add(&fixture, "third").await;
+    let next = fake.next().await;
+    assert_eq!(next.kubeconfig, "third");
+    let driven = fake.driven.lock().unwrap().len();
+    assert_eq!(driven, 0, "the one before was not driven");
     fixture.propose(Command::RemoveWorker { server: worker() }).await;
     timeout(PATIENCE, next.reports.closed())
         .await
