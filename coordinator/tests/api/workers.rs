@@ -17,7 +17,7 @@ use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::workload::{Fence, Secret};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +36,8 @@ struct Ends {
 #[derive(Debug, Default)]
 struct Fake {
     driven: Mutex<Vec<Ends>>,
+    /// Another node was found in a worker's place.
+    looked: Notify,
 }
 
 impl std::fmt::Debug for Ends {
@@ -73,16 +75,19 @@ impl Workers for Fake {
                 memory_gb: 64,
                 disk_gb: 100,
             }),
-            "another node" => Ok(Node {
-                uid: server_id("another"),
-                name: "tee-1".to_owned(),
-                address: None,
-                sealed: true,
-                gpus: Some(1),
-                cpu_count: 8,
-                memory_gb: 64,
-                disk_gb: 100,
-            }),
+            "another node" => {
+                self.looked.notify_one();
+                Ok(Node {
+                    uid: server_id("another"),
+                    name: "tee-1".to_owned(),
+                    address: None,
+                    sealed: true,
+                    gpus: Some(1),
+                    cpu_count: 8,
+                    memory_gb: 64,
+                    disk_gb: 100,
+                })
+            }
             _ => Err(Error::Unavailable(
                 "the API server of the worker is away".to_owned(),
             )),
@@ -273,7 +278,9 @@ async fn a_worker_is_driven_as_long_as_it_is_known_and_counts_as_silent_when_it_
     timeout(PATIENCE, next.reports.closed())
         .await
         .expect("it is driven no more");
-    sleep(Duration::from_millis(300)).await;
+    timeout(PATIENCE, fake.looked.notified())
+        .await
+        .expect("it is looked at");
     add(&fixture, "third").await;
     let next = fake.next().await;
     assert_eq!(next.kubeconfig, "third");
