@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coordinator::host_link::AskHost;
-use coordinator::sealed_worker::{ATTESTATION_PORT, Access, Driven, Error, Node, Workers};
+use coordinator::sealed_worker::{ATTESTATION_SERVICE_PORT, Access, Driven, Error, Node, Workers};
 use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
 use k8s_openapi::api::core::v1::Node as KubernetesNode;
@@ -61,7 +61,7 @@ impl Workers for Clusters {
         Box::pin(async move {
             let client = client(&access.kubeconfig).await?;
             let mut config = Config::new(Settings::for_worker(&access.node), logs);
-            config.reserved_ports = vec![ATTESTATION_PORT, ITS_AGENT_PORT];
+            config.reserved_ports = vec![ATTESTATION_SERVICE_PORT, ITS_AGENT_PORT];
             drive(Arc::new(Kubernetes::start(client, config)))
         })
     }

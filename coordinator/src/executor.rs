@@ -228,7 +228,7 @@ impl Executor {
                 EffectOutcome::Done
             }
             EffectKind::AdvertiseGpus { server } if self.worker_of(effect).is_some() => {
-                self.add_worker(api, server).await?
+                self.announce_worker(api, server).await?
             }
             EffectKind::AdvertiseGpus { server } => self.advertise(api, server).await?,
             EffectKind::AwaitVerification { task, until, .. } => {
@@ -264,7 +264,7 @@ impl Executor {
     }
 
     /// Announces a sealed worker. After a lost answer it is in its own way, as GPUs are.
-    async fn add_worker(
+    async fn announce_worker(
         &self,
         api: &dyn ValidatorApi,
         server: &ServerId,

@@ -18,7 +18,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coordinator_core::state_machine::State;
 use coordinator_core::state_machine::worker::Worker;
 use futures_util::future::BoxFuture;
 use protocol::gpu::DeviceInfo;
@@ -38,7 +37,7 @@ use crate::store::Store;
 pub mod attestation;
 
 /// Port of the attestation service, where an operator names no other.
-pub const ATTESTATION_PORT: u16 = 30443;
+pub const ATTESTATION_SERVICE_PORT: u16 = 30443;
 /// A worker that reports nothing for so long is silent. It reports every ten seconds.
 pub const SILENCE_MAX: Duration = Duration::from_secs(25);
 /// Between two looks at a worker's node and GPUs.
@@ -389,11 +388,4 @@ fn is_still(access: &Access, node: &Node) -> Result<(), Error> {
         "node {} was made anew, and its UID is {} now: remove the worker {}, and add it again",
         node.name, node.uid, access.node
     )))
-}
-
-/// The worker that an operator means by its name or id.
-#[must_use]
-pub fn named<'a>(state: &'a State, text: &str) -> Option<&'a ServerId> {
-    let server = state.server_by_name_or_id(text)?;
-    state.workers().contains_key(server.id()).then(|| server.id())
 }

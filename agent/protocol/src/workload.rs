@@ -76,6 +76,8 @@ impl PortProtocol {
 pub const PRIMARY_PORT: u16 = 8000;
 /// The port of the log server inside a chute.
 pub const LOGGING_PORT: u16 = 8001;
+/// The port inside a chute on a sealed worker that shows what it runs in.
+pub const ATTESTATION_PORT: u16 = 8002;
 
 /// A port inside the chute that must be reachable from outside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 //! The chutes library and the validator check these, so they follow the validator's protocol to the letter,
 //! and nothing is added to them lightly: newer libraries send the whole environment to the validator.
 
-use protocol::workload::{LOGGING_PORT, PRIMARY_PORT, PortMapping, WorkloadSpec};
+use protocol::workload::{ATTESTATION_PORT, LOGGING_PORT, PRIMARY_PORT, PortMapping, WorkloadSpec};
 
 /// Newer libraries end with code 137 when they find a proxy variable in any spelling.
 const FIRST_WITHOUT_PROXY: [u32; 3] = [0, 3, 63];
@@ -21,17 +21,6 @@ pub struct Surroundings<'a> {
     pub egress_door: Option<&'a str>,
     /// On a sealed worker.
     pub sealed: bool,
-}
-
-/// The port inside a chute that shows what it runs in.
-pub const ATTESTATION_PORT: u16 = 8002;
-/// From this version on, chutes on a sealed worker have that port.
-const FIRST_TO_ATTEST: [u32; 3] = [0, 6, 0];
-
-/// True if the chute can show what it runs in.
-#[must_use]
-pub fn attests(spec: &WorkloadSpec) -> bool {
-    library_version(spec).is_some_and(|version| version >= FIRST_TO_ATTEST)
 }
 
 /// The first three numbers of a version; what follows a number within its part is ignored, so that
@@ -90,7 +79,7 @@ pub fn environment(spec: &WorkloadSpec, around: Surroundings<'_>) -> Vec<(String
         let name = match port.internal {
             PRIMARY_PORT => "CHUTES_PORT_PRIMARY".to_owned(),
             LOGGING_PORT => "CHUTES_PORT_LOGGING".to_owned(),
-            ATTESTATION_PORT if around.sealed && attests(spec) => "CHUTES_PORT_ATTESTATION".to_owned(),
+            ATTESTATION_PORT if around.sealed => "CHUTES_PORT_ATTESTATION".to_owned(),
             internal => format!("CHUTES_PORT_{}_{internal}", port.protocol.env_word()),
         };
         set(&name, &port.external.to_string());

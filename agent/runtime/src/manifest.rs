@@ -18,10 +18,10 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt;
 use kube::core::ObjectMeta;
 use protocol::id::{ChuteId, ChuteVersion, DeploymentId, GpuId};
-use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, Port, PortMapping, PortProtocol, WorkloadSpec};
+use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, PortMapping, PortProtocol, WorkloadSpec};
 use sha1::{Digest, Sha1};
 
-use crate::environment::{ATTESTATION_PORT, Surroundings, attests, command, environment, health_port};
+use crate::environment::{Surroundings, command, environment, health_port};
 
 /// Annotation with the fence under which an object was last written: `incarnation/revision`.
 pub const FENCE_ANNOTATION: &str = "chutes-agent/fence";
@@ -212,12 +212,7 @@ pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Servic
             type_: Some("NodePort".to_owned()),
             external_traffic_policy: Some("Local".to_owned()),
             selector: Some(selector),
-            ports: Some(
-                ports(spec, settings)
-                    .iter()
-                    .map(|(_, port)| port.clone())
-                    .collect(),
-            ),
+            ports: Some(ports(spec).iter().map(|(_, port)| port.clone()).collect()),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -226,7 +221,7 @@ pub fn service(spec: &WorkloadSpec, fence: Fence, settings: &Settings) -> Servic
 
 /// The node ports that a Service was given, or nothing while one of them is missing.
 #[must_use]
-pub fn node_ports(spec: &WorkloadSpec, settings: &Settings, service: &Service) -> Option<Vec<PortMapping>> {
+pub fn node_ports(spec: &WorkloadSpec, service: &Service) -> Option<Vec<PortMapping>> {
     let given = service.spec.as_ref()?.ports.as_ref()?;
     let mapping = |(protocol, wanted): &(PortProtocol, ServicePort)| {
         let port = given.iter().find(|port| port.name == wanted.name)?;
@@ -236,7 +231,7 @@ pub fn node_ports(spec: &WorkloadSpec, settings: &Settings, service: &Service) -
             protocol: *protocol,
         })
     };
-    ports(spec, settings).iter().map(mapping).collect()
+    ports(spec).iter().map(mapping).collect()
 }
 
 /// The chute's code. Deployments of one version share it. Written before (`launched` false) and after the Job.
@@ -387,14 +382,9 @@ fn kubernetes_protocol(protocol: PortProtocol) -> &'static str {
 
 /// Service ports in the workload's order, without what is the same to Kubernetes. A number used by both
 /// transports gets a name for each, since names are unique within a Service.
-fn ports(spec: &WorkloadSpec, settings: &Settings) -> Vec<(PortProtocol, ServicePort)> {
+fn ports(spec: &WorkloadSpec) -> Vec<(PortProtocol, ServicePort)> {
     let mut list: Vec<(PortProtocol, ServicePort)> = Vec::new();
-    let (fixed, of_job) = spec.ports.split_at(spec.ports.len().min(2));
-    let attestation = (settings.sealed && attests(spec)).then_some(Port {
-        internal: ATTESTATION_PORT,
-        protocol: PortProtocol::Tcp,
-    });
-    for port in fixed.iter().chain(&attestation).chain(of_job) {
+    for port in &spec.ports {
         let number = i32::from(port.internal);
         let transport = kubernetes_protocol(port.protocol);
         let known = |same_transport: bool| {
@@ -537,7 +527,7 @@ fn chute_container(spec: &WorkloadSpec, settings: &Settings, ports: &[PortMappin
         image_pull_policy: Some("Always".to_owned()),
         command: Some(command(spec)),
         env: Some(environment(spec, around).into_iter().map(variable).collect()),
-        ports: Some(self::ports(spec, settings).iter().map(container_port).collect()),
+        ports: Some(self::ports(spec).iter().map(container_port).collect()),
         resources: Some(ResourceRequirements {
             requests: Some(resources.clone()),
             limits: Some(resources),
@@ -588,6 +578,7 @@ mod tests {
     use super::*;
     use crate::environment::tests::spec;
     use protocol::id::JobId;
+    use protocol::workload::{ATTESTATION_PORT, Port};
 
     const FENCE: Fence = Fence {
         incarnation: 1,
@@ -597,11 +588,7 @@ mod tests {
     /// Compares the objects with the file of that name; `UPDATE_SNAPSHOTS=1` writes it anew.
     fn check(name: &str, spec: &WorkloadSpec, settings: &Settings) {
         let mut service = service(spec, FENCE, settings);
-        assert_eq!(
-            node_ports(spec, settings, &service),
-            None,
-            "no node port was given yet"
-        );
+        assert_eq!(node_ports(spec, &service), None, "no node port was given yet");
         let given = service
             .spec
             .as_mut()
@@ -610,7 +597,7 @@ mod tests {
         for (node_port, port) in (31000..).zip(given) {
             port.node_port = Some(node_port);
         }
-        let ports = node_ports(spec, settings, &service).expect("all are given");
+        let ports = node_ports(spec, &service).expect("all are given");
         let job = job(spec, FENCE, settings, &ports);
         assert_eq!(fence_of(&job), Some(FENCE));
         assert_eq!(gpus_of(&job), Some(spec.gpus.clone()));
@@ -690,10 +677,10 @@ mod tests {
             chutes_version: Some("0.6.10".to_owned()),
             ..spec()
         };
-        job.ports.push(Port {
-            internal: 2222,
+        job.ports.extend([ATTESTATION_PORT, 2222].map(|internal| Port {
+            internal,
             protocol: PortProtocol::Tcp,
-        });
+        }));
         check("sealed", &job, &Settings::for_worker("tee-1"));
     }
 

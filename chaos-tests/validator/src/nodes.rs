@@ -18,11 +18,11 @@ use serde_json::{Value, json};
 
 use crate::auth;
 use crate::identity::{random_bytes, random_uuid};
-use crate::ledger::Record;
+use crate::ledger::{DeletedBy, Record};
 use crate::problem::Problem;
 use crate::rows;
 use crate::state::{Node, NodeHistory, State, Task, TaskOutcome};
-use crate::validator::Validator;
+use crate::validator::{Out, Validator};
 use crate::verification;
 
 const NODES_PER_CALL_MAX: usize = 10;
@@ -313,6 +313,14 @@ pub(crate) async fn verification_status(
     })))
 }
 
+/// Takes a GPU away, and the instance that runs on it.
+pub(crate) fn remove(state: &mut State, out: &mut Out, gpu: &GpuId, why: &str) {
+    if let Some(instance) = state.instance_of_gpu(gpu).map(|instance| instance.id.clone()) {
+        crate::instances::end(state, out, &instance, DeletedBy::Cascade, why, false);
+    }
+    state.nodes.remove(gpu);
+}
+
 /// `DELETE /nodes/{uuid}`.
 pub(crate) async fn delete(
     Shared(validator): Shared<Arc<Validator>>,
@@ -326,17 +334,7 @@ pub(crate) async fn delete(
             out.untouched();
             return Err(Problem::not_found(format!("Node {uuid} not found")));
         };
-        if let Some(instance) = state.instance_of_gpu(&id).map(|instance| instance.id.clone()) {
-            crate::instances::end(
-                state,
-                out,
-                &instance,
-                crate::ledger::DeletedBy::Cascade,
-                "its GPU was deleted",
-                false,
-            );
-        }
-        state.nodes.remove(&id);
+        remove(state, out, &id, "its GPU was deleted");
         out.record(Record::NodeDeleted {
             hotkey: miner,
             uuid: id.clone(),

@@ -14,9 +14,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::auth;
-use crate::instances;
-use crate::ledger::{DeletedBy, Record};
-use crate::nodes::{NodeArgs, check_form, check_known, check_public};
+use crate::ledger::Record;
+use crate::nodes::{self, NodeArgs, check_form, check_known, check_public};
 use crate::problem::Problem;
 use crate::validator::Validator;
 
@@ -82,17 +81,7 @@ pub(crate) async fn delete(
             return Err(Problem::not_found(format!("Server {server} not found")));
         }
         for uuid in &uuids {
-            if let Some(instance) = state.instance_of_gpu(uuid).map(|instance| instance.id.clone()) {
-                instances::end(
-                    state,
-                    out,
-                    &instance,
-                    DeletedBy::Cascade,
-                    "its server was deleted",
-                    false,
-                );
-            }
-            state.nodes.remove(uuid);
+            nodes::remove(state, out, uuid, "its server was deleted");
         }
         out.record(Record::ServerDeleted {
             hotkey: miner,

@@ -184,7 +184,7 @@ pub fn trial(state: &State, means: Means<'_>) -> Trial {
         strategy,
         clock_ms,
     } = means;
-    let mut copy = state.clone();
+    let mut copy = state.without_answers();
     let mut obstacles = take_over(&mut copy, at, adoptions);
     obstacles.extend(in_the_way(&copy, &listed));
     let before = live(&copy);

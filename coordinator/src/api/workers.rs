@@ -17,7 +17,7 @@ use super::auth::Caller;
 use super::error::{ApiError, Result};
 use super::operate::parse;
 use super::{Api, Peer};
-use crate::sealed_worker::{self, ATTESTATION_PORT, Workers, attestation, facts};
+use crate::sealed_worker::{self, ATTESTATION_SERVICE_PORT, Workers, attestation, facts};
 use crate::signer::SealedKind;
 
 #[derive(Debug, Deserialize)]
@@ -86,7 +86,7 @@ pub(super) async fn add(
         );
         ApiError::new(StatusCode::BAD_REQUEST, detail)
     })?;
-    let port = body.attestation_port.unwrap_or(ATTESTATION_PORT);
+    let port = body.attestation_port.unwrap_or(ATTESTATION_SERVICE_PORT);
     // What is wrong with the node shows first: asking for its GPUs takes long where nobody answers.
     let devices = if node.sealed {
         attestation::devices(api.deps.signer.as_ref(), &address, port).await?
@@ -117,6 +117,12 @@ pub(super) async fn add(
     ))
 }
 
+/// The worker that an operator means by its name or id.
+fn named<'a>(record: &'a Record, text: &str) -> Option<&'a ServerId> {
+    let server = record.server_by_name_or_id(text)?.id();
+    record.workers().contains_key(server).then_some(server)
+}
+
 pub(super) async fn remove(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
@@ -124,7 +130,7 @@ pub(super) async fn remove(
 ) -> Result<Json<Value>> {
     let server = api
         .find(|record: &Record| {
-            let named = sealed_worker::named(record, &name).cloned();
+            let named = named(record, &name).cloned();
             named.ok_or_else(|| {
                 ApiError::from(Rejection::Unknown {
                     kind: "worker".to_owned(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use protocol::gpu::DeviceInfo;
 use protocol::id::GpuId;
 use reqwest::redirect::Policy;
-use serde::Deserialize;
+use serde_json::{Map, Value, json};
 use tokio::time::{sleep, timeout};
 
 use super::Error;
@@ -19,19 +19,6 @@ const PAUSE: Duration = Duration::from_secs(3);
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 /// Ten GPUs at most, of a few hundred bytes each.
 const BODY_BYTES_MAX: u64 = 256 * 1024;
-
-/// One row; what it does not say is 0.
-#[derive(Debug, Deserialize)]
-struct Device {
-    uuid: String,
-    name: String,
-    memory: u64,
-    #[serde(default)]
-    processors: Option<u32>,
-    clock_rate: f64,
-    #[serde(default)]
-    max_threads_per_processor: Option<u32>,
-}
 
 /// The GPUs of the worker at this address.
 ///
@@ -98,7 +85,7 @@ async fn ask(signer: &dyn Sign, address: &str, port: u16) -> Result<Vec<DeviceIn
 }
 
 fn read(body: &[u8]) -> Result<Vec<DeviceInfo>, String> {
-    let rows: Vec<Device> =
+    let rows: Vec<Map<String, Value>> =
         serde_json::from_slice(body).map_err(|error| format!("its answer is no list of GPUs: {error}"))?;
     let devices: Vec<DeviceInfo> = rows.into_iter().map(device).collect::<Result<_, _>>()?;
     if devices.is_empty() {
@@ -107,25 +94,18 @@ fn read(body: &[u8]) -> Result<Vec<DeviceInfo>, String> {
     Ok(devices)
 }
 
-fn device(row: Device) -> Result<DeviceInfo, String> {
-    let uuid = GpuId::from_device_uuid(&row.uuid).map_err(|error| format!("GPU {}: {error}", row.uuid))?;
-    if !(0.0..1e15).contains(&row.clock_rate) {
-        return Err(format!("GPU {uuid}: its clock rate is {}", row.clock_rate));
+/// A GPU; what may be left out and is, is 0.
+fn device(mut row: Map<String, Value>) -> Result<DeviceInfo, String> {
+    let said = row.get("uuid").and_then(Value::as_str).unwrap_or_default();
+    let uuid = GpuId::from_device_uuid(said).map_err(|error| format!("GPU {said}: {error}"))?;
+    row.insert("uuid".to_owned(), json!(uuid));
+    for key in ["processors", "max_threads_per_processor"] {
+        let value = row.entry(key).or_insert(Value::Null);
+        if value.is_null() {
+            *value = json!(0);
+        }
     }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "the range is checked above"
-    )]
-    let clock_rate_khz = row.clock_rate as u64;
-    Ok(DeviceInfo {
-        uuid,
-        name: row.name,
-        memory: row.memory,
-        processors: row.processors.unwrap_or_default(),
-        clock_rate_khz,
-        max_threads_per_processor: row.max_threads_per_processor.unwrap_or_default(),
-    })
+    serde_json::from_value(Value::Object(row)).map_err(|error| format!("GPU {uuid}: {error}"))
 }
 
 #[cfg(test)]
@@ -151,7 +131,10 @@ mod tests {
             ("[]", "lists no GPU"),
             ("{}", "no list of GPUs"),
             (&row("").replace("GPU-aabb", "GPU-xxyy"), "GPU-xxyy"),
-            (&row("").replace("1980000.0", "-1"), "clock rate is -1"),
+            (
+                &row("").replace("1980000.0", "-1"),
+                "clock_rate is not a sensible number",
+            ),
         ] {
             let error = read(text).expect_err("it is of no use");
             assert!(error.contains(why), "{error}");

@@ -270,7 +270,7 @@ impl Work<'_> {
         let service = manifest::service(spec, fence, &cluster.config.settings);
         for _ in 0..PORT_ATTEMPTS {
             let made = self.claim(&service).await?;
-            let ports = manifest::node_ports(spec, &cluster.config.settings, &made)
+            let ports = manifest::node_ports(spec, &made)
                 .ok_or_else(|| Given::Up("its Service was given no node ports".to_owned()))?;
             let reserved = &cluster.config.reserved_ports;
             if !ports.iter().any(|port| reserved.contains(&port.external)) {

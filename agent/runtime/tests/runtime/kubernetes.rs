@@ -177,8 +177,7 @@ async fn adoption(space: &Space) {
         .get(&service_name(&spec.deployment))
         .await
         .expect("it has one");
-    let given = manifest::node_ports(&spec, &Settings::for_node("node-1"), &service);
-    assert_eq!(Some(ports), given.as_ref());
+    assert_eq!(Some(ports), manifest::node_ports(&spec, &service).as_ref());
     half_made(space).await;
     let other = space.open("node-2").await;
     assert_eq!(other.observe().await.expect("known"), [], "it is another node's");

@@ -154,6 +154,13 @@ pub fn uses_launch_config(chutes_version: Option<&str>) -> bool {
     numeric_version(chutes_version) >= [0, 3, 0]
 }
 
+/// True if a chute with this version of the library has a port on a sealed worker that shows what it runs in (0.6.0 and
+/// newer; `kubernetes-objects`, section 1.3).
+#[must_use]
+pub fn attests(chutes_version: Option<&str>) -> bool {
+    numeric_version(chutes_version) >= [0, 6, 0]
+}
+
 /// `X.Y.Z` of a version text, without suffixes such as `.rc1`; what is missing counts as 0.
 #[must_use]
 pub fn numeric_version(text: Option<&str>) -> [u64; 3] {

@@ -1,8 +1,11 @@
 //! What each server should run, under its fence. Derived from the deployments: there is no second record.
 
 use protocol::id::{ChuteVersion, DeploymentId, ServerId};
-use protocol::workload::{Fence, LOGGING_PORT, PRIMARY_PORT, Port, PortProtocol, WorkloadSpec};
+use protocol::workload::{
+    ATTESTATION_PORT, Fence, LOGGING_PORT, PRIMARY_PORT, Port, PortProtocol, WorkloadSpec,
+};
 
+use super::chute::attests;
 use super::deployment::{Deployment, Flow};
 use super::state::State;
 
@@ -53,16 +56,14 @@ impl State {
         let code = self.codes.get(&deployment.version_key())?;
         let gpu_count = u32::try_from(deployment.gpus.len()).ok()?;
         let gpus_on_server = u32::try_from(server.facts.devices.len()).ok()?.max(gpu_count);
-        let mut ports = vec![
-            Port {
-                internal: PRIMARY_PORT,
-                protocol: PortProtocol::Tcp,
-            },
-            Port {
-                internal: LOGGING_PORT,
-                protocol: PortProtocol::Tcp,
-            },
-        ];
+        let tcp = |internal| Port {
+            internal,
+            protocol: PortProtocol::Tcp,
+        };
+        let mut ports = vec![tcp(PRIMARY_PORT), tcp(LOGGING_PORT)];
+        if self.workers.contains_key(&deployment.server) && attests(deployment.chutes_version.as_deref()) {
+            ports.push(tcp(ATTESTATION_PORT));
+        }
         let job = deployment.job.as_ref().and_then(|job| self.jobs.get(job));
         if job.is_some() {
             let extra = self

@@ -116,6 +116,23 @@ fn a_sealed_worker_is_for_chutes_that_need_one_and_they_for_it() {
 }
 
 #[test]
+fn chutes_of_newer_libraries_have_a_port_more_on_a_sealed_worker() {
+    for (version, expected) in [("0.6.0", &[8000, 8001, 8002][..]), ("0.5.9", &[8000, 8001])] {
+        let mut fleet = Fleet::new(PayProfile::Of2026);
+        fleet.worker("worker", 1, "h100", 0.10);
+        let chute = fleet.publish(ChuteDefinition {
+            tee: true,
+            chutes_version: Some(version.to_owned()),
+            ..definition("sealed", 1, &["h100"])
+        });
+        fleet.place(&chute, "worker", None);
+        let set = fleet.state.desired(&server_id("worker")).expect("it is a server");
+        let ports = set.workloads[0].spec.ports.iter().map(|port| port.internal);
+        assert_eq!(ports.collect::<Vec<_>>(), expected, "{version}");
+    }
+}
+
+#[test]
 fn a_02_disk_is_needed_and_unknown_is_none() {
     for disk_gb in [5, 0] {
         let (mut fleet, c) = three_servers(PayProfile::Of2026);
