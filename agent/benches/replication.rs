@@ -26,6 +26,9 @@ mod usage;
 use load::{Load, Requests};
 use report::Rounds;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// How many clients write at a time.
 const CLIENTS: [usize; 3] = [1, 64, 256];
 /// Clients of the row with a signature for each request.

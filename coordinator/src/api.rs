@@ -9,20 +9,23 @@
 //! `operate.rs`, `import.rs`, `trial.rs`); the cluster itself (`hosts.rs`, `raft.rs`, `authority.rs`, `hotkey.rs`, `snapshots.rs`, `upgrade.rs`, and
 //! `leader.rs` for what only the leader can answer); `metrics.rs`. Handlers read the state and propose commands; nothing here decides.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode, Uri, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post, put};
 use coordinator_core::state_machine::State as Record;
-use futures_util::{FutureExt as _, StreamExt};
+use futures_util::FutureExt as _;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -32,14 +35,15 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tower_service::Service as _;
+use tower_layer::layer_fn;
+use tower_service::Service;
 
 use crate::backup::Door;
 use crate::leader::Scheduling;
 use crate::member_link::AnswerRequest;
 use crate::sealed_worker::Workers;
 use crate::signer::Sign;
-use crate::store::Store;
+use crate::store::{BoxFuture, Store};
 use auth::{Access, Asked, Caller};
 use error::ApiError;
 
@@ -204,8 +208,13 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         door,
         counters: metrics::Counters::default(),
     });
-    let guarded = |routes: Router<Arc<Api>>, access: Access| {
-        routes.route_layer(from_fn_with_state((Arc::clone(&api), access), admit))
+    let around = |routes: Router<Arc<Api>>, access: Option<Access>| {
+        let api = Arc::clone(&api);
+        routes.route_layer(layer_fn(move |inner| Around {
+            api: Arc::clone(&api),
+            access,
+            inner,
+        }))
     };
     let on_leader = |routes: Router<Arc<Api>>| {
         routes.route_layer(from_fn_with_state(Arc::clone(&api), leader::or_pass_on))
@@ -268,16 +277,19 @@ pub fn routes(config: Config, store: Store, deps: Deps) -> Routes {
         Arc::new(move |request| leader::answer(Arc::clone(&api), request).boxed())
     };
     let operators = Router::new()
-        .merge(guarded(reads.merge(on_leader(leader::reads())), Access::Read))
-        .merge(guarded(writes, Access::Write))
-        .merge(guarded(
-            bound_writes.merge(on_leader(leader::writes())),
-            Access::BoundWrite,
+        .merge(around(
+            reads.merge(on_leader(leader::reads())),
+            Some(Access::Read),
         ))
-        .merge(open)
+        .merge(around(writes, Some(Access::Write)))
+        .merge(around(
+            bound_writes.merge(on_leader(leader::writes())),
+            Some(Access::BoundWrite),
+        ))
+        .merge(around(open, None))
+        .fallback(no_such_path)
         // Without it the guards of the routes would answer for methods that no route has.
-        .method_not_allowed_fallback(|| std::future::ready(StatusCode::METHOD_NOT_ALLOWED))
-        .layer(from_fn_with_state(Arc::clone(&api), limit_and_count))
+        .method_not_allowed_fallback(no_such_method)
         .with_state(api);
     Routes {
         operators,
@@ -351,19 +363,63 @@ async fn serve_connection(
     }
 }
 
-/// Outermost: a time limit, one form for all errors, a count.
-async fn limit_and_count(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
-    let method = request.method().clone();
-    let answer = tokio::time::timeout(api.config.limits.answer_max, next.run(request)).await;
-    let response = answer.unwrap_or_else(|_| {
-        ApiError::new(
-            StatusCode::GATEWAY_TIMEOUT,
-            "no answer in time; look before you try again",
-        )
-        .into_response()
-    });
-    api.counters.answered(&method, response.status());
-    error::as_json(response)
+/// Around each route: a time limit, the signature if one is needed, one form for all errors, a count. A layer of the
+/// framework's for each of them would cost a write a tenth of what it costs the leader.
+#[derive(Clone)]
+struct Around<S> {
+    api: Arc<Api>,
+    /// None for routes that are open to all.
+    access: Option<Access>,
+    inner: S,
+}
+
+impl<S> Service<Request> for Around<S>
+where
+    S: Service<Request, Response = Response, Error = Infallible, Future: Send> + Clone + Send + 'static,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response, Infallible>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        // The one that is ready, and not the copy.
+        let copy = self.inner.clone();
+        let mut inner = std::mem::replace(&mut self.inner, copy);
+        let (api, access) = (Arc::clone(&self.api), self.access);
+        Box::pin(async move {
+            let method = request.method().clone();
+            let answer = async {
+                match access {
+                    Some(access) => admit(&api, access, request, &mut inner).await,
+                    None => inner
+                        .call(request)
+                        .await
+                        .map_err(|never: Infallible| match never {}),
+                }
+            };
+            let answer = tokio::time::timeout(api.config.limits.answer_max, answer).await;
+            let answer = answer.unwrap_or_else(|_| {
+                Err(ApiError::new(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    "no answer in time; look before you try again",
+                ))
+            });
+            let response = answer.unwrap_or_else(IntoResponse::into_response);
+            Ok(api.finish(&method, response))
+        })
+    }
+}
+
+async fn no_such_path(State(api): State<Arc<Api>>, method: Method) -> Response {
+    api.finish(&method, StatusCode::NOT_FOUND.into_response())
+}
+
+async fn no_such_method(State(api): State<Arc<Api>>, method: Method) -> Response {
+    api.finish(&method, StatusCode::METHOD_NOT_ALLOWED.into_response())
 }
 
 /// With the value [`LOCAL`], a read is answered from what this member has applied, without a question to any other: also
@@ -378,11 +434,10 @@ struct LocalRead;
 
 /// Reads the body and checks the signature. What only reads then waits until it sees every acknowledged write, unless
 /// it is content with less; what writes does so where it decides by what it read, see [`Api::find`].
-async fn admit(
-    State((api, access)): State<(Arc<Api>, Access)>,
-    request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
+async fn admit<S>(api: &Api, access: Access, request: Request, inner: &mut S) -> Result<Response, ApiError>
+where
+    S: Service<Request, Response = Response, Error = Infallible>,
+{
     let peer = Peer::of(&request);
     let (mut head, body) = request.into_parts();
     let limits = api.config.limits;
@@ -411,8 +466,12 @@ async fn admit(
         api.store.linearizable().await?;
     }
     head.extensions.insert(caller);
-    head.extensions.insert(peer);
-    let mut response = next.run(Request::from_parts(head, Body::from(body))).await;
+    head.extensions.get_or_insert(peer);
+    let request = Request::from_parts(head, Body::from(body));
+    let mut response = inner
+        .call(request)
+        .await
+        .unwrap_or_else(|never: Infallible| match never {});
     if is_local {
         let local = header::HeaderValue::from_static(LOCAL);
         response.headers_mut().insert(READ_HEADER, local);
@@ -421,19 +480,15 @@ async fn admit(
 }
 
 async fn read_body(body: Body, bytes_max: usize) -> Result<Bytes, ApiError> {
-    let mut stream = body.into_data_stream();
-    let mut bytes = Vec::new();
-    while let Some(piece) = stream.next().await {
-        let piece = piece.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "the body was cut off"))?;
-        if bytes.len() + piece.len() > bytes_max {
-            return Err(ApiError::new(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                format!("a body of at most {bytes_max} bytes is accepted"),
-            ));
+    let refused = |error: Box<dyn std::error::Error + Send + Sync>| {
+        if error.is::<LengthLimitError>() {
+            let why = format!("a body of at most {bytes_max} bytes is accepted");
+            return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, why);
         }
-        bytes.extend_from_slice(&piece);
-    }
-    Ok(bytes.into())
+        ApiError::new(StatusCode::BAD_REQUEST, "the body was cut off")
+    };
+    let read = Limited::new(body, bytes_max).collect().await.map_err(refused)?;
+    Ok(read.to_bytes())
 }
 
 async fn ping() -> impl IntoResponse {
@@ -462,6 +517,12 @@ async fn with_slash(_: Method, uri: Uri, headers: axum::http::HeaderMap) -> Resp
 }
 
 impl Api {
+    /// What every answer goes through last.
+    fn finish(&self, method: &Method, response: Response) -> Response {
+        self.counters.answered(method, response.status());
+        error::as_json(response)
+    }
+
     /// Whose key signs: a hotkey that was replaced opens nothing any more, on any member.
     fn miner(&self) -> Hotkey {
         let known = self.store.read(|record| record.settings().miner.clone());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
@@ -122,9 +122,8 @@ impl Requests for Puts {
 
     fn write(&self, client: usize, number: u64, _: bool) -> Vec<u8> {
         let key = super::ours::chute_name(client % KEYS);
-        let value = value(client, number, key.len());
-        let body =
-            json!({ "key": BASE64_STANDARD.encode(key), "value": BASE64_STANDARD.encode(value) }).to_string();
+        let value = BASE64_STANDARD.encode(value(client, number, key.len()));
+        let body = format!(r#"{{"key":"{}","value":"{value}"}}"#, BASE64_STANDARD.encode(key));
         format!(
             "POST /v3/kv/put HTTP/1.1\r\nHost: etcd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             body.len()

@@ -1,5 +1,6 @@
 //! The load generator: clients that each write, wait for the answer, and write again, over one kept connection.
-//! The same code for both systems; only the bytes of a request differ.
+//! The same code for both systems; only the bytes of a request differ. It shares the cores with what it measures, so it
+//! does little itself.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -27,11 +28,9 @@ pub(crate) trait Requests {
 
 /// A text that differs for each write, and brings `beside` up to [`COMMAND_BYTES`].
 pub(crate) fn value(client: usize, number: u64, beside: usize) -> String {
-    let mut text = format!("{client} {number} ");
-    while text.len() + beside < COMMAND_BYTES {
-        text.push('x');
-    }
-    text
+    let start = format!("{client} {number} ");
+    let missing = COMMAND_BYTES.saturating_sub(start.len() + beside);
+    start + &"x".repeat(missing)
 }
 
 /// What clients wrote.

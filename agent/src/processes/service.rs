@@ -57,15 +57,20 @@ pub fn run(part: Part, arguments: &Arguments) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Threads that a part's tasks share, beside those that wait for disks.
-fn threads(part: Part) -> usize {
-    match part {
+/// What runs a part's tasks, beside the threads that wait for disks.
+fn runtime(part: Part) -> std::io::Result<tokio::runtime::Runtime> {
+    let mut builder = if part == Part::Coordinator {
         // What a write passes through is a chain of short tasks: to wake another thread for each costs more than it
         // gains (docs/benchmarks.md).
-        Part::Coordinator => 1,
+        tokio::runtime::Builder::new_current_thread()
+    } else {
         // Hosts with GPUs have a hundred cores and more, which belong to the chutes.
-        _ => std::thread::available_parallelism().map_or(1, usize::from).min(8),
-    }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.worker_threads(threads);
+        builder
+    };
+    builder.enable_all().build()
 }
 
 fn serve(part: Part, config: Config) -> anyhow::Result<()> {
@@ -75,11 +80,7 @@ fn serve(part: Part, config: Config) -> anyhow::Result<()> {
     }
     // The caller of a library may have installed one; any is fine.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads(part))
-        .enable_all()
-        .build()
-        .context("start the async runtime")?;
+    let runtime = runtime(part).context("start the async runtime")?;
     runtime.block_on(async {
         let shutdown = CancellationToken::new();
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;

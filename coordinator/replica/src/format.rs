@@ -6,6 +6,7 @@
 
 use openraft::{BasicNode, Entry, EntryPayload, LogId, Membership, StoredMembership, Vote};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::raft::{Commands, LeaderId, RaftEntry, RaftLogId, RaftMembership, RaftVote};
 
@@ -294,6 +295,21 @@ pub(crate) fn decode_entry(sealed: &[u8]) -> Result<RaftEntry, Fault> {
     Ok(Entry { log_id, payload })
 }
 
+/// A lease in its envelope; whole milliseconds.
+pub(crate) fn encode_lease(lease: Duration) -> Vec<u8> {
+    let mut fields = Fields::default();
+    fields.integer(u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
+    seal(&fields.finish())
+}
+
+/// Reads what [`encode_lease`] wrote.
+pub(crate) fn decode_lease(sealed: &[u8]) -> Result<Duration, Fault> {
+    let mut cursor = Cursor::new(unseal(sealed)?);
+    let lease = Duration::from_millis(cursor.integer()?);
+    cursor.end()?;
+    Ok(lease)
+}
+
 /// A vote in its envelope.
 pub(crate) fn encode_vote(vote: &RaftVote) -> Vec<u8> {
     let mut fields = Fields::default();
@@ -444,6 +460,8 @@ mod tests {
             node_id: 1,
         };
         check("identity", &identity.encode(), GOLDEN_IDENTITY);
+        let lease = Duration::from_millis(480);
+        check("lease", &encode_lease(lease), GOLDEN_LEASE);
 
         assert_eq!(decode_entry(&encode_entry(&blank)), Ok(blank));
         assert_eq!(decode_entry(&encode_entry(&commands)), Ok(commands));
@@ -452,6 +470,7 @@ mod tests {
         let applied = encode_applied(Some(&id(1, 2, 9)), &stored);
         assert_eq!(decode_applied(&applied), Ok((Some(id(1, 2, 9)), stored)));
         assert_eq!(Identity::decode(&identity.encode()), Ok(identity));
+        assert_eq!(decode_lease(&encode_lease(lease)), Ok(lease));
     }
 
     const GOLDEN_BLANK: &str = "0101000000000000000200000000000000030000000000000000a924cb00";
@@ -464,6 +483,7 @@ mod tests {
     const GOLDEN_APPLIED: &str = "\
         010101000000000000000200000000000000090000000000000001010000000000000002000000000000000500\
         0000000000000100000001000000010000000000000001000000010000000000000003000000613a31e2574a2f";
+    const GOLDEN_LEASE: &str = "01e001000000000000382ed5d4";
     const GOLDEN_IDENTITY: &str = "0101000000630100000000000000cbfc6638";
 
     #[test]

@@ -201,26 +201,24 @@ impl Replica {
             length,
             given_up: followed,
         };
-        let silence = timing::silence(*lease.length.borrow(), ways.longest_lease(&members));
+        let own_lease = timing::lease(&raft_config);
+        let silence = timing::silence(own_lease, ways.longest_lease(&members).max(log.lease()));
         let promised = starting::followed(log.vote(), node_id);
         let kept = machine.keep();
-        let started = seed
-            .scope(Raft::new(
-                node_id,
-                Arc::new(raft_config.clone()),
-                network.clone(),
-                log.clone(),
-                machine,
-            ))
-            .await;
+        let started = match starting::write_down(&log, own_lease).await {
+            Ok(()) => {
+                let config = Arc::new(raft_config.clone());
+                let started = Raft::new(node_id, config, network.clone(), log.clone(), machine);
+                seed.scope(started).await.map_err(|fatal| fatal.to_string())
+            }
+            Err(error) => Err(error.to_string()),
+        };
         let raft = match started {
             Ok(raft) => raft,
-            Err(fatal) => {
+            Err(reason) => {
                 log.stop().await;
                 state.stop().await;
-                return Err(Error::Failed(
-                    shared.failure().unwrap_or_else(|| fatal.to_string()),
-                ));
+                return Err(Error::Failed(shared.failure().unwrap_or(reason)));
             }
         };
         let (leadership_out, leadership) =
@@ -249,6 +247,7 @@ impl Replica {
                 let started = raft.borrow().clone();
                 starting::keep_promise(&started, raft.clone(), leader, silence).await;
             }
+            starting::shorten(log.clone(), raft.clone(), own_lease, silence);
             raft::spawn(async move {
                 proposer.run().await;
                 drop(proposer_end);

@@ -10,6 +10,7 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::health::{Shared, count};
@@ -36,6 +37,7 @@ pub(crate) struct Tail {
     purged: Option<RaftLogId>,
     last: Option<RaftLogId>,
     vote: Option<RaftVote>,
+    lease: Option<Duration>,
     committed: Option<RaftLogId>,
 }
 
@@ -126,6 +128,7 @@ impl LogStore {
             durable_end: stored.last.map_or(0, |id| id.index + 1),
             purged: stored.purged,
             vote: stored.vote,
+            lease: stored.lease,
             committed: stored.committed,
             ..Tail::default()
         };
@@ -148,6 +151,18 @@ impl LogStore {
     /// The newest vote that is on the disk.
     pub(crate) fn vote(&self) -> Option<RaftVote> {
         self.tail.lock().vote
+    }
+
+    /// For how long answers bind this member, as far as it is on the disk.
+    pub(crate) fn lease(&self) -> Option<Duration> {
+        self.tail.lock().lease
+    }
+
+    /// Writes down for how long answers bind this member.
+    pub(crate) async fn save_lease(&self, lease: Duration) -> io::Result<()> {
+        self.ask(|reply| Job::Lease { lease, reply }).await?;
+        self.tail.lock().lease = Some(lease);
+        Ok(())
     }
 
     /// Returns when everything that was given to the store is on the disk.

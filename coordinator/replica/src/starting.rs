@@ -3,11 +3,13 @@
 //! With each answer a voter promises to help nobody else to the lead for a lease. The Raft library keeps that in
 //! memory only. So whoever starts takes the leader that it followed as heard at that moment, whatever the time
 //! that it was away: it cannot know it. The library is started anew with each change of timing, too.
+//! How long the lease was stands beside the vote, since the settings may have been changed while the member was away.
 
 use openraft::raft::{AppendEntriesRequest, AppendEntriesResponse};
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
+use crate::log_store::LogStore;
 use crate::raft::{CurrentRaft, Raft, RaftVote, spawn};
 use crate::timing;
 
@@ -49,4 +51,26 @@ async fn hear(raft: &Raft, leader: RaftVote) -> bool {
     };
     let taken = raft.append_entries(heartbeat).await;
     matches!(taken, Ok(AppendEntriesResponse::Success))
+}
+
+/// Writes the lease down by which a member is about to answer, unless a longer one stands there.
+pub(crate) async fn write_down(log: &LogStore, lease: Duration) -> std::io::Result<()> {
+    if log.lease().is_none_or(|written| written < lease) {
+        log.save_lease(lease).await?;
+    }
+    Ok(())
+}
+
+/// Writes the lease down in place of a longer one, when what was promised by that one is over: `silence` from now.
+pub(crate) fn shorten(log: LogStore, current: CurrentRaft, lease: Duration, silence: Duration) {
+    if log.lease().is_none_or(|written| written <= lease) {
+        return;
+    }
+    spawn(async move {
+        sleep(silence).await;
+        let holds = current.has_changed().is_ok() && timing::lease(current.borrow().config()) == lease;
+        if holds && let Err(error) = log.save_lease(lease).await {
+            tracing::warn!(%error, "a shorter lease was not written down; after a restart, elections wait for longer");
+        }
+    });
 }

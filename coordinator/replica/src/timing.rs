@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep};
 use crate::config::{Pace, Timing};
 use crate::error::Error;
 use crate::raft::{Raft, RaftMembership};
-use crate::starting::{followed, keep_promise};
+use crate::starting::{followed, keep_promise, shorten, write_down};
 use crate::transport::{Network, Peer};
 use crate::wire::{Answer, Request};
 use crate::{Inner, Replica};
@@ -276,22 +276,34 @@ impl Replica {
         // The library takes everything in the log for durable when it starts.
         let mut log = self.0.log.clone();
         log.settle().await.map_err(|error| fail(error.to_string()))?;
+        set(&mut running.config, pace);
+        let own = lease(&running.config);
+        let before = self.0.ways.longest_lease(members).max(log.lease());
+        let silence = silence(own, before);
+        write_down(&log, own)
+            .await
+            .map_err(|error| fail(error.to_string()))?;
         let followed = followed(log.vote(), self.0.member);
-        let before = self.0.ways.longest_lease(members).max(Some(self.0.own_lease()));
         let machine = running.machine.succeed().await;
         running.machine = machine.keep();
-        set(&mut running.config, pace);
         let config = Arc::new(running.config.clone());
-        let started = Raft::new(self.0.member, config, self.0.network.clone(), log, machine);
+        let started = Raft::new(
+            self.0.member,
+            config,
+            self.0.network.clone(),
+            log.clone(),
+            machine,
+        );
         let started = self.0.seed.scope(started).await;
         let raft = started.map_err(|fatal| fail(fatal.to_string()))?;
         let alone = raft.voter_ids().eq([self.0.member]);
         if let Some(leader) = followed {
-            let silence = silence(lease(raft.config()), before);
             let promise = keep_promise(&raft, self.0.raft.subscribe(), leader, silence);
             self.0.seed.scope(promise).await;
         }
         self.0.raft.send_replace(raft.clone());
+        let shortened = async { shorten(log, self.0.raft.subscribe(), own, silence) };
+        self.0.seed.scope(shortened).await;
         self.0.agree_on_lease(members);
         if alone {
             let elected = self.0.seed.scope(raft.trigger().elect(false)).await;

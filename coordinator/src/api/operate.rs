@@ -12,8 +12,8 @@ use coordinator_core::state_machine::deployment::StopReason;
 use coordinator_core::state_machine::{Command, Reply, State as Record};
 use protocol::hotkey::Hotkey;
 use protocol::id::{ChuteId, DeploymentId};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Api;
@@ -158,15 +158,33 @@ pub(super) async fn bans(State(api): State<Arc<Api>>) -> Json<Value> {
     Json(json!({ "bans": bans }))
 }
 
+/// Whether a chute is banned now.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Banned {
+    banned: bool,
+    chute_id: ChuteId,
+    validator: Hotkey,
+}
+
+impl Banned {
+    fn answer(chute: &ChuteKey, banned: bool) -> Self {
+        Self {
+            banned,
+            chute_id: chute.chute.clone(),
+            validator: chute.validator.clone(),
+        }
+    }
+}
+
 pub(super) async fn ban(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
     body: Bytes,
-) -> Result<Json<Value>> {
+) -> Result<Json<Banned>> {
     let body: BanBody = parse(&body)?;
     let chute = one_chute(&api, &body.chute_id, body.validator.as_deref()).await?;
     let reason = Some(reason_text(body.reason)?);
-    let answer = json!({ "chute_id": chute.chute, "validator": chute.validator, "banned": true });
+    let answer = Banned::answer(&chute, true);
     api.propose(&caller, Command::BanChute { chute, reason }).await?;
     Ok(Json(answer))
 }
@@ -175,9 +193,9 @@ pub(super) async fn unban(
     State(api): State<Arc<Api>>,
     Extension(caller): Extension<Caller>,
     Query(query): Query<UnbanQuery>,
-) -> Result<Json<Value>> {
+) -> Result<Json<Banned>> {
     let chute = one_chute(&api, &query.chute_id, query.validator.as_deref()).await?;
-    let answer = json!({ "chute_id": chute.chute, "validator": chute.validator, "banned": false });
+    let answer = Banned::answer(&chute, false);
     let command = Command::BanChute { chute, reason: None };
     api.propose(&caller, command).await?;
     Ok(Json(answer))

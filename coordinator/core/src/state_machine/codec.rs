@@ -65,7 +65,9 @@ fn decode<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, Un
 /// Bytes of a proposal, for the log.
 #[must_use]
 pub fn encode_proposal(proposal: &Proposal) -> Vec<u8> {
-    encode(proposal)
+    // Most fit, so that the buffer does not grow step by step.
+    let buffer = Vec::with_capacity(512);
+    postcard::to_extend(&Stored::V1(proposal), buffer).expect("plain data always encodes")
 }
 
 /// A proposal from the log.

@@ -5,13 +5,15 @@ use openraft::storage::IOFlushed;
 use redb::{Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use std::io;
 use std::ops::Range;
+use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::SharedTail;
 use crate::error::Error;
 use crate::faults::Faults;
 use crate::format::{
-    decode_entry, decode_log_id, decode_vote, encode_entry_into, encode_log_id, encode_vote,
+    decode_entry, decode_lease, decode_log_id, decode_vote, encode_entry_into, encode_lease, encode_log_id,
+    encode_vote,
 };
 use crate::health::{Shared, count};
 use crate::raft::{RaftEntry, RaftLogId, RaftMembership, RaftVote, Types};
@@ -21,6 +23,7 @@ const LOG: TableDefinition<'static, u64, &[u8]> = TableDefinition::new("log");
 const VOTE: &str = "vote";
 const PURGED: &str = "purged";
 const COMMITTED: &str = "committed";
+const LEASE: &str = "lease";
 
 /// One commit of so many has the committed index, and the last one: a restart finds it out by itself, and each commit
 /// that leaves it out writes a table less.
@@ -36,6 +39,11 @@ pub(crate) enum Job {
     },
     Vote {
         vote: RaftVote,
+        reply: Reply<()>,
+    },
+    /// For how long answers bind this member.
+    Lease {
+        lease: Duration,
         reply: Reply<()>,
     },
     Truncate {
@@ -60,7 +68,7 @@ impl Job {
         match self {
             Self::Append { .. } => !faults.acknowledge_before_fsync,
             Self::Vote { .. } => !faults.two_votes_in_a_term,
-            Self::Truncate { .. } => true,
+            Self::Truncate { .. } | Self::Lease { .. } => true,
             Self::Purge { .. } | Self::Committed(_) | Self::Read { .. } => false,
         }
     }
@@ -69,7 +77,10 @@ impl Job {
         let result = result.clone().map_err(io::Error::other);
         match self {
             Self::Append { callback, .. } => callback.io_completed(result),
-            Self::Vote { reply, .. } | Self::Truncate { reply, .. } | Self::Purge { reply, .. } => {
+            Self::Vote { reply, .. }
+            | Self::Lease { reply, .. }
+            | Self::Truncate { reply, .. }
+            | Self::Purge { reply, .. } => {
                 // An error means that nobody waits any more.
                 let _ = reply.send(result);
             }
@@ -82,6 +93,8 @@ impl Job {
 #[derive(Debug, Default)]
 pub(crate) struct Stored {
     pub(crate) vote: Option<RaftVote>,
+    /// For how long answers bound this member at last; none in a file of a version that did not say.
+    pub(crate) lease: Option<Duration>,
     pub(crate) purged: Option<RaftLogId>,
     pub(crate) committed: Option<RaftLogId>,
     pub(crate) last: Option<RaftLogId>,
@@ -213,6 +226,7 @@ impl LogFile {
                         }
                     }
                     Job::Vote { vote, .. } => keep(VOTE, &encode_vote(vote))?,
+                    Job::Lease { lease, .. } => keep(LEASE, &encode_lease(*lease))?,
                     Job::Truncate { from, .. } => log.retain_in::<u64, _>(*from.., |_, _| false)?,
                     Job::Purge { upto, .. } => {
                         log.retain_in::<u64, _>(..=upto.index, |_, _| false)?;
@@ -292,6 +306,9 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
     let mut stored = Stored::default();
     if let Some(bytes) = meta(VOTE)? {
         stored.vote = Some(decode_vote(&bytes).map_err(|fault| file.fault(fault))?);
+    }
+    if let Some(bytes) = meta(LEASE)? {
+        stored.lease = Some(decode_lease(&bytes).map_err(|fault| file.fault(fault))?);
     }
     if let Some(bytes) = meta(PURGED)? {
         stored.purged = decode_log_id(&bytes).map_err(|fault| file.fault(fault))?;

@@ -1,6 +1,6 @@
 //! Who leads, and for how long: check-quorum, pre-vote, transfer, timing.
 
-use replica::{Error, Start, Timing};
+use replica::{Config, Error, Start, Timing};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -123,20 +123,26 @@ async fn a_member_that_changes_its_pace_elects_nobody_while_the_leader_counts_on
 #[tokio::test(start_paused = true)]
 async fn a_member_that_starts_with_a_shorter_lease_keeps_to_the_longer_one_that_it_granted() {
     let wide = Duration::from_millis(replica::Pace::WAN.election_max_ms);
-    for seed in 440..442 {
-        let mut cluster = Cluster::new(seed);
-        cluster.configure = |config| config.timing = Timing::Wan;
-        cluster.found(3).await;
-        assert_eq!(cluster.leader().await, 1);
-        sleep(wide).await;
-        cluster.links.cut(1, [3], true);
-        sleep(3 * wide).await;
-        cluster.stop(2).await;
-        cluster.configure = |config| config.timing = Timing::Auto;
-        assert_eq!(cluster.start(2, Start::Join).await.pace(), PACE);
-        cluster.links.cut(1, [2], true);
-        assert!(cluster.up[&1].leads_now());
-        no_two_lead(&cluster, wide, &format!("seed {seed}")).await;
+    let auto: fn(&mut Config) = |config| config.timing = Timing::Auto;
+    let fixed: fn(&mut Config) = |config| config.timing = Timing::Exact(PACE);
+    for (seed, configure) in [(440, auto), (441, auto), (442, fixed), (443, fixed)] {
+        // It may hear of the leader's lease, or know its own only.
+        for heard in [true, false] {
+            let mut cluster = Cluster::new(seed);
+            cluster.configure = |config| config.timing = Timing::Wan;
+            cluster.found(3).await;
+            assert_eq!(cluster.leader().await, 1);
+            sleep(wide).await;
+            cluster.links.cut(1, [3], true);
+            sleep(3 * wide).await;
+            cluster.stop(2).await;
+            cluster.links.cut(1, [2], !heard);
+            cluster.configure = configure;
+            assert_eq!(cluster.start(2, Start::Join).await.pace(), PACE);
+            cluster.links.cut(1, [2], true);
+            assert!(cluster.up[&1].leads_now());
+            no_two_lead(&cluster, wide, &format!("seed {seed}, heard: {heard}")).await;
+        }
     }
 }
 
