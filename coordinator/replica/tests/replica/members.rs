@@ -85,6 +85,15 @@ async fn members_are_added_replaced_and_removed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_only_voter_is_not_removed() {
+    let cluster = Cluster::of(46, 1).await;
+    let only = &cluster.up[&1];
+    let refused = only.remove_member(1).await.unwrap_err();
+    assert!(refused.to_string().contains("member 1 is the only voter"), "{refused}");
+    only.propose(b"after".to_vec()).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_joiner_on_an_empty_store_waits_and_founds_nothing() {
     let mut cluster = Cluster::new(60);
     let joiner = cluster.start(2, Start::Join).await;
