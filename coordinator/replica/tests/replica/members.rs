@@ -89,7 +89,10 @@ async fn the_only_voter_is_not_removed() {
     let cluster = Cluster::of(46, 1).await;
     let only = &cluster.up[&1];
     let refused = only.remove_member(1).await.unwrap_err();
-    assert!(refused.to_string().contains("member 1 is the only voter"), "{refused}");
+    assert!(
+        refused.to_string().contains("member 1 is the only voter"),
+        "{refused}"
+    );
     only.propose(b"after".to_vec()).await.unwrap();
 }
 
