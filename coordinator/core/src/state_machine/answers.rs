@@ -1,4 +1,5 @@
-//! Answers to requests, in little room: a flood of writes leaves half a million of them.
+//! Answers to requests, in little room: a flood of writes leaves half a million of them. In memory as on the disk many
+//! stand in one piece, and a piece is written as a whole: a row for each would cost more than all else that a write does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
@@ -10,6 +11,7 @@ use self::ages::Ages;
 use super::command::{Answer, Reply, RequestId};
 
 mod ages;
+mod stored;
 
 /// What a request was answered with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,6 +61,8 @@ pub(crate) struct Rows {
     pieces: BTreeMap<RequestId, Vec<Row>>,
     others: BTreeMap<RequestId, Answer>,
     len: usize,
+    /// Keys of pieces that are no longer what the disk has, or are gone.
+    changed: BTreeSet<RequestId>,
 }
 
 impl Rows {
@@ -89,8 +93,8 @@ impl Rows {
             word,
         };
         self.len += 1;
-        let Some((_, piece)) = self.pieces.range_mut(..=request).next_back() else {
-            self.pieces.insert(request, vec![row]);
+        let Some((first, piece)) = self.pieces.range_mut(..=request).next_back() else {
+            self.begin(request, vec![row]);
             return;
         };
         let place = place(piece, request).unwrap_or_else(|place| place);
@@ -99,22 +103,29 @@ impl Rows {
                 piece.reserve_exact(ROWS_MORE);
             }
             piece.insert(place, row);
+            self.changed.insert(*first);
             return;
         }
         // Behind all others it begins a new piece: what comes in order fills the pieces.
         if place == ROWS_MAX {
-            self.pieces.insert(request, vec![row]);
+            self.begin(request, vec![row]);
             return;
         }
+        self.changed.insert(*first);
         let mut behind = piece.split_off(ROWS_MAX / 2);
         piece.shrink_to(ROWS_MAX / 2 + ROWS_MORE);
         match place.checked_sub(piece.len()) {
             Some(place) => behind.insert(place, row),
             None => piece.insert(place, row),
         }
-        if let Some(first) = behind.first() {
-            self.pieces.insert(first.request(), behind);
+        if let Some(first) = behind.first().map(Row::request) {
+            self.begin(first, behind);
         }
+    }
+
+    fn begin(&mut self, first: RequestId, piece: Vec<Row>) {
+        self.changed.insert(first);
+        self.pieces.insert(first, piece);
     }
 
     fn remove(&mut self, request: RequestId) {
@@ -127,8 +138,9 @@ impl Rows {
         if piece.remove(place).word == Word::Other {
             self.others.remove(&request);
         }
+        let first = *first;
+        self.changed.insert(first);
         if piece.is_empty() {
-            let first = *first;
             self.pieces.remove(&first);
         }
         self.len -= 1;
@@ -151,6 +163,14 @@ impl Rows {
     fn all(&self) -> impl Iterator<Item = &Row> {
         self.pieces.values().flatten()
     }
+
+    fn are_in_order(&self) -> bool {
+        let requests = || self.all().map(|row| row.request);
+        let mut pieces = self.pieces.iter();
+        self.len == self.all().count()
+            && requests().zip(requests().skip(1)).all(|(one, next)| one < next)
+            && pieces.all(|(first, piece)| piece.first().is_some_and(|row| *first <= row.request()))
+    }
 }
 
 fn place(piece: &[Row], request: RequestId) -> Result<usize, usize> {
@@ -165,12 +185,11 @@ impl PartialEq for Rows {
     }
 }
 
-/// Answers by request. Like a [`super::table::Table`], it remembers which rows changed.
+/// Answers by request. Like a [`super::table::Table`], it remembers what changed.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Answers {
     rows: Rows,
     ages: Ages,
-    changed: BTreeSet<RequestId>,
 }
 
 impl Answers {
@@ -184,12 +203,6 @@ impl Answers {
 
     /// Adds the answer to a request that has none yet.
     pub(crate) fn insert(&mut self, request: RequestId, answered: Answered) {
-        self.changed.insert(request);
-        self.restore(request, answered);
-    }
-
-    /// Adds an answer that was read from disk; it does not count as changed.
-    pub(crate) fn restore(&mut self, request: RequestId, answered: Answered) {
         self.ages.insert(answered.at, request);
         self.rows.put(request, answered);
     }
@@ -202,26 +215,19 @@ impl Answers {
         };
         self.ages.pop_first();
         self.rows.remove(request);
-        self.changed.insert(request);
         true
-    }
-
-    /// The answers that changed since the last call: `None` for those that are gone.
-    pub(crate) fn drain_changed(&mut self) -> impl Iterator<Item = (RequestId, Option<Answered>)> {
-        let changed = std::mem::take(&mut self.changed);
-        changed.into_iter().map(|request| (request, self.get(request)))
     }
 
     /// True if what is derived from the rows is what they say.
     pub(crate) fn ages_are_right(&self) -> bool {
-        self.ages.are_of(&self.rows) && self.rows.len == self.rows.all().count()
+        self.ages.are_of(&self.rows) && self.rows.are_in_order()
     }
 }
 
 /// Equal when the same is known, however much of it is in order already.
 impl PartialEq for Answers {
     fn eq(&self, other: &Self) -> bool {
-        self.rows == other.rows && self.changed == other.changed
+        self.rows == other.rows
     }
 }
 

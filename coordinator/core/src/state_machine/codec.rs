@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::chute::{ChuteKey, VersionKey};
-use super::command::{Answer, Proposal, RequestId};
+use super::command::{Answer, Proposal};
 use super::effect::{Effect, EffectId};
 use super::format::{Finalized, NEWEST, PROGRAM};
 use super::host::InviteId;
@@ -106,7 +106,6 @@ macro_rules! tables {
         $each!(8, deployments, DeploymentId);
         $each!(9, audits, DeploymentId);
         $each!(10, strangers, InstanceId);
-        $each!(12, answers, RequestId);
         $each!(13, guards, [u8; 32]);
         $each!(14, hosts, ServerId);
         $each!(15, invites, InviteId);
@@ -133,12 +132,14 @@ pub fn table_name(table: u8) -> &'static str {
     match table {
         SETTINGS => "settings",
         OUTBOX => "outbox",
+        ANSWERS => "answers",
         _ => "unknown",
     }
 }
 
 const SETTINGS: u8 = 1;
 const OUTBOX: u8 = 11;
+const ANSWERS: u8 = 12;
 
 fn drain<K: Serialize, V: Serialize>(
     table: u8,
@@ -170,6 +171,11 @@ impl State {
         }
         tables!(drain_table);
         drain(OUTBOX, self.outbox.pending.drain_changed(), &mut rows);
+        rows.extend(self.answers.drain_changed().map(|(first, value)| Row {
+            table: ANSWERS,
+            key: encode(&first),
+            value,
+        }));
         rows
     }
 
@@ -223,6 +229,10 @@ impl State {
             OUTBOX => {
                 let _: EffectId = decode("outbox", key)?;
                 self.outbox.restore(decode::<Effect>("outbox", value)?);
+            }
+            ANSWERS => {
+                let restored = self.answers.restore(decode("answers", key)?, value);
+                restored.ok_or(Unreadable::Value { what: "answers" })?;
             }
             _ => {
                 return Err(Unreadable::Value {

@@ -67,10 +67,31 @@ fn names_of_requests_sort_by_time_in_memory_and_as_they_are_stored() {
     assert_eq!(seen.len(), 72);
 }
 
-/// Beside a plain map: names in any order, some without the time, given by clocks that differ.
+/// What is on the disk after these changes.
+fn write_down(answers: &mut Answers, disk: &mut BTreeMap<RequestId, Vec<u8>>) {
+    for (key, value) in answers.drain_changed() {
+        match value {
+            Some(value) => drop(disk.insert(key, value)),
+            None => assert!(disk.remove(&key).is_some(), "what was never there is not removed"),
+        }
+    }
+}
+
+fn read_back(disk: &BTreeMap<RequestId, Vec<u8>>) -> Answers {
+    let mut answers = Answers::default();
+    for (key, value) in disk {
+        answers
+            .restore(*key, value)
+            .expect("it was written by this program");
+    }
+    answers
+}
+
+/// Beside a plain map: names in any order, some without the time, given by clocks that differ; read back now and then.
 #[test]
 fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
     let (mut answers, mut plain) = (Answers::default(), BTreeMap::new());
+    let mut disk = BTreeMap::new();
     let mut random = fastrand::Rng::with_seed(1);
     let mut now = BEGAN;
     for step in 0..20_000 {
@@ -95,17 +116,88 @@ fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
             assert_eq!(answers.get(oldest), None);
             plain.remove(&oldest);
         }
+        if step % 700 == 0 {
+            write_down(&mut answers, &mut disk);
+            assert!(answers.ages_are_right());
+            if random.bool() {
+                answers = read_back(&disk);
+            }
+        }
     }
     assert_eq!(answers.len(), plain.len());
     for (request, (at, answer)) in plain {
         assert_eq!(answers.get(request), Some(Answered { at, answer }));
     }
     assert!(answers.ages_are_right());
-    let mut restored = Answers::default();
-    for (request, answered) in answers.drain_changed() {
-        if let Some(answered) = answered {
-            restored.restore(request, answered);
-        }
-    }
-    assert_eq!(restored, answers);
+    write_down(&mut answers, &mut disk);
+    assert_eq!(read_back(&disk), answers);
+    assert!(disk.len() < answers.len() / 50, "{} pieces", disk.len());
 }
+
+/// Each answer was a row of its own, and each write an insertion and a removal on every member.
+#[test]
+fn answers_in_rows_of_their_own_are_read_and_written_in_pieces() {
+    let answer_of = |number: u64| match number % 3 {
+        0 => Ok(Reply::Done),
+        1 => Ok(Reply::Unchanged),
+        _ => Err(Rejection::Replayed),
+    };
+    let (mut disk, mut expected) = (BTreeMap::new(), Answers::default());
+    for number in 0..300 {
+        let request = RequestId::new(UnixMillis(BEGAN + number), u128::from(number));
+        let (at, answer) = (UnixMillis(BEGAN + number), answer_of(number));
+        let answered = Answered { at, answer };
+        let single = [vec![0], postcard::to_stdvec(&answered).unwrap()].concat();
+        disk.insert(request, single);
+        expected.insert(request, answered);
+    }
+    let mut answers = read_back(&disk);
+    assert_eq!(answers, expected);
+    assert!(answers.ages_are_right());
+    write_down(&mut answers, &mut disk);
+    assert!(disk.values().all(|value| value.first() == Some(&1)));
+    assert!(disk.len() <= 5, "{} pieces", disk.len());
+    assert_eq!(read_back(&disk), expected);
+    assert_eq!(answers.drain_changed().count(), 0);
+}
+
+#[test]
+fn a_piece_is_stored_alike_and_a_damaged_one_is_refused() {
+    let mut answers = Answers::default();
+    for (number, answer) in [Ok(Reply::Done), Ok(Reply::Unchanged), Err(Rejection::Replayed)]
+        .into_iter()
+        .enumerate()
+    {
+        let at = UnixMillis(BEGAN + number as u64);
+        answers.insert(RequestId(number as u128 + 1), Answered { at, answer });
+    }
+    let pieces: Vec<_> = answers.drain_changed().collect();
+    let [(key, Some(piece))] = pieces.as_slice() else {
+        panic!("it is one piece: {pieces:?}")
+    };
+    assert_eq!((*key, hex::encode(piece).as_str()), (RequestId(1), PIECE));
+    let rows = piece.len() - 3 * 25;
+    let refused = |what: &str, key: u128, piece: &[u8]| {
+        let restored = Answers::default().restore(RequestId(key), piece);
+        assert_eq!(restored, None, "{what}");
+    };
+    refused("cut short", 1, &piece[..piece.len() - 1]);
+    refused("without rows", 1, &piece[..rows]);
+    refused("before its key", 2, piece);
+    refused(
+        "without the first row's answer",
+        1,
+        &[&[1, 0], &piece[rows..]].concat(),
+    );
+    let mut damaged = piece.clone();
+    damaged[rows + 24] = 3;
+    refused("a word that is none", 1, &damaged);
+    let mut damaged = piece.clone();
+    damaged[rows..].rotate_left(25);
+    refused("out of order", 1, &damaged);
+    refused("a form that is none", 1, &[2]);
+    assert_eq!(answers.restore(RequestId(1), piece), None, "it is there already");
+    assert_eq!(answers.restore(RequestId(0), piece), None, "others are there");
+}
+
+const PIECE: &str = "010103010200000000000000000000000000000001000001a3185c50000000000000000000000000000000000002000001a3185c50010100000000000000000000000000000003000001a3185c500202";
