@@ -113,7 +113,7 @@ pub struct Config {
     pub snapshots: SnapshotPolicy,
     /// Group commit.
     pub proposals: Proposals,
-    /// Bytes of log entries kept in memory; older ones are read from the file. Default 4 MiB.
+    /// Bytes of log entries kept in memory; older ones are read from the file. Default 2 MiB.
     pub log_tail_bytes_max: usize,
     /// Seed of the Raft library's random numbers; `None` takes one from the operating system.
     pub seed: Option<u64>,
@@ -135,7 +135,7 @@ impl Config {
             timing: Timing::Lan,
             snapshots: SnapshotPolicy::default(),
             proposals: Proposals::default(),
-            log_tail_bytes_max: 4 * 1024 * 1024,
+            log_tail_bytes_max: 2 * 1024 * 1024,
             seed: None,
             faults: Faults::none(),
         }

@@ -18,7 +18,7 @@ use crate::storage::{Directory, Lane, Storage, StoreFile};
 /// Memory that redb may use for pages of the log: entries are mostly read from our own tail.
 const LOG_CACHE_BYTES: usize = 1024 * 1024;
 /// Memory that redb may use for pages of the state: rows are read only at start and for snapshots.
-const STATE_CACHE_BYTES: usize = 4 * 1024 * 1024;
+const STATE_CACHE_BYTES: usize = 1024 * 1024;
 
 /// A store ready for the Raft library.
 pub(crate) struct Opened {

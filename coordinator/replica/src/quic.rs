@@ -12,6 +12,7 @@
 //! owns the UDP port: this file gets connections that are authenticated already. It is a seam: sockets and
 //! names of the outside world end here.
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, VarInt};
 use std::collections::BTreeMap;
@@ -234,7 +235,7 @@ impl Peers {
             connection: &connection,
             answered: false,
         };
-        let answered = timeout_at(deadline, question_and_answer(&connection, kind, &question)).await;
+        let answered = timeout_at(deadline, question_and_answer(&connection, kind, question)).await;
         waiting.answered = answered.is_ok();
         answered
             .unwrap_or_else(|_| Err(late("no answer")))
@@ -368,14 +369,20 @@ async fn dial(shared: &Shared, member: u64, places: &[String]) -> Result<Connect
     Err(last)
 }
 
-async fn question_and_answer(connection: &Connection, kind: u8, question: &[u8]) -> Result<Vec<u8>, String> {
+async fn question_and_answer(
+    connection: &Connection,
+    kind: u8,
+    question: Vec<u8>,
+) -> Result<Vec<u8>, String> {
     let text = |error: &dyn fmt::Display| error.to_string();
     let (mut send, mut receive) = connection.open_bi().await.map_err(|error| text(&error))?;
     let length = u32::try_from(question.len()).map_err(|error| text(&error))?;
     let mut head = [kind; 5];
     head[1..].copy_from_slice(&length.to_le_bytes());
-    send.write_all(&head).await.map_err(|error| text(&error))?;
-    send.write_all(question).await.map_err(|error| text(&error))?;
+    // Handed over as they are: bytes that are written by reference are copied once more.
+    let mut pieces = [Bytes::copy_from_slice(&head), Bytes::from(question)];
+    let written = send.write_all_chunks(&mut pieces).await;
+    written.map_err(|error| text(&error))?;
     send.finish().map_err(|error| text(&error))?;
     let mut status = [REFUSED];
     receive

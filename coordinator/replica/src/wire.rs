@@ -420,8 +420,12 @@ pub(crate) fn cluster_mark(cluster: &str) -> u32 {
     Crc::of(cluster.as_bytes())
 }
 
-fn encode(message: &impl Serialize) -> Vec<u8> {
-    postcard::to_extend(message, vec![VERSION]).expect("plain data in growing memory always encodes")
+/// A list and its pieces cost some bytes beside those of `bytes`; a buffer that grows step by step is copied each time.
+fn encode(message: &impl Serialize, bytes: &[Bytes]) -> Vec<u8> {
+    let size = bytes.iter().map(|bytes| bytes.0.len() + 5).sum::<usize>();
+    let mut buffer = Vec::with_capacity(size + 128);
+    buffer.push(VERSION);
+    postcard::to_extend(message, buffer).expect("plain data in growing memory always encodes")
 }
 
 fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Garbage> {
@@ -441,7 +445,13 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Garbage> {
 }
 
 pub(crate) fn encode_request(cluster: u32, to: u64, request: &Request) -> Vec<u8> {
-    encode(&(cluster, to, request))
+    let bytes = match request {
+        Request::Append(append) => append.entries.as_slice(),
+        Request::Snapshot(chunk) => std::slice::from_ref(&chunk.bytes),
+        Request::Propose { commands, .. } => commands,
+        _ => &[],
+    };
+    encode(&(cluster, to, request), bytes)
 }
 
 pub(crate) fn decode_request(cluster: u32, to: u64, bytes: &[u8]) -> Result<Request, Garbage> {
@@ -453,7 +463,7 @@ pub(crate) fn decode_request(cluster: u32, to: u64, bytes: &[u8]) -> Result<Requ
 }
 
 pub(crate) fn encode_answer(answer: &Answer) -> Vec<u8> {
-    encode(answer)
+    encode(answer, &[])
 }
 
 pub(crate) fn decode_answer(bytes: &[u8]) -> Result<Answer, Garbage> {
