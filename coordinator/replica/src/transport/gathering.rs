@@ -19,7 +19,7 @@ use crate::raft::{RaftLogId, Types};
 use crate::wire::APPEND_BYTES;
 
 /// How often entries are sent to a member that they do not wait for.
-const GATHER: Duration = Duration::from_millis(40);
+const GATHER: Duration = Duration::from_millis(60);
 /// So often it is asked again whether they wait for it now: another may have become slow.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 /// How long news of what is committed waits for entries to go along with.
