@@ -73,7 +73,7 @@ async fn all_members_apply_the_last_write_within_milliseconds() {
     for number in 0..50u8 {
         cluster.up[&1].propose(vec![number]).await.unwrap();
         if number % 10 == 9 {
-            sleep(Duration::from_millis(40)).await;
+            sleep(Duration::from_millis(60)).await;
             for member in 1..=3 {
                 let applied = cluster.commands(member).len();
                 assert_eq!(applied, usize::from(number) + 1, "member {member}");
