@@ -2,7 +2,8 @@
 //!
 //! Rows are written without fsync. After a crash the file is somewhat older, says how old, and the log is
 //! applied again from there; so the file is forced to the disk before the log is purged, before a snapshot
-//! counts, at an orderly end, and whenever [`UNFORCED_BYTES_MAX`] have gathered.
+//! counts, at an orderly end, and whenever [`UNFORCED_BYTES_MAX`] or
+//! [`UNFORCED_WRITES_MAX`] have gathered.
 
 use redb::{Durability, ReadTransaction, ReadableDatabase, TableDefinition};
 use std::io;
@@ -22,6 +23,8 @@ const APPLIED: &str = "applied";
 
 /// Bytes of rows after which a commit is forced, since unforced ones cost memory in redb.
 const UNFORCED_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Writes, of some thousand commands each, after which a commit is forced: a restart after a crash applies them again.
+const UNFORCED_WRITES_MAX: usize = 8;
 
 /// One row that a command changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,6 +128,7 @@ pub(crate) struct StateFile {
     durable_end: Arc<AtomicU64>,
     written_end: u64,
     unforced_bytes: usize,
+    unforced_writes: usize,
     failure: Option<String>,
 }
 
@@ -137,6 +141,7 @@ impl StateFile {
             durable_end,
             written_end,
             unforced_bytes: 0,
+            unforced_writes: 0,
             failure: None,
         }
     }
@@ -157,7 +162,9 @@ impl StateFile {
     fn commit(&mut self, writes: &[(Vec<RowChange>, Applied)], force: bool) -> Result<(), redb::Error> {
         let mut transaction = self.file.database.begin_write()?;
         let bytes: usize = writes.iter().flat_map(|(rows, _)| rows).map(size_of_row).sum();
-        let force = force || self.unforced_bytes + bytes > UNFORCED_BYTES_MAX;
+        let force = force
+            || self.unforced_bytes + bytes > UNFORCED_BYTES_MAX
+            || self.unforced_writes + writes.len() >= UNFORCED_WRITES_MAX;
         if !force {
             transaction.set_durability(Durability::None)?;
         }
@@ -179,16 +186,18 @@ impl StateFile {
             self.written_end = applied.last.map_or(0, |id| id.index + 1);
         }
         transaction.commit()?;
-        self.committed(force, bytes);
+        self.committed(force, bytes, writes.len());
         Ok(())
     }
 
-    fn committed(&mut self, forced: bool, bytes: usize) {
+    fn committed(&mut self, forced: bool, bytes: usize, writes: usize) {
         if forced {
             self.unforced_bytes = 0;
+            self.unforced_writes = 0;
             self.durable_end.store(self.written_end, Ordering::Release);
         } else {
             self.unforced_bytes += bytes;
+            self.unforced_writes += writes;
         }
     }
 
@@ -216,7 +225,7 @@ impl StateFile {
         }
         transaction.commit()?;
         self.written_end = applied.last.map_or(0, |id| id.index + 1);
-        self.committed(true, 0);
+        self.committed(true, 0, 0);
         Ok(())
     }
 
