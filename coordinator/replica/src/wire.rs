@@ -420,7 +420,7 @@ pub(crate) fn cluster_mark(cluster: &str) -> u32 {
     Crc::of(cluster.as_bytes())
 }
 
-/// A list and its pieces cost some bytes beside those of `bytes`; a buffer that grows step by step is copied each time.
+/// `bytes` are the large parts of the message, for the size of the buffer: one that grows is copied at each step.
 fn encode(message: &impl Serialize, bytes: &[Bytes]) -> Vec<u8> {
     let size = bytes.iter().map(|bytes| bytes.0.len() + 5).sum::<usize>();
     let mut buffer = Vec::with_capacity(size + 128);

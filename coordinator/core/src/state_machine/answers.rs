@@ -218,8 +218,8 @@ impl Answers {
         true
     }
 
-    /// True if what is derived from the rows is what they say.
-    pub(crate) fn ages_are_right(&self) -> bool {
+    /// True if the rows are in order, and what is derived from them is what they say.
+    pub(crate) fn are_consistent(&self) -> bool {
         self.ages.are_of(&self.rows) && self.rows.are_in_order()
     }
 }

@@ -420,7 +420,7 @@ impl State {
 
     /// True if what is derived is what the tables say.
     pub(crate) fn index_is_right(&self) -> bool {
-        self.derive_index() == self.index && self.answers.ages_are_right()
+        self.derive_index() == self.index && self.answers.are_consistent()
     }
 
     fn derive_index(&self) -> Index {

@@ -118,7 +118,7 @@ fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
         }
         if step % 700 == 0 {
             write_down(&mut answers, &mut disk);
-            assert!(answers.ages_are_right());
+            assert!(answers.are_consistent());
             if random.bool() {
                 answers = read_back(&disk);
             }
@@ -128,7 +128,7 @@ fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
     for (request, (at, answer)) in plain {
         assert_eq!(answers.get(request), Some(Answered { at, answer }));
     }
-    assert!(answers.ages_are_right());
+    assert!(answers.are_consistent());
     write_down(&mut answers, &mut disk);
     assert_eq!(read_back(&disk), answers);
     assert!(disk.len() < answers.len() / 50, "{} pieces", disk.len());
@@ -153,7 +153,7 @@ fn answers_in_rows_of_their_own_are_read_and_written_in_pieces() {
     }
     let mut answers = read_back(&disk);
     assert_eq!(answers, expected);
-    assert!(answers.ages_are_right());
+    assert!(answers.are_consistent());
     write_down(&mut answers, &mut disk);
     assert!(disk.values().all(|value| value.first() == Some(&1)));
     assert!(disk.len() <= 5, "{} pieces", disk.len());
