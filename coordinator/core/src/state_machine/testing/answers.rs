@@ -134,6 +134,27 @@ fn answers_are_those_of_a_plain_map_and_the_oldest_goes_first() {
     assert!(disk.len() < answers.len() / 50, "{} pieces", disk.len());
 }
 
+/// A piece that is full when it is written is cut in two by the next answer: both halves are written.
+#[test]
+fn a_full_piece_that_is_cut_in_two_is_written_anew() {
+    for middle in [1, 255, 127] {
+        let (mut answers, mut disk) = (Answers::default(), BTreeMap::new());
+        let done = || Answered {
+            at: UnixMillis(BEGAN),
+            answer: Ok(Reply::Done),
+        };
+        for number in 0..128 {
+            answers.insert(RequestId(2 * number), done());
+        }
+        write_down(&mut answers, &mut disk);
+        assert_eq!(disk.len(), 1);
+        answers.insert(RequestId(middle), done());
+        write_down(&mut answers, &mut disk);
+        assert_eq!(disk.len(), 2);
+        assert_eq!(read_back(&disk), answers, "with {middle}");
+    }
+}
+
 /// Each answer was a row of its own, and each write an insertion and a removal on every member.
 #[test]
 fn answers_in_rows_of_their_own_are_read_and_written_in_pieces() {
