@@ -39,7 +39,7 @@ impl State {
             return Err(Rejection::WorkerInUse(server.facts.name.clone()));
         }
         self.workers.remove(id);
-        self.servers.remove(id);
+        self.forget_server(id);
         Ok(Reply::Done)
     }
 }

@@ -25,25 +25,23 @@ impl State {
     pub(crate) fn record_host(&mut self, facts: HostFacts) -> Answer {
         let id = facts.server.clone();
         if self
-            .present_servers()
-            .any(|other| other.facts.name == facts.name && *other.id() != id)
+            .present_servers_named(&facts.name)
+            .any(|other| *other.id() != id)
         {
             return Err(Rejection::NameTaken(facts.name));
         }
         let now = self.settings.now;
         let Some(server) = self.servers.get(&id) else {
-            self.servers.insert(id, Server::new(facts, now));
+            self.insert_server(Server::new(facts, now));
             return Ok(Reply::Done);
         };
         if server.facts == facts && server.reachable {
             return Ok(Reply::Unchanged);
         }
-        let server = self.servers.get_mut(&id).expect("seen just now");
-        server.reachable = true;
-        if server.facts != facts {
-            // Workload specifications are derived from the facts.
-            server.facts = facts;
-            server.revision += 1;
+        let differ = server.facts != facts;
+        self.servers.get_mut(&id).expect("seen just now").reachable = true;
+        if differ {
+            self.set_facts(facts);
         }
         Ok(Reply::Done)
     }

@@ -487,6 +487,28 @@ mod tests {
     }
 
     #[test]
+    fn a_host_may_change_its_name_to_a_free_one_and_leaves_its_own_to_others() {
+        let mut world = World::founded("founder");
+        let mut says = |server: &str, name: &str| {
+            let name = name.to_owned();
+            let facts = HostFacts {
+                name,
+                ..facts(server)
+            };
+            world.at(3000, Command::RecordHost { facts })
+        };
+        let taken = |name: &str| Err(Rejection::NameTaken(name.to_owned()));
+        assert_eq!(says("a", "one"), Ok(Reply::Done));
+        assert_eq!(says("b", "two"), Ok(Reply::Done));
+        assert_eq!(says("b", "one"), taken("one"));
+        assert_eq!(says("b", "two"), Ok(Reply::Unchanged), "it keeps its own");
+        assert_eq!(says("a", "three"), Ok(Reply::Done));
+        assert_eq!(says("b", "one"), Ok(Reply::Done));
+        assert_eq!(says("a", "one"), taken("one"));
+        assert_eq!(says("c", "two"), Ok(Reply::Done));
+    }
+
+    #[test]
     fn a_host_that_is_known_for_sure_enters_once_under_its_name() {
         let mut world = World::founded("founder");
         world.invite(1, true);

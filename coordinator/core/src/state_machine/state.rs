@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use protocol::hotkey::Hotkey;
 use protocol::id::{ConfigId, DeploymentId, GpuId, InstanceId, JobId, ServerId};
+use protocol::report::HostFacts;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 
@@ -122,6 +123,7 @@ pub struct State {
 /// Derived from the tables, never stored.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Index {
+    servers_by_name: BTreeMap<String, BTreeSet<ServerId>>,
     gpus_by_server: BTreeMap<ServerId, BTreeSet<GpuId>>,
     deployments_by_server: BTreeMap<ServerId, BTreeSet<DeploymentId>>,
     deployments_by_chute: BTreeMap<ChuteKey, BTreeSet<DeploymentId>>,
@@ -189,9 +191,17 @@ impl State {
 
     /// Servers without those whose host was removed and that work for nobody any more: a name is used once among these.
     pub fn present_servers(&self) -> impl Iterator<Item = &Server> {
-        let is_in = |server: &Server| self.hosts.get(server.id()).is_none_or(HostRecord::is_in);
-        let servers = self.servers.values();
-        servers.filter(move |server| server.enrolment.is_some() || is_in(server))
+        self.servers.values().filter(|server| self.is_present(server))
+    }
+
+    pub(crate) fn present_servers_named(&self, name: &str) -> impl Iterator<Item = &Server> {
+        let ids = self.index.servers_by_name.get(name).into_iter().flatten();
+        let servers = ids.filter_map(|id| self.servers.get(id));
+        servers.filter(|server| self.is_present(server))
+    }
+
+    fn is_present(&self, server: &Server) -> bool {
+        server.enrolment.is_some() || self.hosts.get(server.id()).is_none_or(HostRecord::is_in)
     }
 
     /// Sealed workers.
@@ -332,6 +342,27 @@ impl State {
         here.or_else(|| ids.first())
     }
 
+    pub(crate) fn insert_server(&mut self, server: Server) {
+        self.index.add_server(&server);
+        self.servers.insert(server.id().clone(), server);
+    }
+
+    /// Replaces what a known server said of itself, from which specifications of workloads are derived.
+    pub(crate) fn set_facts(&mut self, facts: HostFacts) {
+        if let Some(server) = self.servers.get_mut(&facts.server) {
+            remove_from(&mut self.index.servers_by_name, &server.facts.name, server.id());
+            server.facts = facts;
+            server.revision += 1;
+            self.index.add_server(server);
+        }
+    }
+
+    pub(crate) fn forget_server(&mut self, id: &ServerId) {
+        if let Some(server) = self.servers.remove(id) {
+            remove_from(&mut self.index.servers_by_name, &server.facts.name, id);
+        }
+    }
+
     pub(crate) fn insert_gpu(&mut self, gpu: Gpu) {
         self.index
             .gpus_by_server
@@ -425,6 +456,9 @@ impl State {
 
     fn derive_index(&self) -> Index {
         let mut index = Index::default();
+        for server in self.servers.values() {
+            index.add_server(server);
+        }
         for gpu in self.gpus.values() {
             index
                 .gpus_by_server
@@ -443,6 +477,11 @@ impl State {
 }
 
 impl Index {
+    fn add_server(&mut self, server: &Server) {
+        let ids = self.servers_by_name.entry(server.facts.name.clone()).or_default();
+        ids.insert(server.id().clone());
+    }
+
     fn add(&mut self, deployment: &Deployment) {
         let id = deployment.id.clone();
         self.deployments_by_server
