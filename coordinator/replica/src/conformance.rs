@@ -139,6 +139,30 @@ fn entries_that_memory_forgot_are_read_from_the_file() {
                 .expect("the log can be read");
             assert_eq!(indexes(entries), expected.collect::<Vec<_>>(), "{range:?}");
         }
+        let mut reached = Vec::new();
+        while reached.len() < 30 {
+            let next = reached.len() as u64;
+            let entries = log
+                .limited_get_log_entries(next, 30)
+                .await
+                .expect("the log can be read");
+            assert!(!entries.is_empty(), "an entry at least, of those from {next}");
+            reached.extend(indexes(entries));
+        }
+        assert_eq!(reached, (0..30).collect::<Vec<_>>());
+        for (range, bytes_max, expected) in [
+            (0..9, 2_300, 0..2),
+            (0..9, 1, 0..1),
+            (27..30, 2_300, 27..29),
+            (27..30, 1, 27..28),
+        ] {
+            let entries = log.read(range, bytes_max).await.expect("the log can be read");
+            assert_eq!(
+                indexes(entries),
+                expected.collect::<Vec<_>>(),
+                "{bytes_max} bytes"
+            );
+        }
         // What replaces a truncated end is read, not what was there before.
         log.truncate_after(Some(entry(1, 9).log_id))
             .await

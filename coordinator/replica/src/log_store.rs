@@ -8,7 +8,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::io;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -22,9 +22,6 @@ use crate::wire::APPEND_BYTES;
 pub(crate) mod log_file;
 
 use log_file::{Job, LogFile, Stored};
-
-/// Entries read at once before their size is known.
-const ENTRIES_PER_READ: u64 = 16;
 
 /// The newest entries, and where the log begins and ends.
 #[derive(Debug, Default)]
@@ -179,6 +176,46 @@ impl LogStore {
         self.lane.stop().await;
     }
 
+    /// The first entries of a range: at least one, if there are any, and no more than `bytes_max` take.
+    pub(crate) async fn read(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<RaftEntry>> {
+        let (missing, in_memory) = self.in_memory(range, bytes_max);
+        let stored = self.stored(missing, bytes_max).await?;
+        Ok(if stored.is_empty() { in_memory } else { stored })
+    }
+
+    /// What memory has of a range, as far as `bytes_max` reach, and which part before that is in the file only.
+    fn in_memory(&self, range: Range<u64>, bytes_max: usize) -> (Range<u64>, Vec<RaftEntry>) {
+        let tail = self.tail.lock();
+        let first = tail.purged.map_or(0, |id| id.index + 1);
+        let start = range.start.max(first);
+        let end = range.end.min(tail.last.map_or(0, |id| id.index + 1));
+        if start >= end {
+            return (start..start, Vec::new());
+        }
+        let mut bytes = 0;
+        let found = tail.entries.range(start..end);
+        let fitting = found.take_while(|(_, (_, size))| {
+            bytes += size;
+            bytes == *size || bytes <= bytes_max
+        });
+        let found: Vec<RaftEntry> = fitting.map(|(_, (entry, _))| entry.clone()).collect();
+        let missing_end = found.first().map_or(end, |entry| entry.log_id.index);
+        (start..missing_end, found)
+    }
+
+    async fn stored(&self, range: Range<u64>, bytes_max: usize) -> io::Result<Vec<RaftEntry>> {
+        if range.is_empty() {
+            return Ok(Vec::new());
+        }
+        count(&self.tail.1.counters.log_reads_from_disk, 1);
+        self.ask(|reply| Job::Read {
+            range,
+            bytes_max,
+            reply,
+        })
+        .await
+    }
+
     async fn ask<T>(&self, job: impl FnOnce(oneshot::Sender<io::Result<T>>) -> Job) -> io::Result<T> {
         let (reply, answer) = oneshot::channel();
         self.lane.submit(job(reply)).await?;
@@ -207,55 +244,15 @@ impl RaftLogReader<Types> for LogStore {
         range: RB,
     ) -> io::Result<Vec<RaftEntry>> {
         let (start, end) = bounds(&range);
-        let (start, missing_end, in_memory) = {
-            let tail = self.tail.lock();
-            let first = tail.purged.map_or(start, |id| start.max(id.index + 1));
-            let end = end.min(tail.last.map_or(0, |id| id.index + 1));
-            if first >= end {
-                return Ok(Vec::new());
-            }
-            let found: Vec<_> = tail
-                .entries
-                .range(first..end)
-                .map(|(_, (entry, _))| entry.clone())
-                .collect();
-            (
-                first,
-                found.first().map_or(end, |entry| entry.log_id.index),
-                found,
-            )
-        };
-        if missing_end <= start {
-            return Ok(in_memory);
-        }
-        count(&self.tail.1.counters.log_reads_from_disk, 1);
-        let mut entries = self
-            .ask(|reply| Job::Read {
-                range: start..missing_end,
-                reply,
-            })
-            .await?;
+        let (missing, in_memory) = self.in_memory(start..end, usize::MAX);
+        let mut entries = self.stored(missing, usize::MAX).await?;
         entries.extend(in_memory);
         Ok(entries)
     }
 
     /// Entries to send: no more than one message takes, at least one.
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<RaftEntry>> {
-        let mut entries = Vec::new();
-        let mut bytes = 0;
-        let mut next = start;
-        while next < end {
-            let upto = end.min(next + ENTRIES_PER_READ);
-            for entry in self.try_get_log_entries(next..upto).await? {
-                bytes += log_file::size_in_memory(&entry);
-                if bytes > APPEND_BYTES && !entries.is_empty() {
-                    return Ok(entries);
-                }
-                entries.push(entry);
-            }
-            next = upto;
-        }
-        Ok(entries)
+        self.read(start..end, APPEND_BYTES).await
     }
 
     /// Entries to apply, a few at a time: after a crash there may be more than fit into memory.

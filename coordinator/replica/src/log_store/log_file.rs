@@ -2,7 +2,7 @@
 
 use openraft::EntryPayload;
 use openraft::storage::IOFlushed;
-use redb::{Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Durability, ReadableTable, TableDefinition};
 use std::io;
 use std::ops::Range;
 use std::time::Duration;
@@ -55,8 +55,11 @@ pub(crate) enum Job {
         reply: Reply<()>,
     },
     Committed(Option<RaftLogId>),
+    /// At least the first entry, and no more than `bytes_max` take. Only what is on the disk is read: entries that a
+    /// write has yet to bring there are in memory.
     Read {
         range: Range<u64>,
+        bytes_max: usize,
         reply: Reply<Vec<RaftEntry>>,
     },
 }
@@ -146,17 +149,23 @@ impl LogFile {
         }
     }
 
-    fn read(&self, range: Range<u64>) -> Result<Vec<RaftEntry>, String> {
-        let read = || -> Result<Vec<Vec<u8>>, redb::Error> {
-            let transaction = self.file.database.begin_read()?;
-            let table = transaction.open_table(LOG)?;
-            let rows = table.range(range)?;
-            rows.map(|row| Ok(row?.1.value().to_vec())).collect()
-        };
-        let rows = read().map_err(|error| error.to_string())?;
-        rows.iter()
-            .map(|row| decode_entry(row).map_err(|fault| self.file.fault(fault).to_string()))
-            .collect()
+    fn read(&self, range: Range<u64>, bytes_max: usize) -> Result<Vec<RaftEntry>, Error> {
+        let (mut entries, mut bytes) = (Vec::new(), 0);
+        let fault = self.file.read(|transaction| {
+            for row in transaction.open_table(LOG)?.range(range)? {
+                let entry = match decode_entry(row?.1.value()) {
+                    Ok(entry) => entry,
+                    Err(fault) => return Ok(Some(fault)),
+                };
+                bytes += size_in_memory(&entry);
+                if bytes > bytes_max && !entries.is_empty() {
+                    break;
+                }
+                entries.push(entry);
+            }
+            Ok(None)
+        })?;
+        fault.map_or(Ok(entries), |fault| Err(self.file.fault(fault)))
     }
 
     /// Writes all of these in one transaction and answers them.
@@ -253,9 +262,14 @@ impl Worker for LogFile {
     fn run(&mut self, jobs: &mut Vec<Job>) {
         let mut writes = Vec::with_capacity(jobs.len());
         for job in jobs.drain(..) {
-            if let Job::Read { range, reply } = job {
-                self.flush(&mut writes);
-                let _ = reply.send(self.read(range).map_err(io::Error::other));
+            // A read between two writes does not keep them from being one.
+            if let Job::Read {
+                range,
+                bytes_max,
+                reply,
+            } = job
+            {
+                let _ = reply.send(self.read(range, bytes_max).map_err(io::Error::other));
             } else {
                 writes.push(job);
             }
@@ -361,4 +375,50 @@ pub(crate) fn load(file: &StoreFile, tail_bytes_max: usize) -> Result<Stored, Er
     stored.bytes = bytes;
     stored.newest = rows.into();
     Ok(stored)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Identity;
+    use crate::raft::{Commands, LeaderId};
+    use openraft::type_config::TypeConfigExt;
+    use redb::backends::InMemoryBackend;
+    use std::sync::atomic::Ordering;
+
+    /// A member that reads what it missed had each write of the others wait for one more force to the disk.
+    #[test]
+    fn a_read_between_two_writes_leaves_them_one_commit() {
+        let identity = Identity {
+            cluster: "one".to_owned(),
+            node_id: 1,
+        };
+        let backend = Box::new(InMemoryBackend::new());
+        let file = StoreFile::open(backend, "log".into(), &identity, 1 << 20, Default::default());
+        let (file, shared) = (file.unwrap(), Shared::new());
+        load(&file, 0).unwrap();
+        let tail = SharedTail(Default::default(), shared.clone());
+        let mut log = LogFile::new(file, tail, shared.clone(), Faults::none());
+        let append = |index| {
+            let leader_id = LeaderId { term: 1, node_id: 1 };
+            let entries = vec![RaftEntry {
+                log_id: RaftLogId { leader_id, index },
+                payload: EntryPayload::Normal(Commands::new(&[[1; 10]])),
+            }];
+            let callback = IOFlushed::signal(Types::oneshot().0);
+            Job::Append { entries, callback }
+        };
+        log.run(&mut vec![append(0)]);
+        let (reply, mut read) = oneshot::channel();
+        let read_first = Job::Read {
+            range: 0..1,
+            bytes_max: 1,
+            reply,
+        };
+        let before = shared.counters.log_commits.load(Ordering::Relaxed);
+        log.run(&mut vec![append(1), read_first, append(2)]);
+        assert_eq!(read.try_recv().unwrap().unwrap().len(), 1);
+        assert_eq!(shared.counters.log_commits.load(Ordering::Relaxed), before + 1);
+        assert_eq!(log.read(0..9, usize::MAX).unwrap().len(), 3);
+    }
 }
