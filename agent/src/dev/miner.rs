@@ -175,7 +175,9 @@ impl Miner {
         let mut frames = response.bytes_stream();
         let (mut text, mut last) = (String::new(), String::new());
         while let Some(bytes) = frames.next().await {
-            text.push_str(&String::from_utf8_lossy(&bytes?));
+            // An enrolment that failed ends in the middle, after a frame that says why.
+            let bytes = bytes.with_context(|| format!("{name} was not verified: {last}"))?;
+            text.push_str(&String::from_utf8_lossy(&bytes));
             while let Some((line, rest)) = text.split_once('\n') {
                 if let Some(frame) = line.strip_prefix("data: ") {
                     let frame: Value = serde_json::from_str(frame).context("a frame of add-node")?;

@@ -81,16 +81,11 @@ pub(super) struct Fleet {
 
 /// The development scenario, as far as pods can play it: what they pull and which sites they reach is not there.
 fn scenario() -> Scenario {
-    let mut scenario = Scenario::development();
-    for gpu in &mut scenario.relaxed.gpu_types {
-        // One software GPU alone is proved within a millisecond.
-        gpu.prove_ms_min = 0;
-    }
     Scenario {
         name: "kubernetes".to_owned(),
         egress: Egress::default(),
         goals: Goals::default(),
-        ..scenario
+        ..Scenario::development()
     }
 }
 

@@ -219,8 +219,8 @@ async fn prove(validator: &Validator, plan: &Plan) -> Result<u64, String> {
         .bytes()
         .await
         .map_err(|error| format!("proof: {}", chain(&error)))?;
-    let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    check_time(elapsed_ms, plan.window_ms)?;
+    let elapsed = began.elapsed();
+    check_time(elapsed, plan.window_ms)?;
     if bytes.len() > PROOF_BYTES_MAX {
         return Err(format!("proof: an answer of {} bytes", bytes.len()));
     }
@@ -232,7 +232,7 @@ async fn prove(validator: &Validator, plan: &Plan) -> Result<u64, String> {
     }
     let (plan, proofs) = (plan.clone(), answer.proof);
     compute::away(move || check_proofs(&plan, &proofs)).await?;
-    Ok(elapsed_ms)
+    Ok(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn check_proofs(plan: &Plan, proofs: &BTreeMap<GpuId, ProofOfDevice>) -> Result<(), String> {
@@ -285,10 +285,10 @@ async fn sealed_secrets(plan: &Plan) -> (Secrets, Secrets) {
     .await
 }
 
-fn check_time(elapsed_ms: u64, (min_ms, max_ms): (u64, u64)) -> Result<(), String> {
-    if elapsed_ms <= min_ms || elapsed_ms >= max_ms {
+fn check_time(elapsed: Duration, (min_ms, max_ms): (u64, u64)) -> Result<(), String> {
+    if elapsed <= Duration::from_millis(min_ms) || elapsed >= Duration::from_millis(max_ms) {
         return Err(format!(
-            "proof: took {elapsed_ms} ms, expected more than {min_ms} and less than {max_ms}"
+            "proof: took {elapsed:?}, expected more than {min_ms} ms and less than {max_ms} ms"
         ));
     }
     Ok(())
@@ -352,8 +352,14 @@ mod tests {
     #[test]
     fn too_fast_fails_as_well_as_too_slow() {
         for (elapsed, good) in [(54, false), (55, false), (56, true), (169, true), (170, false)] {
-            assert_eq!(check_time(elapsed, (55, 170)).is_ok(), good, "{elapsed}");
+            let took = Duration::from_millis(elapsed);
+            assert_eq!(check_time(took, (55, 170)).is_ok(), good, "{elapsed}");
         }
+    }
+
+    #[test]
+    fn a_lower_limit_of_nothing_refuses_no_proof_however_fast() {
+        assert_eq!(check_time(Duration::from_nanos(1), (0, 170)), Ok(()));
     }
 
     #[test]
