@@ -112,6 +112,7 @@ pub async fn main(options: Options) -> anyhow::Result<()> {
         .canonicalize()
         .with_context(|| format!("resolve {}", data.display()))?;
     check_disk(&data)?;
+    hosts::check_addresses(options.hosts)?;
     let mut account = account::Account::new(options.output == Output::Json);
     account.heading(&options, &data);
 

@@ -3,9 +3,12 @@
 
 #![cfg(feature = "dev")]
 
+use std::net::TcpListener;
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
+use validator_stand_in::scenario::Scenario;
 
 /// What the last line of `--output json` has at least.
 const MEMBERS: [&str; 16] = [
@@ -27,7 +30,15 @@ const MEMBERS: [&str; 16] = [
     "invariant_violations",
 ];
 
+/// All clusters have the same addresses.
+static ADDRESSES: Mutex<()> = Mutex::new(());
+
 fn dev(arguments: &[&str]) -> Output {
+    let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+    run(arguments)
+}
+
+fn run(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_chutes-agent"));
     command
         .arg("dev")
@@ -73,4 +84,35 @@ fn a_wrong_scenario_is_refused_with_file_and_key() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success());
     assert!(said.contains("scenario.toml") && said.contains("nmae"), "{said}");
+}
+
+#[test]
+fn a_host_that_is_not_verified_ends_it_and_the_reason_is_said() {
+    let mut scenario = Scenario::development();
+    for gpu in &mut scenario.relaxed.gpu_types {
+        gpu.prove_ms_min = gpu.prove_ms_max - 1;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("scenario.toml");
+    std::fs::write(&file, toml::to_string(&scenario).expect("settings are a table")).unwrap();
+    let output = dev(&["--once", "--scenario", &file.display().to_string()]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = said.lines().last().unwrap_or_default();
+    assert!(!output.status.success());
+    let reason = "host-1 was not verified: server host-1 was not added: the validator did not accept the GPUs: \
+                  proof: took ";
+    assert!(last.contains(reason), "{said}");
+}
+
+#[test]
+fn a_second_cluster_is_refused_with_the_address_that_is_in_use() {
+    let _alone = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
+    let _first = TcpListener::bind("127.0.1.2:32000").expect("no other cluster runs");
+    let output = run(&["--once"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(
+        said.contains("127.0.1.2:32000") && said.contains("another `chutes-agent dev`"),
+        "{said}"
+    );
 }

@@ -1,7 +1,7 @@
 //! The hosts of a development cluster: their configuration files, certificates and child processes.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -22,6 +22,7 @@ use super::stand_in::StandIn;
 /// GPUs find room.
 const SOFTWARE_GPUS: usize = 8;
 const SOFTWARE_GPUS_MIN: usize = 4;
+const API_PORT: u16 = 32000;
 /// How long a host may take to join.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 /// A public address for the check of allowed sites; nothing is ever sent there, the table dials loopback.
@@ -114,9 +115,7 @@ impl Hosts {
     /// Where the management API is: every member has one.
     pub(super) fn api_addresses(&self) -> Vec<SocketAddr> {
         let count = u8::try_from(self.hosts.len()).unwrap_or(u8::MAX);
-        (1..=count)
-            .map(|number| SocketAddr::from(([127, 0, 1, number], 32000)))
-            .collect()
+        (1..=count).map(api_address).collect()
     }
 
     pub(super) fn names(&self) -> Vec<String> {
@@ -173,6 +172,26 @@ fn server_id(number: u8) -> anyhow::Result<ServerId> {
     Ok(ServerId::parse(&format!("host-{number}.dev"))?)
 }
 
+/// Fails if the addresses of so many hosts are in use: with another cluster there, each would get the other's answers.
+///
+/// # Errors
+/// The first address that cannot be had, and what to do.
+pub(super) fn check_addresses(count: u8) -> anyhow::Result<()> {
+    for address in (1..=count).map(api_address) {
+        TcpListener::bind(address).with_context(|| {
+            format!(
+                "{address} cannot be listened on: does another `chutes-agent dev` run here, or are its agents still \
+                 there? All use the same addresses; end it first"
+            )
+        })?;
+    }
+    Ok(())
+}
+
+fn api_address(number: u8) -> SocketAddr {
+    ([127, 0, 1, number], API_PORT).into()
+}
+
 /// One host's configuration: the shipped ports on an address of its own.
 fn configuration(
     number: u8,
@@ -225,7 +244,11 @@ fn configuration(
     set("host", "address", address.clone().into());
     set("coordinator", "enabled", true.into());
     set("coordinator", "hosts_listen", format!("{address}:4433").into());
-    set("coordinator", "api_listen", format!("{address}:32000").into());
+    set(
+        "coordinator",
+        "api_listen",
+        api_address(number).to_string().into(),
+    );
     set("coordinator", "tick", "3s".into());
     set("coordinator", "observe", "3s".into());
     set("proof", "listen", format!("{address}:30443").into());
