@@ -1,8 +1,9 @@
 //! What happened: the trace with its hash, counts of faults and events, violations. And whether faults are
 //! still on.
 //!
-//! What happens in one millisecond has no order: a watch channel wakes its receivers, such as the replications to
-//! two followers, in a random one. So the hash is over the lines of each millisecond, sorted.
+//! What happens in one millisecond has no order: tokio's watch channels wake their receivers, such as the sessions of
+//! several hosts, in a random one. So the hash is over the lines of each millisecond, sorted. The Raft library has
+//! channels that keep to an order (`replica`'s `runtime`): whom an entry waits for depends on it.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;

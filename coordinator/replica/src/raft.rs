@@ -6,7 +6,6 @@
 
 use openraft::{BasicNode, type_config::alias};
 use openraft_rt::{AsyncRuntime, deterministic_rng::DeterministicRng};
-use openraft_rt_tokio::TokioRuntime;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::future::Future;
 use std::sync::Arc;
@@ -14,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::format::{Cursor, Fault, Fields};
 use crate::machine::Machine;
+use crate::runtime::Tokio;
 
 openraft::declare_raft_types!(
     /// One log entry carries many commands.
@@ -25,7 +25,7 @@ openraft::declare_raft_types!(
         AsyncRuntime = SeededRuntime,
 );
 
-pub(crate) type SeededRuntime = DeterministicRng<TokioRuntime>;
+pub(crate) type SeededRuntime = DeterministicRng<Tokio>;
 pub(crate) type Raft = openraft::Raft<Types, Machine>;
 /// The library's handle, which is another one after a change of timing. Does not keep the replica open.
 pub(crate) type CurrentRaft = tokio::sync::watch::Receiver<Raft>;
