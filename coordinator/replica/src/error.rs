@@ -6,9 +6,10 @@
 use std::path::PathBuf;
 
 /// What an operator does about a store that is refused. Part of every such message.
-pub const WAY_BACK: &str = "this member does not start with it. The way back: stop the agent, move the folder \
-     away and keep it, put an earlier copy of the folder in its place and start again; without a copy the miner begins \
-     anew: start without the folder and add the hosts again";
+pub const WAY_BACK: &str = "this member does not start with it. The way back: stop the agent and run `chutes-agent \
+     rejoin`, which puts the folder aside and has the other members tell it everything anew; if none of them is left, \
+     restore a snapshot (`chutes-agent restore`). Do not put an older copy of the folder in its place while there are \
+     other members: it would have forgotten what it acknowledged and how it voted";
 
 /// Why a replica could not be opened, or why an operation on it failed.
 #[derive(Debug, thiserror::Error)]

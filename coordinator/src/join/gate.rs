@@ -452,7 +452,10 @@ impl Gate {
                 "host {} was removed: to come back, delete its data folder and join with a new invitation",
                 record.host.name
             ))),
-            Standing::Unknown => Err(refused("the cluster does not know this host's key")),
+            Standing::Unknown => Err(refused(
+                "the cluster does not know this host's key: it goes on from a snapshot of before the host joined, or \
+                 is another one. Move the host's data folder away and join with a new invitation",
+            )),
         })
     }
 

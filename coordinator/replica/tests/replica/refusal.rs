@@ -20,7 +20,7 @@ async fn written(directory: &Path) {
 fn check(message: &str, file: &str) {
     assert!(message.contains(file), "{file} is not named: {message}");
     assert!(
-        message.contains("The way back: stop the agent"),
+        message.contains("The way back: stop the agent and run `chutes-agent rejoin`"),
         "no way back: {message}"
     );
 }
