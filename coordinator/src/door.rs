@@ -6,7 +6,7 @@
 //! chutes-member/1  a member's certificate        the replica's and the coordinator's questions
 //! chutes-join/1    anybody                       join::gate: one question
 //! ```
-//! A certificate of a host that was removed is refused here, and its connections are closed as soon as this
+//! A certificate of a host that was removed, or that nobody knows of, is refused here, and its connections are closed as soon as this
 //! member knows of the removal. The same is done to a member under an id that it has no more: one that a recovery
 //! gave up, and that went on without us.
 
@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use coordinator_core::state_machine::host::Standing;
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint, Incoming};
 use replica::Replica;
@@ -35,6 +36,11 @@ use crate::store::Store;
 const CONNECTIONS_MAX: usize = 8192;
 /// How long a handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+
+/// Why a host is turned away that nobody let in, in words that fit into the end of a connection.
+const STRANGER: &[u8] =
+    b"the cluster does not know this host's key: it goes on from a snapshot of before the host \
+    joined; move the folder host of its data away and join with a new invitation";
 
 /// Why the door cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -151,6 +157,10 @@ async fn admit(incoming: Incoming, services: Services) {
                 serve_member(connection.clone(), *member, of_replica, of_coordinator).await;
             }
             (Some(protocol::link::ALPN), Some(bearer)) => {
+                if is_stranger(&services.gate.store, bearer).await {
+                    tracing::warn!(%remote, server = %bearer.server, "a host that nobody let in is turned away");
+                    return connection.close(2_u8.into(), STRANGER);
+                }
                 let server = bearer.server.clone();
                 if let Err(error) = host_link::serve(&connection, server, services.hosts).await {
                     tracing::info!(%remote, %error, "host disconnected");
@@ -170,6 +180,18 @@ async fn admit(incoming: Incoming, services: Services) {
         }
         () = served => {}
     }
+}
+
+/// Whether the owner of a key is none of the cluster's hosts, though its authority signed the certificate: the cluster
+/// goes on from a snapshot of before the host joined. It could not be removed, so it gets nothing to do. Without a
+/// majority nobody can tell; then it may be one that just joined.
+async fn is_stranger(store: &Store, bearer: &Bearer) -> bool {
+    let unknown = || {
+        store.read(|state| {
+            state.cluster().is_some() && matches!(state.standing(&bearer.key_hash), Standing::Unknown)
+        })
+    };
+    unknown() && store.linearizable().await.is_ok() && unknown()
 }
 
 fn protocol_of(connection: &Connection) -> Option<Vec<u8>> {

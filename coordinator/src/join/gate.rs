@@ -454,7 +454,7 @@ impl Gate {
             ))),
             Standing::Unknown => Err(refused(
                 "the cluster does not know this host's key: it goes on from a snapshot of before the host joined, or \
-                 is another one. Move the host's data folder away and join with a new invitation",
+                 is another one. Move the folder `host` of its data away and join with a new invitation",
             )),
         })
     }

@@ -11,7 +11,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::net::UdpSocket;
 
-use super::cluster::Host;
+use super::cluster::{Host, copy};
 use super::until;
 
 async fn dial(identity: &Identity, host: &Host, protocol: &[u8]) -> Result<quinn::Connection, String> {
@@ -70,5 +70,44 @@ async fn noise_silence_and_huge_frames_do_no_harm() {
         .await
         .expect("it answers");
     assert_eq!(hosts.as_array().map(Vec::len), Some(1));
+    first.stop().await;
+}
+
+/// Its certificate is good, but no host of that key can be removed: it must get nothing to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_joined_after_what_the_cluster_goes_on_from_is_turned_away() {
+    let mut first = Host::new(1);
+    first.found();
+    first.start();
+    until("it leads", async || first.leader().await).await;
+    first.stop().await;
+    let before = tempfile::tempdir().expect("a folder");
+    copy(&first.raft_folder(), before.path());
+    first.start();
+    until("it leads", async || first.leader().await).await;
+    let second = Host::new(2);
+    let token = first.invite(json!({ "eligible": false })).await;
+    second.join(&token).await.expect("invited");
+    let identity = Identity::of_host(&second.identity()).expect("its own");
+    let connection = dial(&identity, &first, HOST).await.expect("it is known");
+    let ended = tokio::time::timeout(Duration::from_millis(500), connection.closed()).await;
+    assert!(ended.is_err(), "a host that is known was turned away: {ended:?}");
+    drop(connection);
+
+    first.stop().await;
+    std::fs::remove_dir_all(first.raft_folder()).expect("removed");
+    copy(before.path(), &first.raft_folder());
+    first.start();
+    until("it leads", async || first.leader().await).await;
+    let connection = dial(&identity, &first, HOST)
+        .await
+        .expect("of the same authority");
+    let ended = tokio::time::timeout(Duration::from_secs(20), connection.closed()).await;
+    let reason = ended.expect("it is closed").to_string();
+    assert!(reason.contains("does not know this host's key"), "{reason}");
+    let own = Identity::of_host(&first.identity()).expect("its own");
+    let connection = dial(&own, &first, HOST).await.expect("it founded the cluster");
+    let ended = tokio::time::timeout(Duration::from_millis(500), connection.closed()).await;
+    assert!(ended.is_err(), "the founder was turned away: {ended:?}");
     first.stop().await;
 }
