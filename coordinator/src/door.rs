@@ -6,9 +6,9 @@
 //! chutes-member/1  a member's certificate        the replica's and the coordinator's questions
 //! chutes-join/1    anybody                       join::gate: one question
 //! ```
-//! A certificate of a host that was removed, or that nobody knows of, is refused here, and its connections are closed as soon as this
-//! member knows of the removal. The same is done to a member under an id that it has no more: one that a recovery
-//! gave up, and that went on without us.
+//! A certificate of a host that was removed is refused here, and its connections are closed as soon as this
+//! member knows of the removal; so is a host's that the state knows nothing of. The same is done to a member under an
+//! id that it has no more: one that a recovery gave up, and that went on without us.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
