@@ -27,8 +27,8 @@ use tokio_util::sync::CancellationToken;
 use crate::host_link::quic as host_link;
 use crate::host_link::session;
 use crate::identity::{Bearer, Identity, IdentityError};
-use crate::join::Gate;
 use crate::join::wire::ALPN as JOIN_ALPN;
+use crate::join::{Gate, STRANGER};
 use crate::member_link::Answering;
 use crate::store::Store;
 
@@ -36,11 +36,6 @@ use crate::store::Store;
 const CONNECTIONS_MAX: usize = 8192;
 /// How long a handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
-
-/// Why a host is turned away that nobody let in, in words that fit into the end of a connection.
-const STRANGER: &[u8] =
-    b"the cluster does not know this host's key: it goes on from a snapshot of before the host \
-    joined; move the folder host of its data away and join with a new invitation";
 
 /// Why the door cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -159,7 +154,7 @@ async fn admit(incoming: Incoming, services: Services) {
             (Some(protocol::link::ALPN), Some(bearer)) => {
                 if is_stranger(&services.gate.store, bearer).await {
                     tracing::warn!(%remote, server = %bearer.server, "a host that nobody let in is turned away");
-                    return connection.close(2_u8.into(), STRANGER);
+                    return connection.close(2_u8.into(), STRANGER.as_bytes());
                 }
                 let server = bearer.server.clone();
                 if let Err(error) = host_link::serve(&connection, server, services.hosts).await {

@@ -21,5 +21,6 @@ pub mod wire;
 
 pub use admission::Admission;
 pub use gate::Gate;
+pub(crate) use gate::STRANGER;
 pub use node::{Node, Nodes, Notice};
 pub use token::Token;

@@ -10,8 +10,8 @@
 //!
 //! Nothing is acknowledged before it is on the disk of a majority. Rows are written lazily: the log makes up
 //! for what a crash takes from them. Reading order: `format`, `storage`, `log_store`, `state_store`,
-//! `snapshot`, `machine`, `runtime`, `proposer`, `leadership`, `starting`, `hearing`, `wire`, `transport`, `urgency`, `answer`,
-//! `forward`, `membership`, `quic`.
+//! `snapshot`, `machine`, `runtime`, `proposer`, `leadership`, `starting`, `hearing`, `wire`, `transport`, `urgency`,
+//! `answer`, `forward`, `membership`, `quic`.
 
 use openraft::async_runtime::WatchReceiver;
 use openraft::error::{Fatal, LinearizableReadError, RaftError};

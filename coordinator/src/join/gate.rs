@@ -34,6 +34,10 @@ const TOKEN_MAX: usize = 16 * 1024;
 /// Characters of a name or an address.
 const WORD_MAX: usize = 255;
 
+/// Why a host with a good certificate is turned away that the state knows nothing of. Fits into the end of a connection.
+pub(crate) const STRANGER: &str = "the cluster does not know this host's key: it goes on from a snapshot of before the \
+     host joined. Move the folder `host` of its data away and join with a new invitation";
+
 /// What answers at the gate.
 #[derive(Debug, Clone)]
 pub struct Gate {
@@ -452,10 +456,7 @@ impl Gate {
                 "host {} was removed: to come back, delete its data folder and join with a new invitation",
                 record.host.name
             ))),
-            Standing::Unknown => Err(refused(
-                "the cluster does not know this host's key: it goes on from a snapshot of before the host joined, or \
-                 is another one. Move the folder `host` of its data away and join with a new invitation",
-            )),
+            Standing::Unknown => Err(refused(STRANGER)),
         })
     }
 
