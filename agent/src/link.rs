@@ -5,18 +5,20 @@
 //! The messages are those of [`protocol::link`]. What goes out is always the newest state of a kind, never
 //! a queue of old ones; what comes in is handed on in order. [`Link`] is the seam that a simulation replaces.
 
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt as _, StreamExt as _};
 use protocol::link::{ALPN, Decoder, FrameError, FromHost, ToHost, encode};
 use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::{HostFacts, WorkloadReport};
 use protocol::workload::Fence;
-use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream, VarInt};
+use quinn::{ClientConfig, Connection, Endpoint, RecvStream, SendStream};
 use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -24,10 +26,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use coordinator::clock::Clock;
-use coordinator::host_link::quic::{KEEP_ALIVE, transport};
+use coordinator::host_link::quic::host_transport;
 use coordinator::identity::{Identity, IdentityError};
 use coordinator::join::{Admission, client};
 
+/// After so long without an answer at one door the host knocks at the next one as well.
+const NEXT_DOOR_AFTER: Duration = Duration::from_millis(100);
 /// How long a member may take to let the host in, in the first round over all members and at most.
 const CONNECT_FIRST: Duration = Duration::from_millis(1500);
 const CONNECT_MAX: Duration = Duration::from_secs(10);
@@ -108,6 +112,14 @@ fn lost(error: impl std::fmt::Display) -> Error {
     Error::Lost(error.to_string())
 }
 
+/// A connection to a member, and the door at which it answered.
+struct Entered {
+    door: String,
+    /// It carries the connection.
+    _endpoint: Endpoint,
+    connection: Connection,
+}
+
 /// The link over QUIC.
 #[derive(Debug)]
 pub struct Quic {
@@ -130,8 +142,8 @@ impl Quic {
     }
 
     /// The members that are known now: the first one, then the others in an order of chance, so that many hosts
-    /// spread over them.
-    fn doors(&self) -> Vec<String> {
+    /// spread over them; the one that was `left` last of all.
+    fn doors(&self, left: Option<&str>) -> VecDeque<String> {
         let mut doors = match Admission::read(&self.config.certificates) {
             Ok(admission) => admission.map_or_else(Vec::new, |admission| admission.doors),
             Err(error) => {
@@ -142,27 +154,71 @@ impl Quic {
         fastrand::shuffle(&mut doors);
         let first = self.config.first.clone();
         doors.retain(|door| Some(door) != first.as_ref());
-        first.into_iter().chain(doors).collect()
+        let mut doors: VecDeque<_> = first.into_iter().chain(doors).collect();
+        if let Some(place) = doors.iter().position(|door| Some(door.as_str()) == left) {
+            let door = doors.remove(place);
+            doors.extend(door);
+        }
+        doors
+    }
+
+    /// Knocks at one door after the other until a member lets the host in, without waiting for those that do not answer.
+    /// What is left in `doors` was not tried to its end.
+    async fn knock(&self, doors: &mut VecDeque<String>, patience: Duration) -> Option<Entered> {
+        let mut answers = FuturesUnordered::new();
+        let mut knocked = Vec::new();
+        loop {
+            if let Some(door) = doors.pop_front() {
+                knocked.push(door.clone());
+                answers.push(async move {
+                    let connected = self.connect(&door, patience).await;
+                    (door, connected)
+                });
+            }
+            tokio::select! {
+                answer = answers.next() => {
+                    let (door, connected) = answer?;
+                    knocked.retain(|other| *other != door);
+                    match connected {
+                        Ok((endpoint, connection)) => {
+                            doors.extend(knocked);
+                            return Some(Entered { door, _endpoint: endpoint, connection });
+                        }
+                        Err(error) => tracing::warn!(%error, member = door, "host link"),
+                    }
+                }
+                () = sleep(NEXT_DOOR_AFTER), if !doors.is_empty() => {}
+            }
+        }
     }
 
     async fn keep(self, mut ends: Ends) {
+        // Nobody is greeted before the host can say what it is.
+        if ends.facts.wait_for(Option::is_some).await.is_err() {
+            return;
+        }
         let (mut pause, mut patience) = (BACKOFF_FIRST, CONNECT_FIRST);
+        let mut left = None;
         loop {
-            let doors = self.doors();
+            let mut doors = self.doors(left.as_deref());
             if doors.is_empty() {
                 tracing::error!("no member of the coordinator is known: nothing will run here");
             }
-            for member in &doors {
+            let mut was_good = false;
+            while !was_good && let Some(entered) = self.knock(&mut doors, patience).await {
                 let began = Instant::now();
-                match self.carry(member, patience, &mut ends).await {
+                match self.carry(&entered, &mut ends).await {
                     // The other ends are gone: the process is ending.
                     Ok(()) => return,
-                    Err(error) => tracing::warn!(%error, member, "host link"),
+                    Err(error) => tracing::warn!(%error, member = entered.door, "host link"),
                 }
-                if began.elapsed() >= GOOD_AFTER {
-                    (pause, patience) = (BACKOFF_FIRST, CONNECT_FIRST);
-                    break;
-                }
+                was_good = began.elapsed() >= GOOD_AFTER;
+                left = Some(entered.door);
+            }
+            if was_good {
+                // A good member is gone: another one is there.
+                (pause, patience) = (BACKOFF_FIRST, CONNECT_FIRST);
+                continue;
             }
             sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
             pause = (pause * 2).min(BACKOFF_MAX);
@@ -178,17 +234,11 @@ impl Quic {
     }
 
     /// One connection, from the greeting to its end.
-    async fn carry(&self, member: &str, patience: Duration, ends: &mut Ends) -> Result<(), Error> {
-        let Ok(facts) = ends
-            .facts
-            .wait_for(Option::is_some)
-            .await
-            .map(|facts| facts.clone())
-        else {
+    async fn carry(&self, entered: &Entered, ends: &mut Ends) -> Result<(), Error> {
+        let Some(facts) = ends.facts.borrow_and_update().clone() else {
             return Ok(());
         };
-        let Some(facts) = facts else { return Ok(()) };
-        let (_endpoint, connection) = self.connect(member, patience).await?;
+        let Entered { door, connection, .. } = entered;
         let (mut out, mut incoming) = connection.open_bi().await.map_err(lost)?;
         let hello = FromHost::Hello {
             facts,
@@ -196,7 +246,7 @@ impl Quic {
             clock: self.clock.now(),
         };
         write(&mut out, &hello).await?;
-        tracing::info!(member, "host link is up");
+        tracing::info!(member = door, "host link is up");
         ends.report.mark_changed();
         let mut decoder = Decoder::default();
         // They end with the connection.
@@ -251,11 +301,7 @@ impl Quic {
         };
         let tls = Identity::of_host(&self.config.certificates)?.quic_client(ALPN)?;
         let mut config = ClientConfig::new(Arc::new(tls));
-        let mut transport = transport();
-        // The host opens the stream of messages; the member opens one for each question.
-        transport.max_concurrent_bidi_streams(VarInt::from_u32(QUESTIONS_MAX));
-        transport.keep_alive_interval(Some(KEEP_ALIVE));
-        config.transport_config(Arc::new(transport));
+        config.transport_config(Arc::new(host_transport(QUESTIONS_MAX)));
         let addresses = tokio::net::lookup_host(member)
             .await
             .map_err(|e| failed(e.to_string()))?;
@@ -365,5 +411,72 @@ async fn keep_certificate(
                 looks.reset_after(CHANGE_OVER_AGAIN);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use coordinator::clock::WallClock;
+    use coordinator::identity::Identity;
+    use coordinator::join::admission;
+    use tokio::net::UdpSocket;
+
+    use super::*;
+
+    const FIRST: &str = "127.0.0.1:9";
+
+    /// A host that knows these doors besides the first.
+    fn host(folder: &std::path::Path, first: &str, others: &[String]) -> Quic {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let server = "host-1".parse().expect("an id");
+        admission::found(folder, "test", &server, first, WallClock.now()).expect("founded");
+        Admission::remember_doors(folder, others.to_vec()).expect("written");
+        let config = Config {
+            first: Some(first.to_owned()),
+            server_name: coordinator::identity::COORDINATOR_NAME.to_owned(),
+            certificates: folder.to_owned(),
+        };
+        Quic::new(config, Arc::new(WallClock))
+    }
+
+    #[test]
+    fn the_member_that_was_left_is_tried_last() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let others = ["127.0.0.1:10", "127.0.0.1:11"].map(str::to_owned);
+        let host = host(folder.path(), FIRST, &others);
+        assert_eq!(host.doors(None)[0], FIRST);
+        for left in [FIRST, &others[0], &others[1]] {
+            let doors = host.doors(Some(left));
+            assert_eq!((doors.len(), doors[2].as_str()), (3, left));
+        }
+        assert_eq!(host.doors(Some("127.0.0.1:12"))[0], FIRST, "no member any more");
+    }
+
+    /// The way to a dead member says nothing: its patience was over before another one was tried.
+    #[tokio::test]
+    async fn a_door_that_does_not_answer_holds_nobody_up() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mute = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+        let mute = mute.local_addr().expect("bound").to_string();
+        let host = host(folder.path(), &mute, &[]);
+        let identity = Identity::of_host(folder.path()).expect("its own");
+        let config = coordinator::door::server_config(&identity).expect("good TLS");
+        let member = Endpoint::server(config, ([127, 0, 0, 1], 0).into()).expect("a free port");
+        let door = member.local_addr().expect("bound").to_string();
+        Admission::remember_doors(folder.path(), vec![door.clone()]).expect("written");
+        tokio::spawn(async move {
+            while let Some(incoming) = member.accept().await {
+                drop(incoming.await);
+            }
+        });
+        let mut doors = host.doors(None);
+        assert_eq!(doors, [mute.clone(), door.clone()]);
+        let for_ever = Duration::from_secs(60 * 60);
+        let entered = timeout(Duration::from_secs(60), host.knock(&mut doors, for_ever)).await;
+        let entered = entered
+            .expect("it waits for the first")
+            .expect("the second lets it in");
+        assert_eq!(entered.door, door);
+        assert_eq!(doors, [mute], "not tried to its end");
     }
 }

@@ -7,11 +7,27 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use protocol::time::UnixMillis;
 
+use crate::store::BoxFuture;
+
+mod agreed;
+
+pub use agreed::{AgreedClock, Comparison, Reading};
+
 /// Where the time comes from. Timers use `tokio::time`, which a simulation pauses; this is for the times
 /// that are written down, signed or compared with others' clocks.
 pub trait Clock: fmt::Debug + Send + Sync {
     /// Now.
     fn now(&self) -> UnixMillis;
+
+    /// Waits until its times may be written down: one that is compared with others was compared.
+    fn settled(&self) -> BoxFuture<'_, ()> {
+        Box::pin(std::future::ready(()))
+    }
+
+    /// Whether it had to be corrected by more than clocks may differ.
+    fn is_off(&self) -> bool {
+        false
+    }
 }
 
 /// The machine's wall clock.

@@ -23,7 +23,7 @@ mod reading;
 
 use crate::api;
 use crate::backup::{Keeper, Snapshots};
-use crate::clock::Clock;
+use crate::clock::{AgreedClock, Clock};
 use crate::config::Config;
 use crate::door;
 use crate::executor::Validators;
@@ -163,6 +163,8 @@ pub async fn run(
     // made, on a full disk say, is not lost.
     Admission::note_opened(&config.identity)?;
     let log = Arc::new(ReplicatedLog::new(replica.clone()));
+    let agreed = AgreedClock::new(member, clock);
+    let clock: Arc<dyn Clock> = Arc::new(agreed.clone());
     let store = Store::new(machine.clone(), log, Arc::clone(&clock), random.u64(..));
 
     let mut validators = Validators::new();
@@ -221,6 +223,10 @@ pub async fn run(
         stop.clone(),
     ));
     services.spawn(asking.clone().tell(hub.clone(), in_touch, stop.clone()));
+    let compared = asking
+        .clone()
+        .compare_clocks(agreed.clone(), store.clone(), stop.clone());
+    services.spawn(compared);
     let watched = miner::Watch {
         own: config.miner.clone(),
         store: store.clone(),
@@ -258,6 +264,7 @@ pub async fn run(
             admission.cluster.clone(),
             replica.clone(),
             hand_over,
+            agreed.clone(),
         )),
         backup: keeper.door(),
         others: Arc::new(asking),
@@ -288,7 +295,7 @@ pub async fn run(
         members: member_link::Answering {
             hub: hub.clone(),
             replica: replica.clone(),
-            clock: Arc::clone(&clock),
+            clock: agreed,
             hotkey: config.miner.clone(),
             requests: routes.members,
         },

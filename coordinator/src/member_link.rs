@@ -5,6 +5,7 @@
 //!   with a leader; a member that is not turns its hosts away, since it could tell them nothing new.
 //! - A request to the management API that only the leader can answer is passed on to it (`Request`).
 //! - Whose seed a member runs with (`Hotkey`): while the miner's hotkey is replaced they differ.
+//! - What a member's clock says (`Time`), which the members compare (`clock/agreed.rs`).
 //! - A question to a host that is connected to another member is asked through that one (`Host`).
 //!
 //! Frames are postcard with the version in front, as on the host link.
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{FuturesOrdered, FuturesUnordered};
 use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use protocol::link::Versioned;
@@ -24,11 +25,12 @@ use replica::Replica;
 use replica::quic::Peers;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
+use crate::clock::{AgreedClock, Clock as _, Comparison, Reading};
 use crate::host_link::{Heard, Hub};
+use crate::store::Store;
 
 /// Between two of `Heard`.
 const TELL_EVERY: Duration = Duration::from_secs(2);
@@ -36,6 +38,11 @@ const TELL_EVERY: Duration = Duration::from_secs(2);
 const TELL_MAX: Duration = Duration::from_secs(2);
 /// How long a member may take to say whose seed it has.
 const HOTKEY_MAX: Duration = Duration::from_secs(2);
+/// Between two comparisons of the clocks, once the time is known, and before.
+const COMPARE_EVERY: Duration = Duration::from_secs(10);
+const COMPARE_FIRST: Duration = Duration::from_millis(100);
+/// How long a member may take to say what its clock says.
+const TIME_MAX: Duration = Duration::from_secs(1);
 /// How long a host may take with a question that another member asks through this one.
 const HOST_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// A member that was not in touch with a leader for so long turns its hosts away.
@@ -71,6 +78,7 @@ enum Question {
     Request(Request),
     Host(ServerId, HostQuestion),
     Hotkey,
+    Time,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,6 +87,7 @@ enum Answer {
     Response(Response),
     Host(HostAnswer),
     Hotkey(Hotkey),
+    Time(Reading),
 }
 
 /// Answers a request of the management API on the leader.
@@ -92,7 +101,7 @@ pub struct Answering {
     /// Tells whether this member leads.
     pub replica: Replica,
     /// The time.
-    pub clock: Arc<dyn Clock>,
+    pub clock: AgreedClock,
     /// Whose seed this member's signer holds.
     pub hotkey: Hotkey,
     /// The management API.
@@ -128,6 +137,7 @@ impl Answering {
                 encode(&Answer::Host(asked.await?))
             }
             Question::Hotkey => encode(&Answer::Hotkey(self.hotkey)),
+            Question::Time => encode(&Answer::Time(self.clock.reading())),
             Question::Heard(_) | Question::Request(_) if !self.replica.leads_now() => {
                 Err("this member does not lead".to_owned())
             }
@@ -207,9 +217,7 @@ impl Asking {
     pub async fn pass_on(&self, request: Request, within: Duration) -> Result<Response, String> {
         match self.ask(&Question::Request(request), within).await? {
             Answer::Response(response) => Ok(response),
-            Answer::Heard | Answer::Host(_) | Answer::Hotkey(_) => {
-                Err("the leader answered another question".to_owned())
-            }
+            _ => Err("the leader answered another question".to_owned()),
         }
     }
 
@@ -234,9 +242,7 @@ impl Asking {
                     let answer = self.peers.ask(*member, address, question, within).await?;
                     match decode(&answer)? {
                         Answer::Host(answer) => Ok(answer),
-                        Answer::Heard | Answer::Response(_) | Answer::Hotkey(_) => {
-                            Err("a member answered another question".to_owned())
-                        }
+                        _ => Err("a member answered another question".to_owned()),
                     }
                 }
             })
@@ -256,8 +262,59 @@ impl Asking {
         let answer = self.peers.ask(member, address, question, HOTKEY_MAX).await.ok()?;
         match decode(&answer).ok()? {
             Answer::Hotkey(hotkey) => Some(hotkey),
-            Answer::Heard | Answer::Response(_) | Answer::Host(_) => None,
+            _ => None,
         }
+    }
+
+    async fn time_of(&self, member: u64, address: &str) -> Option<(u64, Reading, Instant)> {
+        let question = encode(&Question::Time).ok()?;
+        let asked = Instant::now();
+        let answer = self.peers.ask(member, address, question, TIME_MAX).await.ok()?;
+        match decode(&answer).ok()? {
+            Answer::Time(reading) => Some((member, reading, asked + asked.elapsed() / 2)),
+            _ => None,
+        }
+    }
+
+    /// Compares this member's clock with those of the voters; nothing changes while too few of them answer.
+    async fn compare_clocks_once(&self, clock: &AgreedClock, store: &Store) {
+        let own = self.replica.member();
+        let voters = self.replica.membership().voters;
+        let others = voters.iter().filter(|(member, _)| **member != own);
+        let asked: FuturesOrdered<_> = others
+            .map(|(member, address)| self.time_of(*member, address))
+            .collect();
+        let answered: Vec<_> = asked.filter_map(std::future::ready).collect().await;
+        let readings = answered
+            .iter()
+            .map(|(_, reading, then)| reading.after(then.elapsed()));
+        let readings: Vec<Reading> = readings.collect();
+        let comparison = Comparison {
+            voters: voters.len(),
+            own: clock.reading(),
+            votes: voters.contains_key(&own),
+            others: &readings,
+            recorded: store.read(|state| state.settings().now),
+        };
+        let Some(time) = comparison.time() else { return };
+        let members = answered.iter().map(|(member, ..)| *member);
+        clock.set(time, members.zip(readings.iter().map(|reading| reading.machine)));
+    }
+
+    /// Keeps `clock` right until cancelled.
+    pub async fn compare_clocks(self, clock: AgreedClock, store: Store, cancel: CancellationToken) {
+        let compare = async {
+            loop {
+                self.compare_clocks_once(&clock, &store).await;
+                let pause = if clock.is_settled() {
+                    COMPARE_EVERY
+                } else {
+                    COMPARE_FIRST
+                };
+                sleep(pause).await;
+            }
+        };
+        cancel.run_until_cancelled(compare).await;
     }
 
     /// Whose seed each other member runs with; none for those that did not answer.

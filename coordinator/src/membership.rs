@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use replica::{Progress, Replica};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::store::Store;
@@ -17,6 +18,8 @@ use policy::{Candidate, Roles, Step, next_step};
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A member that has not answered for so long is replaced, if another one can.
 const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// A leader whose clock is off hands over after so long, and tries it again so seldom.
+const OFF_CLOCK_AFTER: Duration = Duration::from_secs(10);
 /// A learner that is at most so many entries behind has caught up.
 const BEHIND_MAX: u64 = 500;
 
@@ -156,9 +159,18 @@ pub async fn next_wish(wishes: &mut mpsc::Receiver<Wish>, replica: &Replica) -> 
 
 /// Keeps the members right until cancelled, or until somebody else is to lead; for the leader only.
 pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> Option<Wish> {
+    let began = Instant::now();
     loop {
         let pause = tokio::time::sleep(LOOK_EVERY);
         cancel.run_until_cancelled(pause).await?;
+        // It signs with the time of its machine, which validators refuse then.
+        if store.clock().is_off()
+            && began.elapsed() >= OFF_CLOCK_AFTER
+            && replica.can_hand_over(None).is_ok_and(|to| to != replica.member())
+        {
+            tracing::warn!("hands over the lead: this machine's clock is off");
+            return Some(Wish { to: None, done: None });
+        }
         let Some(step) = next_step(&candidates(&store, &replica), &roles(&replica)) else {
             continue;
         };

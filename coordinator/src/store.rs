@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
+use std::time::Duration;
 
 use coordinator_core::state_machine::codec::{
     Row, Unreadable, decode_answer, decode_proposal, encode_answer, encode_proposal,
@@ -14,8 +15,12 @@ use coordinator_core::state_machine::command::RequestId;
 use coordinator_core::state_machine::{Command, Faults, Proposal, Rejection, Reply, State, apply};
 use protocol::hotkey::Hotkey;
 use tokio::sync::Notify;
+use tokio::time::timeout;
 
 use crate::clock::Clock;
+
+/// How long a proposal waits until the time is known.
+const CLOCK_MAX: Duration = Duration::from_secs(5);
 
 /// A future that a trait object returns.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -219,6 +224,10 @@ impl Store {
         let (needed, present) = (command.format(), self.read(State::format));
         if needed > present {
             return Err(Rejection::NotFinalized { needed, present }.into());
+        }
+        if timeout(CLOCK_MAX, self.clock.settled()).await.is_err() {
+            let why = "this member could not compare its clock with those of most voters yet";
+            return Err(Error::Unavailable(why.to_owned()));
         }
         let proposal = Proposal {
             request,

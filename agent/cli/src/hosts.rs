@@ -10,6 +10,9 @@ use crate::miner::Miner;
 use crate::output::{Colour, Lines, Printer, Table, confirmed, warn};
 use crate::request::escape;
 
+/// Clocks of members may differ by so much.
+const CLOCK_AHEAD_MAX_MS: u64 = 5_000;
+
 pub(crate) async fn host(printer: &Printer, command: HostCommand) -> Result<()> {
     match command {
         HostCommand::Invite {
@@ -182,6 +185,17 @@ async fn raft_status(printer: &Printer, arguments: &args::Miner) -> Result<()> {
         ]);
     }
     printer.table(&table)?;
+    for member in raft["members"].as_array().into_iter().flatten() {
+        if let Some(ahead_ms) = member["clock_ahead_ms"].as_i64()
+            && ahead_ms.unsigned_abs() > CLOCK_AHEAD_MAX_MS
+        {
+            let off = printer.paint(Colour::Yellow, &format!("{} s", ahead_ms / 1000));
+            let host = text_of(&member["host"]);
+            printer.line(&format!(
+                "The clock of {host} is {off} ahead of the members' time: run a time service (chrony) on it."
+            ))?;
+        }
+    }
     let Some(sites) = raft["sites"].as_array() else {
         return printer.line("The leader's API tells how far each member has come.");
     };

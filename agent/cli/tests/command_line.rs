@@ -422,6 +422,7 @@ async fn the_members_are_shown_and_the_lead_is_handed_over() {
         json!({
             "member": member, "host": format!("gpu-{member}"), "site": "east", "role": "voter",
             "leads": leads, "matched": ago.as_u64().map(|_| 90), "answered_ago_ms": ago,
+            "clock_ahead_ms": if leads { 400 } else { -3_600_000 },
         })
     };
     let raft = json!({
@@ -457,6 +458,8 @@ async fn the_members_are_shown_and_the_lead_is_handed_over() {
         "│ 2      │ gpu-2 │ east │ voter        │ 90        │ 40 ms ago │",
         "",
     );
+    assert!(!run.stdout.contains("clock of gpu-1"));
+    run.ends(0, "The clock of gpu-2 is -3600 s ahead", "");
     run.ends(
         0,
         "Without site east: no change is possible until it is back.",

@@ -42,6 +42,7 @@ struct Times {
     authenticated: Vec<u64>,
     authenticated_after_known: Vec<u64>,
     back: Vec<u64>,
+    host_moved: Vec<u64>,
 }
 
 fn ms(duration: Duration) -> u64 {
@@ -79,6 +80,7 @@ impl Leaders {
             "authenticated_ms": spread(&times.authenticated),
             "authenticated_after_known_ms": spread(&times.authenticated_after_known),
             "member_back_ms": spread(&times.back),
+            "host_moved_ms": spread(&times.host_moved),
             "late_targeted_events_seen": targeted,
         });
         trial.conclude(figures).await
@@ -115,6 +117,10 @@ async fn strike(trial: &mut Trial, whole_agent: bool, times: &mut Times) -> anyh
     }
     trial.cluster.until_it_answers(leader).await?;
     times.back.push(ms(began.elapsed()));
+    // The host of an agent that was killed has begun anew and not moved.
+    let moved = trial.hosts_moved(began_at, whole_agent.then_some(leader))?;
+    let moved = moved.into_iter().map(|at| at.since(began_at));
+    times.host_moved.extend(moved);
     Ok(())
 }
 

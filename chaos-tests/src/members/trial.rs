@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use coordinator::clock::{Clock as _, WallClock};
+use coordinator::validator::times;
 use protocol::time::UnixMillis;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -219,6 +220,25 @@ impl Trial {
             }
             anyhow::ensure!(Instant::now() < deadline, "nobody else leads");
         }
+    }
+
+    /// When hosts were let in by another member after a moment: the agents of all machines say so in their logs, but for
+    /// `left_out`.
+    pub(super) fn hosts_moved(
+        &self,
+        moment: UnixMillis,
+        left_out: Option<usize>,
+    ) -> anyhow::Result<Vec<UnixMillis>> {
+        let mut moved = Vec::new();
+        for member in (0..self.cluster.plan.members).filter(|member| Some(*member) != left_out) {
+            let log = self.cluster.folder(member).join("log");
+            let text = std::fs::read(&log).with_context(|| log.display().to_string())?;
+            let text = String::from_utf8_lossy(&text);
+            let lines = text.lines().filter(|line| line.contains("host link is up"));
+            let times = lines.filter_map(|line| line.split_whitespace().find_map(times::iso8601));
+            moved.extend(times.filter(|time| *time >= moment).min());
+        }
+        Ok(moved)
     }
 
     /// A job, an update or nothing, so that faults hit launches and stops too.

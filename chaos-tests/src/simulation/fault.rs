@@ -50,7 +50,7 @@ impl Director {
         let member = self.any_member();
         let me = member.number();
         let kind = if member.leads() { "leader" } else { "member" };
-        match self.random.u8(..12) {
+        match self.random.u8(..13) {
             0..=2 => {
                 let what = if kind == "leader" {
                     "leader killed"
@@ -78,6 +78,7 @@ impl Director {
                 self.network.stand_still(me, ms);
             }
             9..=10 => member.kill_after_a_vote(),
+            11 => self.set_a_clock_off(&member),
             _ => {
                 self.recorder.fault("power lost everywhere", "");
                 for member in self.members.all() {
@@ -85,6 +86,25 @@ impl Director {
                 }
             }
         }
+    }
+
+    /// For a while, unless another one is off: two of three clocks that are off are not outvoted.
+    fn set_a_clock_off(&mut self, member: &Member) {
+        let mut members = self.members.all().iter();
+        if members.any(|member| member.machine_clock().is_off()) {
+            return;
+        }
+        let minutes = self.random.i64(1..90);
+        let ahead_ms = 60_000 * if self.random.bool() { minutes } else { -minutes };
+        let ms = self.random.u64(5_000..60_000);
+        let what = format_args!("{} {ahead_ms} {ms}", member.number());
+        self.recorder.fault("member's clock jumps", what);
+        let clock = member.machine_clock().clone();
+        clock.set_ahead(ahead_ms);
+        tokio::spawn(async move {
+            sleep(Duration::from_millis(ms)).await;
+            clock.set_ahead(0);
+        });
     }
 
     fn strike_the_network(&mut self) {

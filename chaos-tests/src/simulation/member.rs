@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use coordinator::clock::{AgreedClock, Clock};
 use coordinator::executor::Validators;
 use coordinator::host_link::{Hub, session};
 use coordinator::leader::{Leader, Listings, Scheduling};
@@ -25,7 +26,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Planted;
-use super::clock::SimulatedClock;
+use super::clock::{MachineClock, SimulatedClock};
 use super::disk::Disks;
 use super::ledger::Ledger;
 use super::network::{Door, End, Network, address_of};
@@ -61,6 +62,7 @@ struct Shared {
     number: u64,
     parts: Arc<Parts>,
     disks: Disks,
+    machine_clock: MachineClock,
     random: Mutex<fastrand::Rng>,
     life: Mutex<Option<Life>>,
     killed: Arc<Notify>,
@@ -82,9 +84,11 @@ struct Life {
 
 impl Member {
     pub(super) fn new(number: u64, parts: Arc<Parts>, mut random: fastrand::Rng) -> Self {
+        let machine_clock = MachineClock::new(*parts.clock);
         Self(Arc::new(Shared {
             number,
             parts,
+            machine_clock,
             disks: Disks::new(random.u64(..)),
             random: Mutex::new(random),
             life: Mutex::new(None),
@@ -142,6 +146,10 @@ impl Member {
         let task = tokio::spawn(session(life.context.clone()));
         life.tasks.push(task.abort_handle());
         true
+    }
+
+    pub(super) fn machine_clock(&self) -> &MachineClock {
+        &self.0.machine_clock
     }
 
     /// `kill -9`, with the power.
@@ -245,7 +253,13 @@ impl Member {
             oracle: parts.oracle.clone(),
             recorder: parts.recorder.clone(),
         };
-        let clock = Arc::clone(&parts.clock);
+        let machine_clock = Arc::new(self.0.machine_clock.clone());
+        let agreed = AgreedClock::new(self.0.number, machine_clock.clone());
+        let clock: Arc<dyn Clock> = if parts.planted.clocks_not_compared {
+            machine_clock
+        } else {
+            Arc::new(agreed.clone())
+        };
         let seed = self.draw(|random| random.u64(..));
         let store = Store::new(machine.clone(), Arc::new(log), clock, seed);
         let (header_sets, headers) = watch::channel(Vec::new());
@@ -261,11 +275,17 @@ impl Member {
             in_touch,
             way: None,
         };
-        parts.network.join(self.0.number, self.door(replica, hub.clone()));
+        let door = self.door(replica, hub.clone(), agreed.clone());
+        parts.network.join(self.0.number, door);
         let asking = Asking {
             peers: Arc::new(end),
             replica: replica.clone(),
         };
+        let comparing =
+            asking
+                .clone()
+                .compare_clocks(agreed, context.store.clone(), CancellationToken::new());
+        let comparing = tokio::spawn(comparing);
         let telling = tokio::spawn(asking.tell(hub, touches, CancellationToken::new()));
         let configure = Command::Configure {
             miner: parts.signer.hotkey().clone(),
@@ -293,6 +313,7 @@ impl Member {
                 leading.abort_handle(),
                 observed.abort_handle(),
                 telling.abort_handle(),
+                comparing.abort_handle(),
             ]
             .into(),
         });
@@ -308,8 +329,7 @@ impl Member {
         }
     }
 
-    fn door(&self, replica: &Replica, hub: Hub) -> Door {
-        let clock = Arc::clone(&self.0.parts.clock);
+    fn door(&self, replica: &Replica, hub: Hub, clock: AgreedClock) -> Door {
         let no_api = |_| {
             let (status, body) = (503, Vec::new());
             std::future::ready(Response { status, body }).boxed()

@@ -12,13 +12,15 @@ pub struct Planted {
     pub replica: ReplicaFaults,
     /// In the host models, which take a set of a lower fence.
     pub revision_not_checked: bool,
+    /// In the members, which go by the clocks of their machines.
+    pub clocks_not_compared: bool,
 }
 
 /// The table of a snapshot that is left out: the answers to requests.
 const TABLE_LEFT_OUT: u8 = 12;
 
 /// All names, in the order of [`planted`].
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 13] = [
     "acknowledge_before_fsync",
     "stale_read",
     "two_votes_in_a_term",
@@ -31,6 +33,7 @@ pub const NAMES: [&str; 12] = [
     "late_config_revives",
     "gpu_freed_early",
     "unknown_is_empty",
+    "clocks_not_compared",
 ];
 
 /// The fault with this name. Effects out of order are not among them: the executor takes the oldest of each
@@ -53,6 +56,7 @@ pub fn planted(name: &str) -> Result<Planted, String> {
         "double_allocation" => core.double_allocation = true,
         "late_config_revives" => core.late_config_revives = true,
         "gpu_freed_early" => core.gpu_freed_early = true,
+        "clocks_not_compared" => planted.clocks_not_compared = true,
         "unknown_is_empty" => core.unknown_is_empty = true,
         _ => return Err(NAMES.join(", ")),
     }

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use coordinator::clock::Clock as _;
 use coordinator::member::ReplicatedLog;
 use coordinator::store::{BoxFuture, Log, Machine};
 use coordinator_core::state_machine::codec::{decode_answer, decode_proposal};
@@ -23,6 +24,8 @@ use super::member::Parts;
 use super::recorder::Recorder;
 use super::validator::Validator;
 
+/// The time of a command may be ahead by what clocks may differ.
+const AHEAD_MAX_MS: u64 = 6_000;
 /// Log entries after which the rows are read back.
 const REREAD_EVERY: u64 = 128;
 
@@ -108,6 +111,10 @@ impl Watched {
             found.push(format!("the name {} was given twice", placement.deployment));
         }
         found.extend(said.err().map(|error| error.to_string()));
+        let ahead_ms = proposal.at.since(self.parts.clock.now());
+        if ahead_ms > AHEAD_MAX_MS {
+            found.push(format!("the time of a command is {} s ahead", ahead_ms / 1000));
+        }
         self.machine.read(|state| {
             found.extend(invariant::violations(state));
             found.extend(before.violations(state, validator));

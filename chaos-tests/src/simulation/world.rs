@@ -182,6 +182,9 @@ impl World {
         self.recorder.end_faults();
         self.network.heal();
         self.validator.end_trouble();
+        for member in self.members.all() {
+            member.machine_clock().set_ahead(0);
+        }
         for host in self.hosts.iter().filter(|host| host.clock_is_off()) {
             host.set_clock_off(0);
         }

@@ -20,6 +20,7 @@ use super::auth::Caller;
 use super::error::{ApiError, Result};
 use super::hosts::host_named;
 use super::operate::parse;
+use crate::clock::AgreedClock;
 use crate::membership::HandOver;
 use crate::membership::policy::{self, Candidate, losses};
 use crate::store::BoxFuture;
@@ -60,6 +61,8 @@ pub trait ClusterView: fmt::Debug + Send + Sync {
     fn roles(&self) -> Roles;
     /// How far the others have come; empty where this member does not lead.
     fn progress(&self) -> BTreeMap<u64, Progress>;
+    /// By how much members' machines are ahead of the time that the voters agree on, in ms, as far as this member knows.
+    fn clocks_ahead_ms(&self) -> BTreeMap<u64, i64>;
     /// Hands the lead to a member, or to the voter that has come farthest. Returns when that one leads.
     fn transfer(&self, to: Option<u64>) -> BoxFuture<'_, std::result::Result<(), String>>;
 }
@@ -70,16 +73,18 @@ pub struct ReplicatedCluster {
     name: String,
     replica: Replica,
     hand_over: HandOver,
+    clock: AgreedClock,
 }
 
 impl ReplicatedCluster {
     /// A view through this replica; `name` is the cluster's.
     #[must_use]
-    pub fn new(name: String, replica: Replica, hand_over: HandOver) -> Self {
+    pub fn new(name: String, replica: Replica, hand_over: HandOver, clock: AgreedClock) -> Self {
         Self {
             name,
             replica,
             hand_over,
+            clock,
         }
     }
 }
@@ -116,6 +121,10 @@ impl ClusterView for ReplicatedCluster {
             .collect()
     }
 
+    fn clocks_ahead_ms(&self) -> BTreeMap<u64, i64> {
+        self.clock.ahead_ms()
+    }
+
     fn transfer(&self, to: Option<u64>) -> BoxFuture<'_, std::result::Result<(), String>> {
         Box::pin(self.hand_over.to(to))
     }
@@ -140,7 +149,12 @@ impl Roles {
 }
 
 /// A member that left may still be known to the log for a moment, and a new one not yet.
-fn members(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> Vec<Value> {
+fn members(
+    record: &Record,
+    roles: &Roles,
+    progress: &BTreeMap<u64, Progress>,
+    clocks: &BTreeMap<u64, i64>,
+) -> Vec<Value> {
     let by_id: BTreeMap<u64, &HostRecord> = record.members().collect();
     let known = roles.voters.union(&roles.learners).copied();
     let all: BTreeSet<u64> = known.chain(by_id.keys().copied()).collect();
@@ -156,6 +170,7 @@ fn members(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -
             "leads": roles.leader == Some(member),
             "matched": progress.matched,
             "answered_ago_ms": progress.answered_ago_ms,
+            "clock_ahead_ms": clocks.get(&member),
         })
     };
     all.into_iter().map(row).collect()
@@ -194,9 +209,10 @@ fn sites(record: &Record, roles: &Roles, progress: &BTreeMap<u64, Progress>) -> 
 
 pub(super) async fn raft(State(api): State<Arc<Api>>) -> Json<Value> {
     let (roles, progress) = (api.deps.cluster.roles(), api.deps.cluster.progress());
+    let clocks = api.deps.cluster.clocks_ahead_ms();
     let (members, sites) = api.store.read(|record| {
         (
-            members(record, &roles, &progress),
+            members(record, &roles, &progress, &clocks),
             sites(record, &roles, &progress),
         )
     });

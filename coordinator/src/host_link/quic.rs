@@ -17,13 +17,16 @@ use super::session::{self, Context};
 
 /// Messages that may wait in either direction.
 const QUEUE: usize = 16;
-/// Silence after which a connection is dead: a host is to find another member within a second or so. Longer where
-/// the way is longer: QUIC waits three of its own timeouts at least.
-pub const IDLE_TIMEOUT: Duration = Duration::from_millis(1200);
+/// Silence after which a member takes a connection for dead.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(1200);
+/// Silence after which a host takes its member for dead, and both the connection: counted from when it said that it is
+/// there, so that it is with another member within a second. Longer where the way is longer: QUIC waits three of its own
+/// timeouts at least.
+const HOST_IDLE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often a host says that it is there; the member's answer to that is enough for both sides.
-pub const KEEP_ALIVE: Duration = Duration::from_millis(400);
+pub const KEEP_ALIVE: Duration = Duration::from_millis(200);
 
-/// Transport settings that both ends of the link use; the host's end also keeps it alive.
+/// Transport settings of a door.
 ///
 /// # Panics
 /// Never: the timeout fits.
@@ -33,6 +36,20 @@ pub fn transport() -> quinn::TransportConfig {
     transport.max_idle_timeout(Some(IDLE_TIMEOUT.try_into().expect("it fits")));
     transport.max_concurrent_bidi_streams(1_u8.into());
     transport.max_concurrent_uni_streams(0_u8.into());
+    transport
+}
+
+/// Transport settings of a host, which keeps the link alive. It opens the stream of messages; the member opens one for
+/// each question, `questions` at a time.
+///
+/// # Panics
+/// Never: the timeout fits.
+#[must_use]
+pub fn host_transport(questions: u32) -> quinn::TransportConfig {
+    let mut transport = transport();
+    transport.max_idle_timeout(Some(HOST_IDLE_TIMEOUT.try_into().expect("it fits")));
+    transport.keep_alive_interval(Some(KEEP_ALIVE));
+    transport.max_concurrent_bidi_streams(questions.into());
     transport
 }
 

@@ -116,6 +116,10 @@ impl ClusterView for Remembered {
         BTreeMap::new()
     }
 
+    fn clocks_ahead_ms(&self) -> BTreeMap<u64, i64> {
+        BTreeMap::new()
+    }
+
     fn transfer(&self, _: Option<u64>) -> BoxFuture<'_, Result<(), String>> {
         Box::pin(std::future::ready(Err("this member does not lead".to_owned())))
     }

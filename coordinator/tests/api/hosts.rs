@@ -301,7 +301,7 @@ async fn the_raft_view_says_what_a_site_is_worth() {
         raft["members"][1],
         json!({
             "member": 2, "host": "gpu-b", "site": "east", "role": "voter", "leads": false, "matched": 90,
-            "answered_ago_ms": 40,
+            "answered_ago_ms": 40, "clock_ahead_ms": -3_600_000,
         })
     );
     assert_eq!(

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use coordinator::api::{Alone, Config, Deps, Limits, ReplicatedCluster, router};
 use coordinator::backup::{self, Door, Snapshots};
-use coordinator::clock::Clock;
+use coordinator::clock::{AgreedClock, Clock};
 use coordinator::leader::Scheduling;
 use coordinator::member::ReplicatedLog;
 use coordinator::membership::HandOver;
@@ -87,6 +87,7 @@ async fn member(id: u64, folder: &tempfile::TempDir, links: &Links) -> (Fixture,
             "cluster-1".to_owned(),
             replica.clone(),
             hand_over,
+            AgreedClock::new(id, fixture.clock.clone()),
         )),
         backup: Door::new(
             Some(Snapshots::new(

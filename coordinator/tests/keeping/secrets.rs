@@ -12,6 +12,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use coordinator::api::{Alone, Config, Connection, Deps, Limits, Peer, ReplicatedCluster, router};
 use coordinator::backup::Keeper;
+use coordinator::clock::AgreedClock;
 use coordinator::executor::Validators;
 use coordinator::host_link::Hub;
 use coordinator::identity::{Authority, CA_KEY};
@@ -137,6 +138,7 @@ fn api(member: &Member, keeper: &Keeper) -> Api {
             CLUSTER.to_owned(),
             member.replica.clone(),
             HandOver::channel().0,
+            AgreedClock::new(1, Arc::clone(member.store.clock())),
         )),
         backup: keeper.door(),
         others: Arc::new(Alone),
