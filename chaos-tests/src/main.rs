@@ -1,6 +1,6 @@
 //! `chaos-tests sim` runs seeds of the simulation and says what they found; `chaos-tests storm` kills processes of
-//! a development cluster, and `leaders`, `pause`, `links` and `elections` shake members of a cluster of their own:
-//! each says what came of it; `chaos-tests probe` says which fault tools work on this machine.
+//! a development cluster, and `leaders`, `pause`, `links`, `clocks` and `elections` shake members of a cluster of their
+//! own: each says what came of it; `chaos-tests probe` says which fault tools work on this machine.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -33,6 +33,8 @@ enum Command {
     Pause(members::Pause),
     /// Spoils the links between members in one way after the other.
     Links(members::Links),
+    /// Sets the clock of whoever leads off.
+    Clocks(members::Clocks),
     /// Counts elections that nothing calls for, on slow disks and a busy machine.
     Elections(members::Elections),
     /// Runs the miner on a Kubernetes API server with many nodes, and kills the API server.
@@ -57,6 +59,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Leaders(options) => conclude(options.run()),
         Command::Pause(options) => conclude(options.run()),
         Command::Links(options) => conclude(options.run()),
+        Command::Clocks(options) => conclude(options.run()),
         Command::Elections(options) => conclude(options.run()),
         Command::Kubernetes(options) => conclude(options.run()),
         Command::Forward(options) => forward(&options),

@@ -6,6 +6,7 @@
 //! - `leaders.rs`: `kill -9` of whoever leads, again and again;
 //! - `pause.rs`: the leader stands still for a while and wakes;
 //! - `links.rs`: all links between members are spoilt in one way after the other, by relays or by the kernel;
+//! - `clocks.rs`: the leader's clock jumps by an hour;
 //! - `elections.rs`: nothing but slow disks and a busy machine: nobody may lose the lead.
 
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use serde_json::Value;
 
 use crate::storm::cluster::agent_beside_us;
 
+mod clocks;
 pub(crate) mod cluster;
 mod elections;
 mod leaders;
@@ -22,6 +24,7 @@ mod links;
 mod pause;
 mod trial;
 
+pub use clocks::Clocks;
 pub use elections::Elections;
 pub use leaders::Leaders;
 pub use links::{Forward, Links};

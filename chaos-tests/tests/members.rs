@@ -1,9 +1,9 @@
-//! Short forms of what `chaos-tests leaders`, `chaos-tests pause` and `chaos-tests links --namespaces` do at length:
-//! three members in real processes, whose leader is killed a few times, and stands still once, and five members, each
-//! in a network namespace, whose leader is cut off. The bars on times are for the long forms.
+//! Short forms of what `chaos-tests leaders`, `pause`, `clocks` and `links --namespaces` do at length: three members in
+//! real processes, whose leader is killed a few times, stands still once, and has a clock that jumps once, and five
+//! members, each in a network namespace, whose leader is cut off. The bars on times are for the long forms.
 
 use chaos_tests::faults::probe;
-use chaos_tests::members::{Leaders, Pause};
+use chaos_tests::members::{Clocks, Leaders, Pause};
 use serde_json::Value;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -32,13 +32,36 @@ async fn a_leader_that_stood_still_answers_nothing_stale_and_acts_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn members_in_namespaces_go_on_without_a_leader_that_is_cut_off() {
-    let tool = "network namespaces with nftables";
+async fn nobody_but_its_own_host_goes_by_a_leader_s_clock_that_jumps() {
+    if !has("faketime") {
+        return;
+    }
+    let options = Clocks {
+        seconds: 3600,
+        times: 1,
+        ..Clocks::default()
+    };
+    let outcome = options.run().await.expect("a cluster to set off");
+    eprintln!("{}", outcome.figures);
+    assert!(outcome.reasons.is_empty(), "{:#?}", outcome.reasons);
+    assert_eq!(outcome.figures["times"], 1);
+}
+
+/// Whether a fault tool works; CI must have it.
+fn has(tool: &str) -> bool {
     let tried = probe().into_iter().find(|(name, _)| *name == tool);
-    if let Some((_, Err(reason))) = tried {
-        let required = std::env::var_os("REQUIRE_PEERS").is_some_and(|value| value == "1");
-        assert!(!required, "{tool}: {reason}");
-        eprintln!("NOT TESTED: members in namespaces: {reason}");
+    let Some((_, Err(reason))) = tried else {
+        return true;
+    };
+    let required = std::env::var_os("REQUIRE_PEERS").is_some_and(|value| value == "1");
+    assert!(!required, "{tool}: {reason}");
+    eprintln!("NOT TESTED: {tool}: {reason}");
+    false
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_in_namespaces_go_on_without_a_leader_that_is_cut_off() {
+    if !has("network namespaces with nftables") {
         return;
     }
     let faults = ["leader_alone", "leader_deaf"];

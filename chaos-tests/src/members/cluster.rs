@@ -322,10 +322,19 @@ impl Cluster {
 
     /// Starts a member's agent again, once the old one has ended.
     pub(super) async fn run_again(&mut self, member: usize) -> anyhow::Result<()> {
+        self.run_again_with(member, &|_, _| {}).await
+    }
+
+    /// The same, with something around it.
+    pub(super) async fn run_again_with(
+        &mut self,
+        member: usize,
+        around: &dyn Fn(usize, &mut Program),
+    ) -> anyhow::Result<()> {
         if let Some(mut old) = self.hosts[member].take() {
             old.wait().await.context("the agent that was killed")?;
         }
-        self.run_with(member, &|_, _| {})
+        self.run_with(member, around)
     }
 
     /// The process of a member with this subcommand; `run` is the agent itself.

@@ -39,8 +39,9 @@ pub enum End {
     /// The state machine refused the host.
     #[error("the host was refused: {0}")]
     Refused(String),
-    /// This member is in touch with no leader: it could only tell the host what is out of date.
-    #[error("this member is cut off from the others: try another one")]
+    /// This member is in touch with no leader and could only tell the host what is out of date, or its seed or its
+    /// clock is not the right one.
+    #[error("this member is cut off from the others, or its seed or clock is wrong: try another one")]
     CutOff,
     /// A newer session of the same host took over.
     #[error("a newer connection of the same host took over")]
@@ -60,7 +61,7 @@ pub struct Context {
     pub headers: watch::Receiver<Vec<RegistryHeaders>>,
     /// Members' doors, for hosts to know when this one dies.
     pub doors: watch::Receiver<Vec<String>>,
-    /// False while this member is in touch with no leader.
+    /// False while this member is in touch with no leader, or has a wrong seed or clock.
     pub in_touch: watch::Receiver<bool>,
     /// The way to ask the host of this session.
     pub way: Option<Arc<dyn AskHost>>,

@@ -38,7 +38,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Keeps `serving` right until cancelled: hosts are served while this member is in touch with a leader and has the
-    /// right seed.
+    /// right seed and the right time.
     pub(super) async fn keep(
         self,
         in_touch: watch::Receiver<bool>,
@@ -90,7 +90,7 @@ impl Watch {
     }
 }
 
-/// Keeps `serving` right: in touch with a leader, and the seed is the miner's.
+/// Keeps `serving` right: in touch with a leader, the seed is the miner's, and what is signed here bears the right time.
 async fn tell(
     store: &Store,
     own: &Hotkey,
@@ -99,7 +99,8 @@ async fn tell(
 ) {
     let mut changes = store.changes();
     loop {
-        let now = *in_touch.borrow_and_update() && store.other_miner(own).is_none();
+        let is_able = store.other_miner(own).is_none() && !store.clock().is_off();
+        let now = *in_touch.borrow_and_update() && is_able;
         serving.send_if_modified(|before| std::mem::replace(before, now) != now);
         tokio::select! {
             changed = in_touch.changed() => if changed.is_err() { return },
@@ -116,13 +117,19 @@ mod tests {
     use coordinator_core::state_machine::Command;
     use coordinator_core::state_machine::command::PayProfile;
     use protocol::hotkey::Signer;
+    use protocol::time::UnixMillis;
 
     use super::*;
-    use crate::clock::WallClock;
+    use crate::clock::{AgreedClock, ManualClock};
+
+    const NOW: UnixMillis = UnixMillis(1_800_000_000_000);
 
     #[tokio::test]
-    async fn hosts_are_served_in_touch_and_with_the_right_seed_only() {
-        let store = Store::in_memory(Arc::new(WallClock));
+    async fn hosts_are_served_in_touch_and_with_the_right_seed_and_time_only() {
+        let machine = ManualClock::at(NOW);
+        let clock = AgreedClock::new(1, Arc::new(machine.clone()));
+        clock.set(NOW, []);
+        let store = Store::in_memory(Arc::new(clock.clone()));
         let (own, other) = ([1; 32], [2; 32]);
         let hotkey = |seed| Signer::from_seed(seed).hotkey().clone();
         let (touch, in_touch) = watch::channel(true);
@@ -137,6 +144,15 @@ mod tests {
         touch.send_replace(false);
         becomes(false).await;
         touch.send_replace(true);
+        becomes(true).await;
+        // Whatever is applied next wakes it.
+        machine.set(NOW + 3_600_000);
+        clock.set(NOW, []);
+        store.propose(Command::PassTime).await.expect("it is good");
+        becomes(false).await;
+        machine.set(NOW);
+        clock.set(NOW, []);
+        store.propose(Command::PassTime).await.expect("it is good");
         becomes(true).await;
         let configure = Command::Configure {
             miner: hotkey(&other),
