@@ -452,7 +452,8 @@ mod tests {
         assert_eq!(host.doors(Some("127.0.0.1:12"))[0], FIRST, "no member any more");
     }
 
-    /// The way to a dead member says nothing: its patience was over before another one was tried.
+    /// The way to a dead member says nothing: its patience was over before another one was tried. The next one is reached
+    /// over IPv6.
     #[tokio::test]
     async fn a_door_that_does_not_answer_holds_nobody_up() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -461,7 +462,7 @@ mod tests {
         let host = host(folder.path(), &mute, &[]);
         let identity = Identity::of_host(folder.path()).expect("its own");
         let config = coordinator::door::server_config(&identity).expect("good TLS");
-        let member = Endpoint::server(config, ([127, 0, 0, 1], 0).into()).expect("a free port");
+        let member = Endpoint::server(config, (Ipv6Addr::LOCALHOST, 0).into()).expect("a free port");
         let door = member.local_addr().expect("bound").to_string();
         Admission::remember_doors(folder.path(), vec![door.clone()]).expect("written");
         tokio::spawn(async move {

@@ -76,6 +76,31 @@ fn the_main_job_is_done_and_accounted_for() {
 }
 
 #[test]
+fn leaders_that_are_killed_cost_neither_events_nor_writes() {
+    let output = dev(&[
+        "--hosts",
+        "3",
+        "--kill-leader-every",
+        "15s",
+        "--for",
+        "75s",
+        "--output",
+        "json",
+    ]);
+    let account = String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stderr);
+    let last = account.lines().last().unwrap_or_default();
+    let result: Value =
+        serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {last:?}\n{said}"));
+    assert_eq!(result["ok"], true, "{result}\n{said}");
+    assert!(result["leader_kills"].as_u64() >= Some(4), "{result}");
+    assert!(result["socket_gap_ms_max"].as_u64() > Some(0), "{result}");
+    for nothing in ["events_lost", "writes_lost", "invariant_violations"] {
+        assert_eq!(result[nothing], 0, "{result}");
+    }
+}
+
+#[test]
 fn a_wrong_scenario_is_refused_with_file_and_key() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("scenario.toml");

@@ -91,6 +91,31 @@ async fn a_relay_passes_delays_and_cuts_each_way() {
 }
 
 #[tokio::test]
+async fn a_relay_changes_the_ports_that_the_target_sees() {
+    let target = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let to = target.local_addr().expect("bound");
+    let relay = Relay::start(to, 3).await.expect("a free port");
+    let client = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    client.connect(relay.address()).await.expect("an address");
+    let seen = async || {
+        client.send(b"here").await.expect("sent");
+        let received = timeout(SOON, target.recv_from(&mut [0; 64])).await;
+        received.expect("in time").expect("received").1
+    };
+    let before = seen().await;
+    assert_eq!(seen().await, before);
+    relay.change_ports();
+    let after = seen().await;
+    assert_ne!(after, before);
+    target.send_to(b"old", before).await.expect("sent");
+    target.send_to(b"new", after).await.expect("sent");
+    let mut buffer = [0; 64];
+    let received = timeout(SOON, client.recv(&mut buffer)).await;
+    let bytes = received.expect("in time").expect("received");
+    assert_eq!(&buffer[..bytes], b"new");
+}
+
+#[tokio::test]
 async fn a_relay_loses_the_part_that_it_was_told() {
     let (relay, client) = through_a_relay(2).await;
     relay.set(

@@ -1,6 +1,6 @@
 //! Short forms of what `chaos-tests leaders`, `pause`, `clocks` and `links --namespaces` do at length: three members in
 //! real processes, whose leader is killed a few times, stands still once, and has a clock that jumps once, and five
-//! members, each in a network namespace, whose leader is cut off. The bars on times are for the long forms.
+//! members, each in a network namespace or behind relays, whose links are spoilt. The bars on times are for the long forms.
 
 use chaos_tests::faults::probe;
 use chaos_tests::members::{Clocks, Leaders, Pause};
@@ -64,9 +64,25 @@ async fn members_in_namespaces_go_on_without_a_leader_that_is_cut_off() {
     if !has("network namespaces with nftables") {
         return;
     }
-    let faults = ["leader_alone", "leader_deaf"];
+    let faults = [
+        "leader_alone",
+        "leader_deaf",
+        "hosts_cut_from_voters",
+        "validator_cut_from_leader",
+    ];
+    links(&["--namespaces"], &faults).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn members_go_on_over_ways_that_lose_delay_flap_and_change_ports() {
+    let faults = ["loss_30_percent", "round_trip_200_ms", "flapping", "ports_change"];
+    links(&[], &faults).await;
+}
+
+/// `chaos-tests links` with some of its faults.
+async fn links(arguments: &[&str], faults: &[&str]) {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_chaos-tests"));
-    command.args(["links", "--namespaces", "--fault-seconds", "4"]);
+    command.args(["links", "--fault-seconds", "4"]).args(arguments);
     for fault in faults {
         command.args(["--only", fault]);
     }
@@ -83,6 +99,6 @@ async fn members_in_namespaces_go_on_without_a_leader_that_is_cut_off() {
     let figures: Value = serde_json::from_str(said.lines().last().expect("figures")).expect("JSON");
     eprintln!("{figures}");
     for fault in faults {
-        assert!(figures[fault]["next_write_ms"].is_u64(), "{figures}");
+        assert!(figures[*fault]["next_write_ms"].is_u64(), "{figures}");
     }
 }

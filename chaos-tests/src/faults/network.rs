@@ -12,6 +12,9 @@ use kubernetes_control_plane::ends_with_us;
 
 use super::{run, signal};
 
+/// The longest packet of each cable: the least that there is with IPv6.
+const MTU_BYTES: &str = "1280";
+
 /// Namespaces on one bridge; they are deleted, and what runs in them is killed, when this is dropped by whichever of
 /// the processes that know them comes first.
 #[derive(Debug)]
@@ -59,6 +62,9 @@ impl Network {
             "link", "add", &port, "type", "veth", "peer", "name", "eth0", "netns", &space,
         ];
         run("ip", &[&["-n", switch.as_str()], cable.as_slice()].concat())?;
+        for (space, end) in [(&switch, port.as_str()), (&space, "eth0")] {
+            run("ip", &["-n", space, "link", "set", end, "mtu", MTU_BYTES])?;
+        }
         run(
             "ip",
             &["-n", &switch, "link", "set", &port, "master", "bridge0", "up"],

@@ -85,6 +85,8 @@ struct Inner {
     special: BTreeMap<IpAddr, (Quality, Quality)>,
     random: fastrand::Rng,
     counts: Counts,
+    /// How often the ports towards the target were changed.
+    changes: u64,
 }
 
 impl Shared {
@@ -131,6 +133,7 @@ impl Relay {
                 special: BTreeMap::new(),
                 random: fastrand::Rng::with_seed(seed),
                 counts: Counts::default(),
+                changes: 0,
             }),
         });
         let stop = CancellationToken::new();
@@ -181,6 +184,12 @@ impl Relay {
         self.set_both(Quality::default());
     }
 
+    /// The target sees each client at another port from the client's next datagram on, as behind a NAT that has forgotten
+    /// it; what is sent to the old ones is lost.
+    pub fn change_ports(&self) {
+        self.shared.lock().changes += 1;
+    }
+
     /// How many there were so far, both ways together.
     #[must_use]
     pub fn counts(&self) -> Counts {
@@ -194,11 +203,17 @@ async fn relay(door: Arc<UdpSocket>, shared: Arc<Shared>) {
     let mut clients: BTreeMap<SocketAddr, mpsc::Sender<Datagram>> = BTreeMap::new();
     let mut tasks = JoinSet::new();
     let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
+    let mut changes = 0;
     loop {
         // An error is the last datagram's, sent to a closed port.
         let Ok((bytes, client)) = door.recv_from(&mut buffer).await else {
             continue;
         };
+        let changes_now = shared.lock().changes;
+        if std::mem::replace(&mut changes, changes_now) != changes_now {
+            clients.clear();
+            tasks.abort_all();
+        }
         if !clients.contains_key(&client) && clients.len() < CLIENTS_MAX {
             let Ok(upstream) = upstream(shared.target).await else {
                 continue;

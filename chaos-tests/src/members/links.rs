@@ -70,12 +70,13 @@ enum Fault {
     Loss,
     LongWay,
     Flapping,
+    PortsChange,
     HostsCutFromVoters,
     ValidatorCutFromLeader,
     SiteCut,
 }
 
-const FAULTS: [(Fault, &str); 10] = [
+const FAULTS: [(Fault, &str); 11] = [
     (Fault::LeaderAlone, "leader_alone"),
     (Fault::LeaderWithMinority, "leader_with_minority"),
     (Fault::LeaderUnheard, "leader_unheard"),
@@ -83,6 +84,7 @@ const FAULTS: [(Fault, &str); 10] = [
     (Fault::Loss, "loss_30_percent"),
     (Fault::LongWay, "round_trip_200_ms"),
     (Fault::Flapping, "flapping"),
+    (Fault::PortsChange, "ports_change"),
     (Fault::HostsCutFromVoters, "hosts_cut_from_voters"),
     (Fault::ValidatorCutFromLeader, "validator_cut_from_leader"),
     (Fault::SiteCut, "site_cut"),
@@ -144,8 +146,9 @@ impl Between {
                 delay: Duration::from_millis(100),
                 ..Quality::default()
             }),
-            (Fault::Loss | Fault::LongWay, Self::Hosts(_)) => {
-                anyhow::bail!("only relays lose some datagrams, or delay them");
+            (Fault::PortsChange, Self::Relays(relays)) => relays.change_ports(),
+            (Fault::Loss | Fault::LongWay | Fault::PortsChange, Self::Hosts(_)) => {
+                anyhow::bail!("only relays lose some datagrams, delay them, or change ports");
             }
             (Fault::HostsCutFromVoters, Self::Relays(relays)) => relays.cut_hosts(),
             (Fault::HostsCutFromVoters, Self::Hosts(hosts)) => hosts.cut_observer()?,
@@ -188,7 +191,8 @@ impl Links {
         let mut figures = Map::new();
         for (fault, name) in FAULTS {
             let asked_for = self.only.is_empty() || self.only.iter().any(|only| only == name);
-            if !asked_for || (self.namespaces && matches!(fault, Fault::Loss | Fault::LongWay)) {
+            let by_relays_only = matches!(fault, Fault::Loss | Fault::LongWay | Fault::PortsChange);
+            if !asked_for || (self.namespaces && by_relays_only) {
                 continue;
             }
             let came = spoil(&mut trial, &between, fault, self.lasts(fault)).await;
@@ -217,12 +221,13 @@ async fn spoil(trial: &mut Trial, between: &Between, fault: Fault, lasts: Durati
     let mut is_cut = true;
     while began.elapsed() < lasts {
         let cut = began.elapsed().as_secs().is_multiple_of(2);
-        if fault == Fault::Flapping && cut != is_cut {
+        if cut != is_cut {
             is_cut = cut;
-            if cut {
-                between.isolate(&[leader])?;
-            } else {
-                between.heal()?;
+            match fault {
+                Fault::Flapping if cut => between.isolate(&[leader])?,
+                Fault::Flapping => between.heal()?,
+                Fault::PortsChange => between.begin(fault, leader)?,
+                _ => {}
             }
         }
         sleep(ASK_EVERY).await;

@@ -74,6 +74,12 @@ impl Relays {
         self.set_all(Quality::default());
     }
 
+    pub(super) fn change_ports(&self) {
+        for relay in &self.relays {
+            relay.change_ports();
+        }
+    }
+
     pub(super) fn cut_validator_from(&self, member: usize) {
         self.gates[member].cut(true);
     }
