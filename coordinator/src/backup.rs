@@ -37,6 +37,8 @@ pub use target::{Place, Target};
 
 /// After a failure it is tried again after this, or after `every` if that is shorter.
 const RETRY_MAX: Duration = Duration::from_secs(5 * 60);
+/// By so much the clock of whoever took a snapshot may have been ahead.
+const AHEAD_MAX: Duration = Duration::from_secs(5 * 60);
 
 /// Settings of the schedule, as checked.
 #[derive(Debug, Clone)]
@@ -247,8 +249,16 @@ async fn keep_on(snapshots: &Snapshots, settings: &Settings, reports: &Reports) 
 async fn once_when_due(snapshots: &Snapshots, settings: &Settings, reports: &Reports) -> Result<Duration> {
     let target = Target::open(&settings.place)?;
     let cluster = snapshots.cluster();
-    let newest = target.list(cluster).await?.pop();
-    if let Some(wait) = wait_after(newest, settings.every, snapshots.clock().now()) {
+    let now = snapshots.clock().now();
+    let (past, ahead) = by_now(target.list(cluster).await?, now);
+    if let Some(name) = ahead.last() {
+        tracing::warn!(
+            name = name.text(cluster),
+            "a snapshot is of a time to come: it was taken by a clock that was ahead, and tells nothing of when the next \
+             one is due"
+        );
+    }
+    if let Some(wait) = wait_after(past.last().copied(), settings.every, now) {
         return Ok(wait);
     }
     let done = put_away(snapshots, settings, &target).await?;
@@ -257,7 +267,7 @@ async fn once_when_due(snapshots: &Snapshots, settings: &Settings, reports: &Rep
         size_bytes = done.size_bytes,
         "a snapshot was put away"
     );
-    let forgotten = forget_old(&target, cluster, settings.keep).await;
+    let forgotten = forget_old(&target, cluster, settings.keep, now).await;
     reports.set(|report| {
         *report = Report {
             last: Some(done),
@@ -266,6 +276,13 @@ async fn once_when_due(snapshots: &Snapshots, settings: &Settings, reports: &Rep
     });
     forgotten?;
     Ok(settings.every)
+}
+
+/// Snapshots up to now, and those of a time to come. Clocks may differ by a little.
+fn by_now(mut names: Vec<Name>, now: UnixMillis) -> (Vec<Name>, Vec<Name>) {
+    let past = names.partition_point(|name| name.at <= now + AHEAD_MAX);
+    let ahead = names.split_off(past);
+    (names, ahead)
 }
 
 /// How long it is until the next one is due, after the newest that is there.
@@ -290,9 +307,10 @@ pub async fn put_away(snapshots: &Snapshots, settings: &Settings, target: &Targe
     Ok(Done { at, name, size_bytes })
 }
 
-/// Deletes all but the `keep` newest snapshots of this cluster; nothing else is touched.
-async fn forget_old(target: &Target, cluster: &str, keep: usize) -> Result<()> {
-    let names = target.list(cluster).await?;
+/// Deletes all but the `keep` newest snapshots of this cluster; nothing else is touched, and those of a time to come are
+/// neither counted nor deleted.
+async fn forget_old(target: &Target, cluster: &str, keep: usize, now: UnixMillis) -> Result<()> {
+    let (names, _) = by_now(target.list(cluster).await?, now);
     let surplus = names.len().saturating_sub(keep);
     for name in &names[..surplus] {
         target.delete(&name.text(cluster)).await?;
@@ -326,11 +344,23 @@ mod tests {
                 "{newest:?}"
             );
         }
-        // A clock that was ahead: as if it were just now.
+        // A clock that was ahead a little: as if it were just now.
         let ahead = Name {
             at: now + 5_000,
             last_index: 1,
         };
         assert_eq!(wait_after(Some(ahead), every, now), Some(every));
+    }
+
+    /// One that was taken by a clock a year ahead stopped them for a year.
+    #[test]
+    fn a_snapshot_of_a_time_to_come_is_not_counted() {
+        let now = UnixMillis::from_unix_seconds(1_800_000_000);
+        let of = |at| Name { at, last_index: 1 };
+        let (old, late) = (of(now - 7_200_000), of(now + 60_000));
+        let year = of(now + 365 * 86_400_000);
+        assert_eq!(by_now(vec![old, late, year], now), (vec![old, late], vec![year]));
+        assert_eq!(by_now(vec![year], now), (vec![], vec![year]));
+        assert_eq!(by_now(vec![], now), (vec![], vec![]));
     }
 }

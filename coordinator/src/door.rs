@@ -20,6 +20,7 @@ use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint, Incoming};
 use replica::Replica;
 use replica::quic::{ALPN as MEMBER_ALPN, Peers, serve as serve_member};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +35,9 @@ use crate::store::Store;
 
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 8192;
+/// Handshakes under way whose other end may be anybody: a datagram's sender is easily forged. With more of them, who
+/// comes next must first show that it gets our answers.
+const UNPROVEN_MAX: usize = 256;
 /// How long a handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 
@@ -93,6 +97,7 @@ pub struct Services {
 /// Serves until cancelled.
 pub async fn serve(endpoint: Endpoint, services: Services, cancel: CancellationToken) {
     let mut connections = JoinSet::new();
+    let unproven = Arc::new(Semaphore::new(UNPROVEN_MAX));
     loop {
         tokio::select! {
             () = cancel.cancelled() => break,
@@ -107,8 +112,12 @@ pub async fn serve(endpoint: Endpoint, services: Services, cancel: CancellationT
                 let Some(incoming) = incoming else { break };
                 if connections.len() >= CONNECTIONS_MAX {
                     incoming.refuse();
-                } else {
-                    connections.spawn(admit(incoming, services.clone()));
+                } else if incoming.remote_address_validated() {
+                    connections.spawn(admit(incoming, None, services.clone()));
+                } else if let Ok(permit) = Arc::clone(&unproven).try_acquire_owned() {
+                    connections.spawn(admit(incoming, Some(permit), services.clone()));
+                } else if let Err(error) = incoming.retry() {
+                    tracing::warn!(%error, "a connection was not made");
                 }
             }
         }
@@ -118,9 +127,11 @@ pub async fn serve(endpoint: Endpoint, services: Services, cancel: CancellationT
     endpoint.wait_idle().await;
 }
 
-async fn admit(incoming: Incoming, services: Services) {
+async fn admit(incoming: Incoming, unproven: Option<OwnedSemaphorePermit>, services: Services) {
     let remote = incoming.remote_address();
-    let connection = match timeout(HANDSHAKE_MAX, incoming).await {
+    let connected = timeout(HANDSHAKE_MAX, incoming).await;
+    drop(unproven);
+    let connection = match connected {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => return tracing::info!(%remote, %error, "a connection was not made"),
         Err(_) => return,

@@ -172,7 +172,7 @@ impl Executor {
                     tracing::error!(effect = effect.id, %rejection, "the outcome of an effect was rejected");
                     return;
                 }
-                store::Error::Unavailable(reason) => {
+                store::Error::Unavailable(reason) | store::Error::OutcomeUnknown(reason) => {
                     tracing::warn!(
                         effect = effect.id,
                         reason,

@@ -19,6 +19,7 @@ use protocol::logs::{HostAnswer, HostQuestion};
 use protocol::report::WorkloadReport;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 pub mod headers;
 pub mod quic;
@@ -69,19 +70,19 @@ struct Inner {
     hosts: BTreeMap<ServerId, Connected>,
     /// What other members told.
     elsewhere: BTreeMap<u64, Elsewhere>,
-    /// When a host was last heard.
-    heard: BTreeMap<ServerId, UnixMillis>,
+    /// When a host was last heard: not by a clock that may jump.
+    heard: BTreeMap<ServerId, Instant>,
 }
 
 /// The hosts that are connected to another member.
 #[derive(Debug)]
 struct Elsewhere {
-    told_at: UnixMillis,
+    told_at: Instant,
     hosts: BTreeMap<ServerId, Option<(UnixMillis, WorkloadReport)>>,
 }
 
-/// What another member told is forgotten when it tells nothing for so long, in ms.
-const TOLD_MEMORY_MS: u64 = 10_000;
+/// What another member told is forgotten when it tells nothing for so long.
+const TOLD_MEMORY: Duration = Duration::from_secs(10);
 
 impl Hub {
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -94,7 +95,7 @@ impl Hub {
         let mut inner = self.lock();
         inner.next_session += 1;
         let session = inner.next_session;
-        inner.heard.insert(server.clone(), now);
+        inner.heard.insert(server.clone(), Instant::now());
         inner.hosts.insert(
             server,
             Connected {
@@ -111,7 +112,7 @@ impl Hub {
     /// A host was heard.
     pub fn hear(&self, server: &ServerId, now: UnixMillis, report: Option<WorkloadReport>) {
         let mut inner = self.lock();
-        inner.heard.insert(server.clone(), now);
+        inner.heard.insert(server.clone(), Instant::now());
         let news = inner.news + 1;
         let Some((report, host)) = report.zip(inner.hosts.get_mut(server)) else {
             return;
@@ -149,16 +150,16 @@ impl Hub {
             .map_or_else(BTreeMap::new, |it| it.hosts);
         let mut connected = BTreeMap::new();
         for Heard { server, report } in hosts {
-            inner.heard.insert(server.clone(), now);
+            inner.heard.insert(server.clone(), Instant::now());
             let known = before.remove(&server).flatten();
             connected.insert(server, report.map(|report| (now, report)).or(known));
         }
         let told = Elsewhere {
-            told_at: now,
+            told_at: Instant::now(),
             hosts: connected,
         };
         inner.elsewhere.insert(member, told);
-        let is_recent = |it: &Elsewhere| now.since(it.told_at) < TOLD_MEMORY_MS;
+        let is_recent = |it: &Elsewhere| it.told_at.elapsed() < TOLD_MEMORY;
         inner.elsewhere.retain(|_, told| is_recent(told));
     }
 
@@ -216,7 +217,7 @@ impl Hub {
 
     /// When a host was last heard, as far as this member knows; none if never.
     #[must_use]
-    pub fn heard_at(&self, server: &ServerId) -> Option<UnixMillis> {
+    pub fn heard_at(&self, server: &ServerId) -> Option<Instant> {
         self.lock().heard.get(server).copied()
     }
 }
@@ -236,8 +237,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn the_leader_is_told_who_is_connected_and_of_reports_only_the_news() {
+    #[tokio::test(start_paused = true)]
+    async fn the_leader_is_told_who_is_connected_and_of_reports_only_the_news() {
         let (hub, leader) = (Hub::default(), Hub::default());
         let server = ServerId::parse("a").expect("valid");
         let session = hub.join(server.clone(), UnixMillis(1), None);
@@ -249,7 +250,7 @@ mod tests {
         let (heard, known) = hub.heard_since(known);
         assert_eq!((heard.len(), &heard[0].report), (1, &None), "the same again");
         leader.hear_of(2, heard, UnixMillis(5));
-        assert_eq!(leader.heard_at(&server), Some(UnixMillis(5)));
+        assert_eq!(leader.heard_at(&server), Some(Instant::now()));
         assert_eq!(leader.last_report(&server), Some((UnixMillis(3), report(1))));
         hub.hear(&server, UnixMillis(6), Some(report(2)));
         assert_eq!(hub.heard_since(known).0[0].report, Some(report(2)));

@@ -19,6 +19,7 @@ use protocol::hotkey::Hotkey;
 use protocol::id::ServerId;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::executor::{Executor, Validators};
@@ -37,8 +38,8 @@ mod trial;
 pub use schedule::{Scheduling, Triggers};
 pub use trial::Look;
 
-/// A host that was silent for this long is not used for new work, in ms.
-const SILENCE_MAX_MS: u64 = 30_000;
+/// A host that was silent for this long is not used for new work.
+const HOST_SILENCE_MAX: Duration = Duration::from_secs(30);
 /// Between two looks at silent hosts.
 const WATCH_EVERY: Duration = Duration::from_secs(5);
 /// Between two writes of `PassTime` when no deadline is due: old memories go then.
@@ -253,7 +254,7 @@ async fn pass_time(store: Store, cancel: CancellationToken) {
 
 /// Marks hosts that nobody hears; their workloads are left alone, they may well be earning.
 async fn watch_hosts(store: Store, hub: Hub, cancel: CancellationToken) {
-    let began = store.clock().now();
+    let began = Instant::now();
     loop {
         if cancel
             .run_until_cancelled(tokio::time::sleep(WATCH_EVERY))
@@ -262,13 +263,12 @@ async fn watch_hosts(store: Store, hub: Hub, cancel: CancellationToken) {
         {
             return;
         }
-        let now = store.clock().now();
         let silent: Vec<(ServerId, Option<String>)> = store.read(|state| {
             let reachable = state.servers().values().filter(|server| server.reachable);
             reachable
                 .filter(|server| {
                     let heard = hub.heard_at(server.id()).unwrap_or(began).max(began);
-                    hub.host(server.id()).is_none() && now.since(heard) > SILENCE_MAX_MS
+                    hub.host(server.id()).is_none() && heard.elapsed() > HOST_SILENCE_MAX
                 })
                 .map(|server| (server.id().clone(), server.quarantine.clone()))
                 .collect()

@@ -18,6 +18,7 @@ use futures_util::FutureExt as _;
 
 mod address;
 mod certificate;
+mod log;
 mod miner;
 mod reading;
 
@@ -35,10 +36,12 @@ use crate::member_link;
 use crate::membership::{self, HandOver, Wish};
 use crate::sealed_worker::Workers;
 use crate::signer::{SealedKind, Sign};
-use crate::store::{self, BoxFuture, Log, Machine, Store};
+use crate::store::{self, Machine, Store};
 use crate::validator::http::Limits;
 use crate::validator::socket::TcpDial;
 use crate::validator::{self, Client, ValidatorApi};
+
+pub use log::ReplicatedLog;
 
 /// After a failure of the replicated state, the rest gets so long to end.
 const FAILED_STOP_MAX: Duration = Duration::from_secs(5);
@@ -72,7 +75,8 @@ pub enum Error {
     /// What the member had promised to others is lost.
     #[error(
         "the store of member {member} is not in {folder} any more: it must not go on under this id, since others \
-         count on what it stored. If the folder can be brought back, do; if not, `chutes-agent rejoin`"
+         count on what it stored. If the very folder that it wrote last can be brought back, do; if not, run \
+         `chutes-agent rejoin`, or, if no other member is left, `chutes-agent restore`"
     )]
     StoreLost {
         /// Which.
@@ -659,43 +663,5 @@ impl StateMachine for Machine {
 
     fn applied(&mut self, index: u64) {
         Machine::applied(self, index);
-    }
-}
-
-/// The replica as the store's log.
-#[derive(Debug)]
-pub struct ReplicatedLog {
-    replica: Replica,
-}
-
-impl ReplicatedLog {
-    /// A log over this replica, which drives the machine that it was opened with.
-    #[must_use]
-    pub fn new(replica: Replica) -> Self {
-        Self { replica }
-    }
-}
-
-impl Log for ReplicatedLog {
-    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
-        Box::pin(async {
-            self.replica
-                .propose(command)
-                .await
-                .map_err(|error| error.to_string())
-        })
-    }
-
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
-        Box::pin(async {
-            self.replica
-                .linearizable()
-                .await
-                .map_err(|error| error.to_string())
-        })
-    }
-
-    fn leads_now(&self) -> bool {
-        self.replica.leads_now()
     }
 }

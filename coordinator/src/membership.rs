@@ -23,9 +23,9 @@ const OFF_CLOCK_AFTER: Duration = Duration::from_secs(10);
 /// A learner that is at most so many entries behind has caught up.
 const BEHIND_MAX: u64 = 500;
 
-/// The members that should be, as this leader sees them.
+/// The members that should be, as one sees them that has led for so long.
 #[must_use]
-pub fn candidates(store: &Store, replica: &Replica) -> Vec<Candidate> {
+pub fn candidates(store: &Store, replica: &Replica, led_for: Duration) -> Vec<Candidate> {
     let progress = replica.progress();
     let (own, last) = (replica.member(), replica.metrics().last_index.unwrap_or(0));
     store.read(|state| {
@@ -38,7 +38,7 @@ pub fn candidates(store: &Store, replica: &Replica) -> Vec<Candidate> {
                     address: record.host.address.clone(),
                     site: record.host.site.clone(),
                     pin: record.pin,
-                    alive: member == own || progress.is_some_and(answers),
+                    alive: member == own || progress.is_some_and(|progress| answers(progress, led_for)),
                     caught_up: member == own || progress.is_some_and(|progress| is_near(progress, last)),
                 }
             })
@@ -46,8 +46,9 @@ pub fn candidates(store: &Store, replica: &Replica) -> Vec<Candidate> {
     })
 }
 
-fn answers(progress: &Progress) -> bool {
-    progress.answered_ago.is_some_and(|ago| ago <= SILENCE_MAX)
+/// Who has not answered this leader yet may have answered the one before until a moment ago.
+fn answers(progress: &Progress, led_for: Duration) -> bool {
+    progress.answered_ago.unwrap_or(led_for) <= SILENCE_MAX
 }
 
 fn is_near(progress: &Progress, last: u64) -> bool {
@@ -171,7 +172,7 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> 
             tracing::warn!("hands over the lead: this machine's clock is off");
             return Some(Wish { to: None, done: None });
         }
-        let Some(step) = next_step(&candidates(&store, &replica), &roles(&replica)) else {
+        let Some(step) = next_step(&candidates(&store, &replica, began.elapsed()), &roles(&replica)) else {
             continue;
         };
         tracing::info!(?step, "the members change");
@@ -191,6 +192,31 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> 
         };
         if let Err(error) = done {
             tracing::warn!(?step, %error, "the members did not change; it is tried again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A leader of a second replaced a voter that it had not heard yet by a spare one.
+    #[test]
+    fn nobody_counts_as_dead_before_a_new_leader_has_waited() {
+        let silent = |answered_ago| Progress {
+            matched: None,
+            answered_ago,
+        };
+        let seconds = Duration::from_secs;
+        for (answered_ago, led_for, expected) in [
+            (None, seconds(1), true),
+            (None, seconds(30), true),
+            (None, seconds(31), false),
+            (Some(seconds(29)), seconds(100), true),
+            (Some(seconds(31)), seconds(100), false),
+        ] {
+            let progress = silent(answered_ago);
+            assert_eq!(answers(&progress, led_for), expected, "{progress:?} {led_for:?}");
         }
     }
 }

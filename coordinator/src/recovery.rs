@@ -19,13 +19,22 @@ use crate::join::Admission;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It is nobody's member.
-    #[error("this host belongs to no cluster: there is nothing to go on with")]
+    #[error(
+        "this host belongs to no cluster: there is nothing to go on with. Run it on a host that voted; if none is left, \
+             `chutes-agent restore` begins anew from a snapshot"
+    )]
     NotJoined,
     /// It has no copy of the state.
-    #[error("this host is no member of its cluster: it never had a vote, nor a copy of the state")]
+    #[error(
+        "this host is no member of its cluster: it never had a vote, nor a copy of the state. Run it on a host \
+             that voted; if none is left, `chutes-agent restore` begins anew from a snapshot"
+    )]
     NotAMember,
     /// What it had is gone.
-    #[error("the store of member {member} is not in {folder} any more: there is nothing to go on with")]
+    #[error(
+        "the store of member {member} is not in {folder} any more: there is nothing to go on with. Bring the \
+             folder back or run it on another member; if none is left, `chutes-agent restore` begins anew from a snapshot"
+    )]
     StoreLost {
         /// Which.
         member: u64,
@@ -33,7 +42,10 @@ pub enum Error {
         folder: PathBuf,
     },
     /// It was let in and has learned nothing yet.
-    #[error("this member has not received anything yet: there is nothing to go on with")]
+    #[error(
+        "this member has not received anything yet: there is nothing to go on with. Run it on another \
+             member; if none is left, `chutes-agent restore` begins anew from a snapshot"
+    )]
     Empty,
     /// It needs nobody.
     #[error("this member is the only voter: it needs no other one, start the agent")]

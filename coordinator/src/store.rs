@@ -31,17 +31,20 @@ pub enum Error {
     /// A rule said no; nothing changed.
     #[error(transparent)]
     Rejected(#[from] Rejection),
+    /// The log takes nothing now; nothing changed, and nothing will.
+    #[error("the log is not available: {0}")]
+    Unavailable(String),
     /// It is not known whether the command was applied; repeat it under the same request id.
     #[error("the log did not answer: {0}")]
-    Unavailable(String),
+    OutcomeUnknown(String),
 }
 
 /// The seam of the replicated log: bytes in order, applied to a [`Machine`] on every member.
 pub trait Log: fmt::Debug + Send + Sync {
     /// Appends, replicates and applies a command; its answer.
-    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>>;
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>>;
     /// Returns once a read of the state sees every write that was acknowledged before the call.
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>>;
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>>;
     /// Whether this member leads at this very moment.
     fn leads_now(&self) -> bool;
 }
@@ -235,12 +238,8 @@ impl Store {
             guard,
             command,
         };
-        let answer = self
-            .log
-            .propose(encode_proposal(&proposal))
-            .await
-            .map_err(Error::Unavailable)?;
-        let answer = decode_answer(&answer).map_err(|error| Error::Unavailable(error.to_string()))?;
+        let answer = self.log.propose(encode_proposal(&proposal)).await?;
+        let answer = decode_answer(&answer).map_err(|error| Error::OutcomeUnknown(error.to_string()))?;
         Ok(answer?)
     }
 
@@ -249,7 +248,7 @@ impl Store {
     /// # Errors
     /// [`Error::Unavailable`] when this member cannot know, for want of a quorum.
     pub async fn linearizable(&self) -> Result<(), Error> {
-        self.log.linearizable().await.map_err(Error::Unavailable)
+        self.log.linearizable().await
     }
 
     /// Whether this member leads at this very moment: asked right before what only one member may do.
@@ -314,7 +313,7 @@ struct MemoryLog {
 }
 
 impl Log for MemoryLog {
-    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>> {
         let answer = self.machine.apply(&command);
         // Nobody stores them.
         drop(self.machine.changed_rows());
@@ -323,7 +322,7 @@ impl Log for MemoryLog {
         Box::pin(std::future::ready(Ok(answer)))
     }
 
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>> {
         Box::pin(std::future::ready(Ok(())))
     }
 

@@ -163,6 +163,6 @@ async fn once(
     match store.propose_as(request, guard, command.clone()).await {
         Ok(reply) => Ok(Ok(reply)),
         Err(Error::Rejected(rejection)) => Ok(Err(rejection)),
-        Err(Error::Unavailable(why)) => Err(why),
+        Err(Error::Unavailable(why) | Error::OutcomeUnknown(why)) => Err(why),
     }
 }

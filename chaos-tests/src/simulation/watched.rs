@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coordinator::clock::Clock as _;
 use coordinator::member::ReplicatedLog;
-use coordinator::store::{BoxFuture, Log, Machine};
-use coordinator_core::state_machine::codec::{decode_answer, decode_proposal};
+use coordinator::store::{BoxFuture, Error, Log, Machine};
+use coordinator_core::state_machine::codec::{Unreadable, decode_answer, decode_proposal};
 use coordinator_core::state_machine::command::{Answer, REQUEST_MEMORY_MS, RequestId};
 use coordinator_core::state_machine::deployment::{Phase, StopReason};
 use coordinator_core::state_machine::effect::EffectId;
 use coordinator_core::state_machine::{Command, Proposal, Rejection, State, invariant};
 use protocol::id::DeploymentId;
+use protocol::time::UnixMillis;
 use replica::{RowChange, StateMachine};
 
 use super::ledger::Rows;
@@ -111,6 +112,9 @@ impl Watched {
             found.push(format!("the name {} was given twice", placement.deployment));
         }
         found.extend(said.err().map(|error| error.to_string()));
+        if oracle.was_refused(&proposal) {
+            found.push("a write that was said to change nothing is applied".to_owned());
+        }
         let ahead_ms = proposal.at.since(self.parts.clock.now());
         if ahead_ms > AHEAD_MAX_MS {
             found.push(format!("the time of a command is {} s ahead", ahead_ms / 1000));
@@ -245,6 +249,9 @@ struct Promised {
     order: Vec<RequestId>,
     /// Requests that were applied somewhere.
     seen: BTreeSet<RequestId>,
+    /// Tries that were applied somewhere, and those of which it was said that they never will be: a try has its time.
+    tried: BTreeSet<(RequestId, UnixMillis)>,
+    refused: BTreeSet<(RequestId, UnixMillis)>,
     /// Signatures by the request that used them up.
     guards: BTreeMap<[u8; 32], RequestId>,
 }
@@ -259,6 +266,24 @@ impl Oracle {
 
     fn is_new(&self, proposal: &Proposal) -> bool {
         self.lock().seen.insert(proposal.request)
+    }
+
+    /// Whether this try was said never to be applied.
+    fn was_refused(&self, proposal: &Proposal) -> bool {
+        let mut promised = self.lock();
+        let a_try = (proposal.request, proposal.at);
+        promised.tried.insert(a_try);
+        promised.refused.contains(&a_try)
+    }
+
+    fn refused(&self, proposal: &Proposal, recorder: &Recorder) {
+        recorder.event("writes refused for certain");
+        let mut promised = self.lock();
+        let a_try = (proposal.request, proposal.at);
+        promised.refused.insert(a_try);
+        if promised.tried.contains(&a_try) {
+            recorder.violation("a write that was applied is said to have changed nothing");
+        }
     }
 
     fn acknowledged(&self, proposal: &Proposal, at_ms: u64, answer: Answer, recorder: &Recorder) {
@@ -331,18 +356,27 @@ impl fmt::Debug for WatchedLog {
 }
 
 impl Log for WatchedLog {
-    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+    fn propose(&self, command: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>> {
         Box::pin(async move {
-            let proposal = decode_proposal(&command).map_err(|error| error.to_string())?;
-            let bytes = self.log.propose(command).await?;
-            let answer = decode_answer(&bytes).map_err(|error| error.to_string())?;
+            let unread = |error: Unreadable| Error::OutcomeUnknown(error.to_string());
+            let proposal = decode_proposal(&command).map_err(unread)?;
+            let bytes = match self.log.propose(command).await {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    if matches!(error, Error::Unavailable(_)) {
+                        self.oracle.refused(&proposal, &self.recorder);
+                    }
+                    return Err(error);
+                }
+            };
+            let answer = decode_answer(&bytes).map_err(unread)?;
             let at_ms = self.recorder.now_ms();
             self.oracle.acknowledged(&proposal, at_ms, answer, &self.recorder);
             Ok(bytes)
         })
     }
 
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>> {
         self.log.linearizable()
     }
 

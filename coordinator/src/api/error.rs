@@ -90,6 +90,10 @@ impl From<store::Error> for ApiError {
             store::Error::Rejected(rejection) => rejection.into(),
             store::Error::Unavailable(why) => Self::new(
                 StatusCode::SERVICE_UNAVAILABLE,
+                format!("{why}; nothing was changed: try again"),
+            ),
+            store::Error::OutcomeUnknown(why) => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
                 format!("{why}; it is not known whether anything changed: look, then try again"),
             ),
         }

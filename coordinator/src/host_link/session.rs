@@ -305,7 +305,7 @@ impl Session<'_> {
             {
                 Ok(_) => return Ok(()),
                 Err(store::Error::Rejected(rejection)) => return Err(End::Refused(rejection.to_string())),
-                Err(store::Error::Unavailable(reason)) => {
+                Err(store::Error::Unavailable(reason) | store::Error::OutcomeUnknown(reason)) => {
                     tracing::warn!(server = %self.server, reason, "a host's message is not recorded yet");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(5));

@@ -80,7 +80,7 @@ impl From<StoreError> for No {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Rejected(rejection) => Self::Refused(rejection.to_string()),
-            StoreError::Unavailable(reason) => Self::Unavailable(reason),
+            StoreError::Unavailable(reason) | StoreError::OutcomeUnknown(reason) => Self::Unavailable(reason),
         }
     }
 }

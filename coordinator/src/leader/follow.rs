@@ -197,11 +197,11 @@ mod tests {
     struct Silent;
 
     impl Log for Silent {
-        fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
+        fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>> {
             Box::pin(std::future::pending())
         }
 
-        fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
+        fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>> {
             Box::pin(std::future::pending())
         }
 

@@ -23,7 +23,7 @@ use crate::executor::Validators;
 use crate::host_link::Hub;
 use crate::leader::{Listings, Scheduling};
 use crate::signer::Sign;
-use crate::store::{BoxFuture, Log, Machine, Store};
+use crate::store::{self, BoxFuture, Log, Machine, Store};
 
 /// What the operating system says of a full disk.
 const ENOSPC: i32 = 28;
@@ -74,13 +74,19 @@ struct Closed {
     reason: String,
 }
 
+impl Closed {
+    fn error(&self) -> store::Error {
+        store::Error::Unavailable(self.reason.clone())
+    }
+}
+
 impl Log for Closed {
-    fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
-        Box::pin(std::future::ready(Err(self.reason.clone())))
+    fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, store::Error>> {
+        Box::pin(std::future::ready(Err(self.error())))
     }
 
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
-        Box::pin(std::future::ready(Err(self.reason.clone())))
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), store::Error>> {
+        Box::pin(std::future::ready(Err(self.error())))
     }
 
     fn leads_now(&self) -> bool {

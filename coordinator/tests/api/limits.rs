@@ -7,7 +7,7 @@ use crate::fixture::LastListings;
 use coordinator::api::{Alone, Config, Deps, Limits, router, serve};
 use coordinator::backup::Door;
 use coordinator::leader::Scheduling;
-use coordinator::store::{BoxFuture, Log, Machine, Store};
+use coordinator::store::{BoxFuture, Error, Log, Machine, Store};
 use coordinator_core::state_machine::Faults;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -160,12 +160,16 @@ async fn who_sends_nothing_is_let_go() {
 struct NoQuorum;
 
 impl Log for NoQuorum {
-    fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, String>> {
-        Box::pin(std::future::ready(Err("no quorum".to_owned())))
+    fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>> {
+        Box::pin(std::future::ready(Err(Error::OutcomeUnknown(
+            "no quorum".to_owned(),
+        ))))
     }
 
-    fn linearizable(&self) -> BoxFuture<'_, Result<(), String>> {
-        Box::pin(std::future::ready(Err("no quorum".to_owned())))
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(std::future::ready(Err(Error::Unavailable(
+            "no quorum".to_owned(),
+        ))))
     }
 
     fn leads_now(&self) -> bool {
@@ -189,6 +193,8 @@ async fn without_a_quorum_nothing_is_claimed() {
         let answer = fixture.ask(method, path, "").await;
         assert_eq!(answer.status.as_u16(), 503, "{method} {path}");
         assert!(answer.detail().contains("no quorum"), "{}", answer.text());
+        let said = answer.detail().contains("nothing was changed");
+        assert_eq!(said, method == "GET", "{method} {path}: {}", answer.text());
     }
     for (path, status) in [("/ping", 200), ("/ready", 503)] {
         let answer = fixture.send("GET", path, &[], "", LOOPBACK).await;

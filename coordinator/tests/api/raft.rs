@@ -226,5 +226,37 @@ async fn three_members_tell_who_they_are_and_hand_the_lead_over() {
         (&hosts[2]["pin"], &hosts[1]["leads"]),
         (&json!("never"), &json!(true))
     );
+    // Without a majority it is said that nothing was changed, who must be there, and what can be done meanwhile.
     links.0.lock().unwrap().clear();
+    let lost = async {
+        while others[0].store.leads_now() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let lost = tokio::time::timeout(Duration::from_secs(20), lost).await;
+    lost.expect("it hears that nobody follows");
+    for (method, path) in [("GET", "/hosts"), ("POST", "/hosts/invites")] {
+        let body = if method == "POST" {
+            r#"{"eligible":true}"#
+        } else {
+            ""
+        };
+        let answer = second.ask(method, path, body).await;
+        assert_eq!(
+            answer.status,
+            StatusCode::SERVICE_UNAVAILABLE,
+            "{}",
+            answer.text()
+        );
+        for said in [
+            "2 of these voters must be there",
+            "member 1 at gpu-1.example:4433",
+            "member 2 at gpu-2.example:4433, this one",
+            "X-Chutes-Read: local",
+            "raft recover",
+            "nothing was changed",
+        ] {
+            assert!(answer.detail().contains(said), "{said}: {}", answer.detail());
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! What knocks at the door and is no host: noise, silence, huge frames, certificates of nobody.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,6 +71,61 @@ async fn noise_silence_and_huge_frames_do_no_harm() {
         .await
         .expect("it answers");
     assert_eq!(hosts.as_array().map(Vec::len), Some(1));
+    first.stop().await;
+}
+
+/// Those of a flood are forged: their sender gets no answer, and holds nothing that others need.
+#[tokio::test(flavor = "multi_thread")]
+async fn handshakes_that_nobody_ends_do_not_shut_the_door() {
+    const FLOOD: usize = 300;
+    const HELD_MAX: usize = 256;
+    let mut first = Host::new(1);
+    first.found();
+    first.start();
+    until("it leads", async || first.leader().await).await;
+    let identity = Identity::of_host(&first.identity()).expect("its own");
+
+    // First datagrams of connections that begin elsewhere.
+    let elsewhere = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let to = elsewhere.local_addr().expect("bound");
+    let endpoint = Endpoint::client(([127, 0, 0, 1], 0).into()).expect("a free port");
+    let tls = identity.quic_client(HOST).expect("good TLS");
+    let config = ClientConfig::new(Arc::new(tls));
+    let forger = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+    let (mut first_packet, mut answer) = ([0; 2048], [0; 2048]);
+    let (mut begun, mut names) = (Vec::new(), HashSet::new());
+    let mut told_to_try_again = 0;
+    for _ in 0..FLOOD {
+        let connecting = endpoint.connect_with(config.clone(), to, "coordinator.chutes.internal");
+        begun.push(connecting.expect("a good name"));
+        // Not what is sent again for one that began before: it names the same connection (RFC 9000, 17.2).
+        let bytes = loop {
+            let (bytes, _) = elsewhere.recv_from(&mut first_packet).await.expect("it begins");
+            let name = &first_packet[6..6 + usize::from(first_packet[5])];
+            if names.insert(name.to_vec()) {
+                break bytes;
+            }
+        };
+        forger
+            .send_to(&first_packet[..bytes], first.door)
+            .await
+            .expect("sent");
+        let (bytes, _) = forger.recv_from(&mut answer).await.expect("some answer");
+        assert!(bytes > 0);
+        // A long header of type Retry (RFC 9000, 17.2.5).
+        told_to_try_again += usize::from(answer[0] & 0xf0 == 0xf0);
+    }
+    // Some of what was received were further datagrams of earlier answers.
+    let rest = async {
+        while told_to_try_again < FLOOD - HELD_MAX {
+            let _ = forger.recv_from(&mut answer).await.expect("some answer");
+            told_to_try_again += usize::from(answer[0] & 0xf0 == 0xf0);
+        }
+    };
+    let rest = tokio::time::timeout(Duration::from_secs(20), rest).await;
+    rest.expect("those beyond the limit hold nothing");
+    let connection = dial(&identity, &first, HOST).await;
+    assert!(connection.is_ok(), "who answers gets in: {connection:?}");
     first.stop().await;
 }
 

@@ -77,7 +77,10 @@ impl Receiver {
         let mut progress = self.progress.lock().await;
         let installing = match &*progress {
             Progress::Installing { name: other, outcome } if *other == name => Some(outcome.clone()),
-            Progress::Installing { outcome, .. } if outcome.borrow().is_none() => {
+            // One that ended without a word has failed.
+            Progress::Installing { outcome, .. }
+                if outcome.borrow().is_none() && outcome.has_changed().is_ok() =>
+            {
                 return Err(invalid("another snapshot is being installed"));
             }
             _ => None,
