@@ -110,17 +110,19 @@ async fn jump(
     times.authenticated.push(ms(began));
     trial.written_after(Instant::now()).await?;
 
-    // Its agent is started with the wrong clock as well, and its host says so as soon as it is let in.
-    let began = Instant::now();
+    // It turned its host away, which says what its clock says where it is let in.
+    let its_own = format!("host-{}", leader + 1);
+    let quarantined = until(trial, "it is quarantined", |state| {
+        is_quarantined(state, &its_own).then_some(())
+    });
+    quarantined.await?;
+    times.quarantined.push(ms(began));
+
+    // Its agent is started with the wrong clock as well.
     let agent = trial.cluster.process(leader, "run").await?;
     signal::kill(agent.pid.unsigned_abs())?;
     trial.cluster.run_again_with(leader, around).await?;
-    let its_own = format!("host-{}", leader + 1);
-    let state = until(trial, "it is quarantined", |state| {
-        is_quarantined(state, &its_own).then_some(())
-    });
-    state.await?;
-    times.quarantined.push(ms(began));
+    trial.cluster.until_it_answers(leader).await?;
     trial.give_something_to_do().await?;
     trial.written_after(Instant::now()).await?;
 

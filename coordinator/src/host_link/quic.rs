@@ -24,7 +24,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_millis(1200);
 /// timeouts at least.
 const HOST_IDLE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How often a host says that it is there; the member's answer to that is enough for both sides.
-pub const KEEP_ALIVE: Duration = Duration::from_millis(200);
+pub const KEEP_ALIVE: Duration = Duration::from_millis(250);
 
 /// Transport settings of a door.
 ///

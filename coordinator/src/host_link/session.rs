@@ -88,6 +88,7 @@ pub async fn serve(
     if !is_identity(&server) {
         return Err(End::WrongIdentity(server));
     }
+    let said_at = Instant::now();
     let now = context.store.clock().now();
     let session = context.hub.join(server.clone(), now, context.way.clone());
     let _presence = Presence {
@@ -103,6 +104,7 @@ pub async fn serve(
         told: None,
         recorded: None,
         recorded_at: Instant::now(),
+        quarantine: None,
     };
     let mut in_touch = context.in_touch.clone();
     let cut_off = async {
@@ -112,7 +114,7 @@ pub async fn serve(
     tokio::select! {
         biased;
         () = cut_off => Err(End::CutOff),
-        end = served.run(facts, clock, session, &mut incoming, &outgoing) => end,
+        end = served.run(facts, (clock, said_at), session, &mut incoming, &outgoing) => end,
     }
 }
 
@@ -139,19 +141,22 @@ struct Session<'a> {
     /// The last report that was recorded.
     recorded: Option<WorkloadReport>,
     recorded_at: Instant,
+    /// Why it gets nothing new to do, by what it said of its clock.
+    quarantine: Option<String>,
 }
 
 impl Session<'_> {
     async fn run(
         &mut self,
         facts: HostFacts,
-        clock: UnixMillis,
+        clock: (UnixMillis, Instant),
         session: u64,
         incoming: &mut mpsc::Receiver<FromHost>,
         outgoing: &mpsc::Sender<ToHost>,
     ) -> Result<(), End> {
         self.record_facts(facts).await?;
-        self.judge_clock(clock).await?;
+        self.judge_clock(clock).await;
+        self.keep_condition().await?;
         let mut changes = self.context.store.changes();
         let (mut headers, mut doors) = (self.context.headers.clone(), self.context.doors.clone());
         headers.mark_changed();
@@ -204,6 +209,7 @@ impl Session<'_> {
             }
             FromHost::Report(report) => {
                 self.context.hub.hear(&self.server, now, Some(report.clone()));
+                self.keep_condition().await?;
                 self.record_report(report).await
             }
         }
@@ -226,43 +232,44 @@ impl Session<'_> {
     /// A leader that was not told yet that the host is here again may take it for silent: as long as it is here, it is
     /// not.
     async fn stay_reachable(&self) -> Result<(), End> {
-        let silent = self.context.store.read(|state| {
-            let server = state.servers().get(&self.server)?;
-            (!server.reachable).then(|| server.quarantine.clone())
-        });
-        let Some(quarantine) = silent else {
-            return Ok(());
-        };
-        self.record_reachable(quarantine).await
+        let of = |state: &State| state.servers().get(&self.server).map(|server| server.reachable);
+        if self.context.store.read(of) == Some(false) {
+            self.record_reachable().await?;
+        }
+        Ok(())
     }
 
-    async fn judge_clock(&self, clock: UnixMillis) -> Result<(), End> {
-        let now = self.context.store.clock().now();
-        let offset_ms = now.0.abs_diff(clock.0);
-        let quarantine = (offset_ms > CLOCK_OFFSET_MAX_MS).then(|| {
+    /// By the time that the members agree on, which a member that was just started has to learn first.
+    async fn judge_clock(&mut self, (clock, said_at): (UnixMillis, Instant)) {
+        let members = self.context.store.clock();
+        members.settled().await;
+        let offset_ms = members.now().0.abs_diff((clock + said_at.elapsed()).0);
+        self.quarantine = (offset_ms > CLOCK_OFFSET_MAX_MS).then(|| {
             format!(
                 "its clock is {} s off; run a time service (chrony) on it",
                 offset_ms / 1000
             )
         });
-        let present = self.context.store.read(|state| {
-            state
-                .servers()
-                .get(&self.server)
-                .and_then(|server| server.quarantine.clone())
-        });
-        if present == quarantine {
-            return Ok(());
-        }
-        self.record_reachable(quarantine).await
     }
 
-    async fn record_reachable(&self, quarantine: Option<String>) -> Result<(), End> {
-        let server = self.server.clone();
+    /// Records what was judged where the state says otherwise. This member may not have applied yet what was recorded
+    /// before, and the leader may have repeated it: so it is looked at again on the host's word, like a report.
+    async fn keep_condition(&self) -> Result<(), End> {
+        let differs = |state: &State| {
+            let server = state.servers().get(&self.server);
+            server.is_some_and(|server| server.quarantine != self.quarantine)
+        };
+        if self.context.store.read(differs) {
+            self.record_reachable().await?;
+        }
+        Ok(())
+    }
+
+    async fn record_reachable(&self) -> Result<(), End> {
         self.propose(Command::RecordHostCondition {
-            server,
+            server: self.server.clone(),
             reachable: true,
-            quarantine,
+            quarantine: self.quarantine.clone(),
         })
         .await
     }
@@ -462,6 +469,49 @@ mod tests {
         assert_eq!(reachable(&store), Some(false));
         let again = timeout(Duration::from_secs(10), until(true)).await;
         assert!(again.is_ok(), "it counts as silent although it is connected");
+        session.abort();
+    }
+
+    /// Found with clocks that jump in real processes: a member that was just started did not know yet that the host was
+    /// quarantined, so it did not say that it is no more.
+    #[tokio::test]
+    async fn a_host_whose_clock_is_right_does_not_stay_quarantined() {
+        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
+        let context = context(&clock, &Hub::default());
+        let store = context.store.clone();
+        let (to_session, incoming) = mpsc::channel(1);
+        let (outgoing, _from_session) = mpsc::channel(8);
+        to_session.send(hello()).await.expect("there is room");
+        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let server = ServerId::parse("host-1").expect("valid");
+        let quarantined = |store: &Store| {
+            let of = |state: &State| state.servers().get(&server).map(|it| it.quarantine.is_some());
+            store.read(of)
+        };
+        let until = async |wanted| {
+            let mut changes = store.changes();
+            while quarantined(&store) != Some(wanted) {
+                changes.changed().await;
+            }
+        };
+        until(false).await;
+        let late = Command::RecordHostCondition {
+            server: server.clone(),
+            reachable: true,
+            quarantine: Some("its clock was off".to_owned()),
+        };
+        store.propose(late).await.expect("it is known");
+        assert_eq!(quarantined(&store), Some(true));
+        let report = WorkloadReport {
+            fence: Fence::default(),
+            workloads: Vec::new(),
+        };
+        to_session
+            .send(FromHost::Report(report))
+            .await
+            .expect("it goes on");
+        let again = timeout(Duration::from_secs(10), until(false)).await;
+        assert!(again.is_ok(), "it stays quarantined although its clock is right");
         session.abort();
     }
 
