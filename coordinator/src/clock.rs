@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use futures_util::future::BoxFuture;
 use protocol::time::UnixMillis;
-
-use crate::store::BoxFuture;
 
 mod agreed;
 

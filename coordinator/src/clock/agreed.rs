@@ -13,13 +13,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use protocol::time::UnixMillis;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::Clock;
-use crate::store::BoxFuture;
 
 /// Clocks that differ by no more say the same: above what the way of a question adds, and below what a validator or a
 /// deadline would notice.

@@ -45,6 +45,27 @@ enum Progress {
     },
 }
 
+impl Progress {
+    /// How the installation of this snapshot ends, if it has begun.
+    ///
+    /// # Errors
+    /// While another one is installed.
+    fn installing(&self, name: SnapshotName) -> io::Result<Option<watch::Receiver<Outcome>>> {
+        let Self::Installing { name: other, outcome } = self else {
+            return Ok(None);
+        };
+        if *other == name {
+            return Ok(Some(outcome.clone()));
+        }
+        // A task that panicked is gone and has said nothing.
+        let goes_on = outcome.borrow().is_none() && outcome.has_changed().is_ok();
+        if goes_on {
+            return Err(invalid("another snapshot is being installed"));
+        }
+        Ok(None)
+    }
+}
+
 /// The receiver of one member.
 #[derive(Debug)]
 pub(crate) struct Receiver {
@@ -75,16 +96,7 @@ impl Receiver {
             return Err(invalid("a piece, or a snapshot, of a size that is not allowed"));
         }
         let mut progress = self.progress.lock().await;
-        let installing = match &*progress {
-            Progress::Installing { name: other, outcome } if *other == name => Some(outcome.clone()),
-            // One that ended without a word has failed.
-            Progress::Installing { outcome, .. }
-                if outcome.borrow().is_none() && outcome.has_changed().is_ok() =>
-            {
-                return Err(invalid("another snapshot is being installed"));
-            }
-            _ => None,
-        };
+        let installing = progress.installing(name)?;
         if let Some(mut outcome) = installing {
             drop(progress);
             return self.installed(name, &mut outcome).await;
@@ -217,4 +229,27 @@ impl Receiver {
 
 fn invalid(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_installation_that_ended_without_a_word_is_in_nobodys_way() {
+        let name = |size_bytes| SnapshotName {
+            last: None,
+            size_bytes,
+            crc: 1,
+        };
+        let (task, outcome) = watch::channel(None);
+        let progress = Progress::Installing {
+            name: name(1),
+            outcome,
+        };
+        assert!(matches!(progress.installing(name(1)), Ok(Some(_))));
+        assert!(progress.installing(name(2)).is_err(), "one at a time");
+        drop(task);
+        assert!(matches!(progress.installing(name(2)), Ok(None)));
+    }
 }
