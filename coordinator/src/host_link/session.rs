@@ -402,6 +402,7 @@ mod tests {
     use coordinator_core::state_machine::host::{NewHost, Rotation};
     use protocol::id::DeploymentId;
     use protocol::report::WorkloadStatus;
+    use tokio::task::JoinHandle;
 
     fn context(clock: &Arc<ManualClock>, hub: &Hub) -> Context {
         let key = Key::new(&Seed::new([1; 32]));
@@ -439,17 +440,28 @@ mod tests {
         }
     }
 
-    /// Found with members in namespaces: a host that had been cut off went to another member, and the leader took it for
-    /// silent once more before it was told. Nothing set that right until the host was connected anew.
-    #[tokio::test]
-    async fn a_connected_host_that_the_leader_took_for_silent_is_reachable_again() {
+    /// A session whose host has said who it is: the state, both ends of what they say, and the task.
+    async fn connected() -> (
+        Store,
+        mpsc::Sender<FromHost>,
+        mpsc::Receiver<ToHost>,
+        JoinHandle<Result<(), End>>,
+    ) {
         let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
         let context = context(&clock, &Hub::default());
         let store = context.store.clone();
         let (to_session, incoming) = mpsc::channel(1);
-        let (outgoing, _from_session) = mpsc::channel(8);
+        let (outgoing, from_session) = mpsc::channel(8);
         to_session.send(hello()).await.expect("there is room");
         let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        (store, to_session, from_session, session)
+    }
+
+    /// Found with members in namespaces: a host that had been cut off went to another member, and the leader took it for
+    /// silent once more before it was told. Nothing set that right until the host was connected anew.
+    #[tokio::test]
+    async fn a_connected_host_that_the_leader_took_for_silent_is_reachable_again() {
+        let (store, to_session, _from_session, session) = connected().await;
         let server = ServerId::parse("host-1").expect("valid");
         let reachable =
             |store: &Store| store.read(|state| state.servers().get(&server).map(|server| server.reachable));
@@ -476,13 +488,7 @@ mod tests {
     /// quarantined, so it did not say that it is no more.
     #[tokio::test]
     async fn a_host_whose_clock_is_right_does_not_stay_quarantined() {
-        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
-        let context = context(&clock, &Hub::default());
-        let store = context.store.clone();
-        let (to_session, incoming) = mpsc::channel(1);
-        let (outgoing, _from_session) = mpsc::channel(8);
-        to_session.send(hello()).await.expect("there is room");
-        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let (store, to_session, _from_session, session) = connected().await;
         let server = ServerId::parse("host-1").expect("valid");
         let quarantined = |store: &Store| {
             let of = |state: &State| state.servers().get(&server).map(|it| it.quarantine.is_some());
@@ -520,13 +526,7 @@ mod tests {
     /// until it was connected anew.
     #[tokio::test]
     async fn an_older_report_that_comes_late_does_not_stay() {
-        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
-        let context = context(&clock, &Hub::default());
-        let store = context.store.clone();
-        let (to_session, incoming) = mpsc::channel(1);
-        let (outgoing, _from_session) = mpsc::channel(8);
-        to_session.send(hello()).await.expect("there is room");
-        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let (store, to_session, _from_session, session) = connected().await;
         let server = ServerId::parse("host-1").expect("valid");
         let strangers = |store: &Store| {
             store.read(|state| {
@@ -570,13 +570,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_host_is_told_once_which_authorities_to_trust() {
-        let clock = Arc::new(ManualClock::at(UnixMillis(1_000_000)));
-        let context = context(&clock, &Hub::default());
-        let store = context.store.clone();
-        let (to_session, incoming) = mpsc::channel(1);
-        let (outgoing, mut from_session) = mpsc::channel(8);
-        to_session.send(hello()).await.expect("there is room");
-        let session = tokio::spawn(serve(context, |_| true, incoming, outgoing));
+        let (store, to_session, mut from_session, session) = connected().await;
         let founder = NewHost {
             server: ServerId::parse("host-1").expect("valid"),
             name: "host-1".to_owned(),
