@@ -18,9 +18,9 @@ pub trait Clock: fmt::Debug + Send + Sync {
     /// Now.
     fn now(&self) -> UnixMillis;
 
-    /// Waits until its times may be written down: one that is compared with others was compared.
-    fn settled(&self) -> BoxFuture<'_, ()> {
-        Box::pin(std::future::ready(()))
+    /// What to wait for before its times may be written down, for one that is compared with others and was not yet.
+    fn settling(&self) -> Option<BoxFuture<'_, ()>> {
+        None
     }
 
     /// Whether it had to be corrected by more than clocks may differ.

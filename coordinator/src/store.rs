@@ -228,7 +228,9 @@ impl Store {
         if needed > present {
             return Err(Rejection::NotFinalized { needed, present }.into());
         }
-        if timeout(CLOCK_MAX, self.clock.settled()).await.is_err() {
+        if let Some(settling) = self.clock.settling()
+            && timeout(CLOCK_MAX, settling).await.is_err()
+        {
             let why = "this member could not compare its clock with those of most voters yet";
             return Err(Error::Unavailable(why.to_owned()));
         }

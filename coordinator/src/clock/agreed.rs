@@ -200,13 +200,13 @@ impl Clock for AgreedClock {
         self.agreed().unwrap_or_else(|| self.0.machine.now())
     }
 
-    fn settled(&self) -> BoxFuture<'_, ()> {
-        Box::pin(async {
-            let settled = self.0.settled.notified();
-            if !self.is_settled() {
-                settled.await;
-            }
-        })
+    fn settling(&self) -> Option<BoxFuture<'_, ()>> {
+        if self.is_settled() {
+            return None;
+        }
+        let settled = self.0.settled.notified();
+        // It may have been set meanwhile.
+        (!self.is_settled()).then(|| Box::pin(settled) as _)
     }
 
     fn is_off(&self) -> bool {
@@ -307,12 +307,13 @@ mod tests {
         assert_eq!((clock.now(), clock.is_settled()), (NOW, false));
         let waiting = tokio::spawn({
             let clock = clock.clone();
-            async move { clock.settled().await }
+            async move { clock.settling().expect("not yet").await }
         });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
         clock.set(NOW, []);
         waiting.await.expect("it is told");
+        assert!(clock.settling().is_none());
         machine.set(NOW + HOUR_MS);
         tokio::time::advance(Duration::from_secs(2)).await;
         assert_eq!((clock.now(), clock.is_off()), (NOW + 2_000, false));
