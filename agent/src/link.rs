@@ -246,11 +246,11 @@ impl Quic {
             clock: self.clock.now(),
         };
         write(&mut out, &hello).await?;
-        tracing::info!(member = door, "host link is up");
         ends.report.mark_changed();
         let mut decoder = Decoder::default();
         // They end with the connection.
         let mut answering = JoinSet::new();
+        let mut is_let_in = false;
         loop {
             tokio::select! {
                 question = connection.accept_bi() => {
@@ -261,6 +261,10 @@ impl Quic {
                 read = read(&mut incoming, &mut decoder) => {
                     read?;
                     while let Some(message) = decoder.take_next::<ToHost>()? {
+                        // Who is turned away is told nothing before.
+                        if !std::mem::replace(&mut is_let_in, true) {
+                            tracing::info!(member = door, "host link is up");
+                        }
                         if let ToHost::Doors(doors) = message {
                             self.remember(doors);
                         } else if let ToHost::Authorities(authorities) = message {

@@ -452,6 +452,10 @@ where
         peer,
         connection: head.extensions.get::<Connection>(),
     };
+    if access != Access::Read {
+        // A used signature is known again by the time of its nonce.
+        api.store.settled().await?;
+    }
     let caller = api
         .door
         .admit(&asked, access, &api.miner(), api.store.clock().now())
@@ -547,5 +551,19 @@ impl Api {
     ) -> Result<coordinator_core::state_machine::Reply, ApiError> {
         let request = self.store.new_request();
         Ok(self.store.propose_as(request, caller.guard, command).await?)
+    }
+
+    /// The same, and waits until this member sees what was written: where another one leads it may still be on its way.
+    async fn propose_and_see(
+        &self,
+        caller: &Caller,
+        command: coordinator_core::state_machine::Command,
+    ) -> Result<coordinator_core::state_machine::Reply, ApiError> {
+        let reply = self.propose(caller, command).await?;
+        self.store.linearizable().await.map_err(|error| {
+            let detail = format!("it was done, but this member does not see it yet: {error}");
+            ApiError::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+        })?;
+        Ok(reply)
     }
 }

@@ -23,9 +23,9 @@ pub trait Clock: fmt::Debug + Send + Sync {
         None
     }
 
-    /// Whether it had to be corrected by more than clocks may differ.
-    fn is_off(&self) -> bool {
-        false
+    /// Members whose machines have the right time, where this one's has not.
+    fn better(&self) -> Vec<u64> {
+        Vec::new()
     }
 }
 

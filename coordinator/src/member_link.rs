@@ -271,7 +271,10 @@ impl Asking {
         let asked = Instant::now();
         let answer = self.peers.ask(member, address, question, TIME_MAX).await.ok()?;
         match decode(&answer).ok()? {
-            Answer::Time(reading) => Some((member, reading, asked + asked.elapsed() / 2)),
+            // After a standstill of this process it may be of long ago.
+            Answer::Time(reading) if asked.elapsed() <= TIME_MAX => {
+                Some((member, reading, asked + asked.elapsed() / 2))
+            }
             _ => None,
         }
     }

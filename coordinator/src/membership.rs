@@ -165,12 +165,13 @@ pub async fn keep(store: Store, replica: Replica, cancel: CancellationToken) -> 
         let pause = tokio::time::sleep(LOOK_EVERY);
         cancel.run_until_cancelled(pause).await?;
         // It signs with the time of its machine, which validators refuse then.
-        if store.clock().is_off()
-            && began.elapsed() >= OFF_CLOCK_AFTER
-            && replica.can_hand_over(None).is_ok_and(|to| to != replica.member())
-        {
-            tracing::warn!("hands over the lead: this machine's clock is off");
-            return Some(Wish { to: None, done: None });
+        let better = store.clock().better().into_iter();
+        let able = better
+            .filter(|_| began.elapsed() >= OFF_CLOCK_AFTER)
+            .find(|member| replica.can_hand_over(Some(*member)).is_ok());
+        if able.is_some() {
+            tracing::warn!(to = able, "hands over the lead: this machine's clock is off");
+            return Some(Wish { to: able, done: None });
         }
         let Some(step) = next_step(&candidates(&store, &replica, began.elapsed()), &roles(&replica)) else {
             continue;

@@ -205,6 +205,20 @@ impl Store {
         RequestId::new(self.clock.now(), random.u128(..))
     }
 
+    /// Returns once the clock may be gone by.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] when it could not be compared with others'.
+    pub async fn settled(&self) -> Result<(), Error> {
+        if let Some(settling) = self.clock.settling()
+            && timeout(CLOCK_MAX, settling).await.is_err()
+        {
+            let why = "this member could not compare its clock with those of most voters yet";
+            return Err(Error::Unavailable(why.to_owned()));
+        }
+        Ok(())
+    }
+
     /// Proposes a command once.
     ///
     /// # Errors
@@ -228,12 +242,7 @@ impl Store {
         if needed > present {
             return Err(Rejection::NotFinalized { needed, present }.into());
         }
-        if let Some(settling) = self.clock.settling()
-            && timeout(CLOCK_MAX, settling).await.is_err()
-        {
-            let why = "this member could not compare its clock with those of most voters yet";
-            return Err(Error::Unavailable(why.to_owned()));
-        }
+        self.settled().await?;
         let proposal = Proposal {
             request,
             at: self.clock.now(),

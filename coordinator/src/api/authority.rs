@@ -62,10 +62,8 @@ pub(super) async fn rotate(
     let rotation = authority::successor(api.deps.signer.as_ref(), &cluster, now).await;
     let rotation =
         rotation.map_err(|error| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()))?;
-    api.propose(&caller, Command::RotateAuthority { rotation })
+    api.propose_and_see(&caller, Command::RotateAuthority { rotation })
         .await?;
-    // Another member may lead: what it has written is to be seen here.
-    api.store.linearizable().await?;
     Ok(Json(api.store.read(status_of)?))
 }
 
@@ -77,7 +75,7 @@ pub(super) async fn finish(
     let new = api
         .find(|record| Ok(rotation(record).ok_or(Rejection::NoRotation)?))
         .await?;
-    api.propose(&caller, Command::FinishRotation { new }).await?;
-    api.store.linearizable().await?;
+    api.propose_and_see(&caller, Command::FinishRotation { new })
+        .await?;
     Ok(Json(api.store.read(status_of)?))
 }

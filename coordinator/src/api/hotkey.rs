@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::Api;
 use super::auth::Caller;
-use super::error::{ApiError, Result};
+use super::error::Result;
 use super::operate::{invalid, parse};
 
 /// The longest sealed key that is taken, in bytes: one is a few hundred bytes long.
@@ -75,7 +75,6 @@ pub(super) async fn replace(
         new: new.clone(),
         sealed_key,
     };
-    let reply = api.propose(&caller, command).await?;
-    api.store.linearizable().await.map_err(ApiError::from)?;
+    let reply = api.propose_and_see(&caller, command).await?;
     Ok(Json(json!({ "hotkey": new, "changed": reply == Reply::Done })))
 }

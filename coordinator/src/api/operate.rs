@@ -94,12 +94,10 @@ pub(super) async fn stop(
             budgeted: body.budgeted,
         },
     };
-    let stopping = match api.propose(&caller, command).await? {
+    let stopping = match api.propose_and_see(&caller, command).await? {
         Reply::Stopping(stopping) => stopping,
         Reply::Done | Reply::Unchanged | Reply::Joined { .. } => Vec::new(),
     };
-    // On a member that does not lead the command may still be on its way.
-    api.store.linearizable().await?;
     let left: Vec<DeploymentId> = api.store.read(|record| {
         let live = |id: &DeploymentId| record.deployments().get(id).is_some_and(|d| d.phase.is_live());
         named.into_iter().filter(|id| live(id)).collect()

@@ -64,10 +64,8 @@ async fn set_lock(
     let server = api
         .find(|record| enrolled(record, &name).map(|server| server.id().clone()))
         .await?;
-    api.propose(&caller, Command::LockServer { server, locked })
+    api.propose_and_see(&caller, Command::LockServer { server, locked })
         .await?;
-    // On a member that does not lead the command may still be on its way.
-    api.store.linearizable().await?;
     let object = api.store.read(|record| {
         let server = enrolled(record, &name).ok()?;
         ServerObject::of(record, server)

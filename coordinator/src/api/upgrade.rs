@@ -79,9 +79,7 @@ pub(super) async fn finalize(
     } else {
         Command::PassTime
     };
-    api.propose(&caller, command).await?;
-    // On a member that does not lead the command may still be on its way.
-    api.store.linearizable().await?;
+    api.propose_and_see(&caller, command).await?;
     let mut answer = api.store.read(of_state);
     answer["changed"] = json!(present < NEWEST);
     Ok(Json(answer))

@@ -110,8 +110,7 @@ pub(super) async fn add(
         facts,
         sealed_kubeconfig,
     };
-    api.propose(&caller, command).await?;
-    api.store.linearizable().await?;
+    api.propose_and_see(&caller, command).await?;
     Ok(Json(
         api.store.read(|record| row(record, &id)).unwrap_or(Value::Null),
     ))

@@ -1,8 +1,8 @@
 //! The time that the voters agree on, so that a machine whose clock is off harms nobody.
 //!
 //! Every member asks the voters now and then what their clocks say. What most of them say is the time; a member whose
-//! own clock says something else corrects it, and does not lead if others can. Where no majority says the same, members
-//! that had agreed before go on by the time that has passed since, and others ask them. If nobody had, after a start of
+//! own clock says something else corrects it, and does not lead if one with a right clock can. Where no majority says the same, members
+//! that had agreed before go on by the time that has passed since, and others go by any of them that answers. If nobody had, after a start of
 //! all of them, the earliest clock counts that is not behind what the state has seen: deadlines that come late do less
 //! harm than those that come early.
 //!
@@ -69,9 +69,6 @@ impl Comparison<'_> {
         let others = self.others.iter().map(|other| other.machine);
         let mut machines: Vec<UnixMillis> = others.chain(own).collect();
         machines.sort_unstable();
-        if self.voters == 0 || machines.len() < majority {
-            return None;
-        }
         let same = (0..machines.len()).map(|first| {
             let all = machines[first..].iter();
             let count = all
@@ -80,8 +77,8 @@ impl Comparison<'_> {
             &machines[first..first + count]
         });
         // The first of the largest ones.
-        let same = same.reduce(|best, next| if next.len() > best.len() { next } else { best })?;
-        if same.len() >= majority {
+        let same = same.reduce(|best, next| if next.len() > best.len() { next } else { best });
+        if let Some(same) = same.filter(|same| same.len() >= majority) {
             let middle = same[same.len() / 2];
             let is_right = self.own.machine.0.abs_diff(middle.0) <= TOLERANCE_MS;
             return Some(if is_right { self.own.machine } else { middle });
@@ -93,7 +90,8 @@ impl Comparison<'_> {
             let not_behind = |machine: &&UnixMillis| self.recorded.since(**machine) <= TOLERANCE_MS;
             machines.iter().find(not_behind).or(machines.last()).copied()
         };
-        before.or_else(sensible)
+        let enough = self.voters > 0 && machines.len() >= majority;
+        before.or_else(|| enough.then(sensible).flatten())
     }
 }
 
@@ -162,7 +160,7 @@ impl AgreedClock {
                     member,
                     ahead_s = ahead_ms / 1000,
                     "the clock of a member's machine differs from those of most voters: run a time service (chrony) \
-                     there; until then that member goes by theirs and leads only if nobody else can"
+                     there; until then that member goes by theirs and leads only if nobody with a right one can"
                 ),
                 (true, false) => tracing::info!(member, "the clock of the member's machine is right again"),
                 _ => {}
@@ -209,8 +207,13 @@ impl Clock for AgreedClock {
         (!self.is_settled()).then(|| Box::pin(settled) as _)
     }
 
-    fn is_off(&self) -> bool {
-        self.ahead().get(&self.0.own).is_some_and(|ms| is_off(*ms))
+    fn better(&self) -> Vec<u64> {
+        let ahead = self.ahead();
+        if !ahead.get(&self.0.own).is_some_and(|ms| is_off(*ms)) {
+            return Vec::new();
+        }
+        let right = ahead.iter().filter(|(_, ms)| !is_off(**ms));
+        right.map(|(member, _)| *member).collect()
     }
 }
 
@@ -273,6 +276,8 @@ mod tests {
                 // Which of them is right cannot be known.
                 ("agreed before", 3, had_agreed(off), vec![good], Some(0)),
                 ("asked one that had", 3, bad, vec![had_agreed(0)], Some(0)),
+                ("one that had is enough", 5, bad, vec![had_agreed(0)], Some(0)),
+                ("goes on alone", 3, had_agreed(off), vec![], Some(0)),
                 ("none had", 3, bad, vec![good], Some(0)),
                 ("none had, from the other", 3, good, vec![bad], Some(0)),
             ] {
@@ -316,11 +321,14 @@ mod tests {
         assert!(clock.settling().is_none());
         machine.set(NOW + HOUR_MS);
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert_eq!((clock.now(), clock.is_off()), (NOW + 2_000, false));
+        assert_eq!((clock.now(), clock.better()), (NOW + 2_000, vec![]));
+        clock.set(NOW + 2_000, [(2, NOW + 2_500), (3, NOW + HOUR_MS)]);
+        assert_eq!(clock.better(), [2]);
+        clock.set(NOW + 2_000, [(3, NOW + 2 * HOUR_MS)]);
+        assert!(clock.better().is_empty(), "nobody else is right either");
         clock.set(NOW + 2_000, [(2, NOW + 2_500)]);
-        assert!(clock.is_off());
         assert_eq!(clock.ahead_ms(), [(1, 3_598_000), (2, 500)].into());
         clock.set(machine.now(), []);
-        assert_eq!((clock.now(), clock.is_off()), (NOW + HOUR_MS, false));
+        assert_eq!((clock.now(), clock.better()), (NOW + HOUR_MS, vec![]));
     }
 }

@@ -80,7 +80,11 @@ impl From<StoreError> for No {
     fn from(error: StoreError) -> Self {
         match error {
             StoreError::Rejected(rejection) => Self::Refused(rejection.to_string()),
-            StoreError::Unavailable(reason) | StoreError::OutcomeUnknown(reason) => Self::Unavailable(reason),
+            StoreError::Unavailable(reason) | StoreError::OutcomeUnknown(reason) => {
+                // Anybody may ask here: where the members are is not for everybody.
+                tracing::info!(reason, "who asks at the gate gets no answer");
+                Self::Unavailable("the cluster cannot decide at this moment: try again".to_owned())
+            }
         }
     }
 }

@@ -29,7 +29,7 @@ impl ReplicatedLog {
         let voters = voters.iter().map(|(member, address)| {
             let mark = match *member {
                 member if member == own => ", this one",
-                member if Some(member) == leader => ", which led last",
+                member if Some(member) == leader => ", which leads or led last",
                 _ => "",
             };
             format!("member {member} at {address}{mark}")

@@ -14,6 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::member_link::Asking;
 use crate::store::Store;
 
+/// Between two looks at the clock.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Between two tries to hand over the lead.
 const HAND_OVER_AGAIN: Duration = Duration::from_secs(1);
 
@@ -38,7 +40,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Keeps `serving` right until cancelled: hosts are served while this member is in touch with a leader and has the
-    /// right seed and the right time.
+    /// right seed, and the right time or nobody else has it.
     pub(super) async fn keep(
         self,
         in_touch: watch::Receiver<bool>,
@@ -90,7 +92,8 @@ impl Watch {
     }
 }
 
-/// Keeps `serving` right: in touch with a leader, the seed is the miner's, and what is signed here bears the right time.
+/// Keeps `serving` right: in touch with a leader, the seed is the miner's, and no other
+/// member signs with a better time.
 async fn tell(
     store: &Store,
     own: &Hotkey,
@@ -99,12 +102,14 @@ async fn tell(
 ) {
     let mut changes = store.changes();
     loop {
-        let is_able = store.other_miner(own).is_none() && !store.clock().is_off();
+        let is_able = store.other_miner(own).is_none() && store.clock().better().is_empty();
         let now = *in_touch.borrow_and_update() && is_able;
         serving.send_if_modified(|before| std::mem::replace(before, now) != now);
         tokio::select! {
             changed = in_touch.changed() => if changed.is_err() { return },
             () = changes.changed() => {}
+            // Clocks are compared without a change of the state.
+            () = tokio::time::sleep(LOOK_EVERY) => {}
         }
     }
 }
@@ -145,15 +150,13 @@ mod tests {
         becomes(false).await;
         touch.send_replace(true);
         becomes(true).await;
-        // Whatever is applied next wakes it.
         machine.set(NOW + 3_600_000);
-        clock.set(NOW, []);
-        store.propose(Command::PassTime).await.expect("it is good");
+        clock.set(NOW, [(2, NOW)]);
         becomes(false).await;
-        machine.set(NOW);
+        // The hosts have nowhere else to go.
         clock.set(NOW, []);
-        store.propose(Command::PassTime).await.expect("it is good");
         becomes(true).await;
+        machine.set(NOW);
         let configure = Command::Configure {
             miner: hotkey(&other),
             validators: BTreeSet::new(),

@@ -8,7 +8,8 @@ use coordinator::api::{Alone, Config, Deps, Limits, router, serve};
 use coordinator::backup::Door;
 use coordinator::leader::Scheduling;
 use coordinator::store::{BoxFuture, Error, Log, Machine, Store};
-use coordinator_core::state_machine::Faults;
+use coordinator_core::state_machine::codec::encode_answer;
+use coordinator_core::state_machine::{Faults, Reply};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
@@ -175,6 +176,44 @@ impl Log for NoQuorum {
     fn leads_now(&self) -> bool {
         false
     }
+}
+
+/// A log that loses its quorum right after a write.
+#[derive(Debug)]
+struct LastWrite;
+
+impl Log for LastWrite {
+    fn propose(&self, _: Vec<u8>) -> BoxFuture<'_, Result<Vec<u8>, Error>> {
+        Box::pin(std::future::ready(Ok(encode_answer(&Ok(Reply::Done)))))
+    }
+
+    fn linearizable(&self) -> BoxFuture<'_, Result<(), Error>> {
+        NoQuorum.linearizable()
+    }
+
+    fn leads_now(&self) -> bool {
+        false
+    }
+}
+
+/// It was said that nothing was changed.
+#[tokio::test]
+async fn a_write_that_is_not_seen_yet_is_said_to_be_done() {
+    let fixture = Fixture::with(false, |store| {
+        let machine = Machine::new(Faults::none());
+        Store::new(machine, Arc::new(LastWrite), Arc::clone(store.clock()), 1)
+    })
+    .await;
+    let hotkey = |seed| protocol::hotkey::Signer::from_seed(&[seed; 32]).hotkey().clone();
+    let (old, new) = (hotkey(1), hotkey(2));
+    let body = format!(r#"{{"old":"{old}","new":"{new}","sealed_key":"00"}}"#);
+    let answer = fixture.ask("POST", "/v1/hotkey", &body).await;
+    assert_eq!(answer.status.as_u16(), 503);
+    assert!(
+        answer.detail().starts_with("it was done, but"),
+        "{}",
+        answer.text()
+    );
 }
 
 #[tokio::test]

@@ -174,7 +174,11 @@ impl Receiver {
                 ballot: Ballot::from(&vote),
             }),
             failed => {
-                *self.progress.lock().await = Progress::Nothing;
+                let mut progress = self.progress.lock().await;
+                // Another one may have begun to arrive meanwhile.
+                if let Ok(Some(_)) = progress.installing(name) {
+                    *progress = Progress::Nothing;
+                }
                 let reason = failed.and_then(Result::err);
                 let reason = reason.unwrap_or_else(|| "the installation ended early".to_owned());
                 Err(io::Error::other(reason))
