@@ -64,6 +64,9 @@ impl Comparison<'_> {
     /// The time, if enough is known to tell.
     #[must_use]
     pub fn time(&self) -> Option<UnixMillis> {
+        if self.voters == 0 {
+            return None;
+        }
         let majority = self.voters / 2 + 1;
         let own = self.votes.then_some(self.own.machine);
         let others = self.others.iter().map(|other| other.machine);
@@ -90,7 +93,7 @@ impl Comparison<'_> {
             let not_behind = |machine: &&UnixMillis| self.recorded.since(**machine) <= TOLERANCE_MS;
             machines.iter().find(not_behind).or(machines.last()).copied()
         };
-        let enough = self.voters > 0 && machines.len() >= majority;
+        let enough = machines.len() >= majority;
         before.or_else(|| enough.then(sensible).flatten())
     }
 }
